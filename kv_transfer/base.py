@@ -1,0 +1,151 @@
+"""The transport contract. A transport knows regions, bytes and peers; never requests, models or roles.
+
+- Every transfer gets exactly one terminal event (Done or Failed), at the latest at its deadline.
+- Done: all bytes are visible at the destination. The tag is delivered there at most once, never before the bytes.
+- Failed: the destination's bytes are undefined; both ends keep the blocks quarantined until `fence(peer)` holds or
+  that incarnation is provably gone and cannot write late.
+- Only `close` blocks. A hung peer is found by the deadline: deadlines are ours, not the library's.
+
+Every implementation is one file plus one line in registry.py and passes tests/conformance/test_transport.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Segments = NDArray[np.int64]
+"""[n, 5]: local region, local offset, remote region, remote offset, length; bytes."""
+
+
+class CancelKind(StrEnum):
+    """How a cancelled transfer ends: `clean`, nothing can arrive late; `fence`, call fence() before reuse; `kill`,
+    only the end of the owning process or thread makes sure."""
+
+    CLEAN = "clean"
+    FENCE = "fence"
+    KILL = "kill"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Capabilities:
+    name: str
+    device_memory: bool
+    same_host: bool
+    """Whether both ends must be on one host."""
+    cancel: CancelKind
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Region:
+    """Memory that transfers may read and write: a KV pool or a staging buffer."""
+
+    buffer: memoryview
+    """Writable bytes."""
+    fd: int | None = None
+    """A memfd of it, where other processes may map it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    transfer_id: int
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    transfer_id: int
+    code: str
+    """A code of proto/errors.py."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Notified:
+    peer: str
+    """Incarnation of the sender."""
+    tag: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class PeerDown:
+    peer: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True)
+class Fenced:
+    """fence(peer) holds: nothing that was cancelled or failed before it can still write or be written."""
+
+    peer: str
+    ok: bool
+
+
+Event = Done | Failed | Notified | PeerDown | Fenced
+
+
+class Transport(Protocol):
+    """One a process. Peers are named by their incarnation. Methods are called from one thread (the event loop's);
+    `wake`, given to the constructor, is called from any thread whenever poll() has something."""
+
+    capabilities: Capabilities
+
+    def register(self, region: Region) -> int:
+        """Makes memory known, once; returns the region's id, 0 for the first."""
+        ...
+
+    def endpoint(self) -> bytes:
+        """What a peer needs for connect(): version, transport, incarnation, addresses, regions."""
+        ...
+
+    def connect(self, endpoint: bytes, deadline_s: float) -> str:
+        """Starts connecting and returns the peer's incarnation at once; idempotent by incarnation. Writes may
+        follow immediately; when the connection fails they fail, and PeerDown is reported.
+
+        Raises:
+            TransferError: the endpoint is of another version or transport, or malformed.
+        """
+        ...
+
+    def write(
+        self, peer: str, segments: Segments, tag: bytes, deadline_s: float, after: Sequence[int] = ()
+    ) -> int:
+        """Copies local bytes into the peer's regions, then delivers `tag` there (b"" delivers none). Starts after
+        the transfers `after` are done. Returns the transfer's id; `deadline_s` is seconds from now.
+
+        Raises:
+            TransferError: the peer is unknown, or a segment lies outside a region.
+        """
+        ...
+
+    def notify(self, peer: str, tag: bytes) -> None:
+        """A small message, ordered after earlier writes to that peer."""
+        ...
+
+    def poll(self, max_events: int = 64) -> list[Event]:
+        """Events so far; never blocks."""
+        ...
+
+    def cancel(self, transfer_id: int) -> None:
+        """Ends a transfer early; its terminal event is Failed("cancelled") unless it was Done already."""
+        ...
+
+    def fence(self, peer: str, deadline_s: float) -> None:
+        """Asks for a Fenced(peer) event, at the latest at its deadline (then with ok=False)."""
+        ...
+
+    def disconnect(self, peer: str) -> None:
+        """Fails what is in flight to that peer and forgets it."""
+        ...
+
+    def close(self) -> None:
+        """Ends everything: threads, sockets, mappings. Blocks. Idempotent."""
+        ...
+
+
+TransportFactory = Callable[..., Transport]
+"""(incarnation: str, wake: Callable[[], None], clock: Clock, **options) -> Transport"""
