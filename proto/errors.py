@@ -17,6 +17,7 @@
     │   └── DeadlineExceeded   nothing moved for too long
     ├── WorkerLost             the worker that had the request is gone
     ├── Draining               this process takes no new work
+    ├── OutOfBlocks            the KV pool has no room left
     └── InternalError          a bug; the message says where
 
 Each class has a wire `code` (WireError.code), says whether a retry can help, and names the HTTP and the gRPC
@@ -131,6 +132,13 @@ class Draining(DiphaseError):
     retryable = True
     http_status = 503
     grpc_status = "UNAVAILABLE"
+
+
+class OutOfBlocks(DiphaseError):
+    code = "out_of_blocks"
+    retryable = True
+    http_status = 503
+    grpc_status = "RESOURCE_EXHAUSTED"
 
 
 class InternalError(DiphaseError):
