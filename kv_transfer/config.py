@@ -1,0 +1,57 @@
+"""What can be configured about the hand-off. Nothing here knows requests or models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..proto.errors import ConfigError
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvTransferConfig:
+    """Section [kv_transfer]."""
+
+    transport: str = "auto"
+    """Name of a transport in registry.py, or "auto": the best one that both ends have."""
+    layerwise_tokens: int = 1024
+    """Prompts of at least this many tokens push each chunk of layers as soon as it is computed; shorter ones go
+    whole. 0 pushes every prompt layer by layer."""
+    layers_per_push: int = 10
+    """Layers that a layer-wise push gathers."""
+    max_push_bytes: int = 32 * MIB
+    """A push larger than this is split, so that progress shows on slow networks."""
+    digest: bool = True
+    """Whether every pushed block carries an xxh3_64 digest that the decode side verifies before it may run."""
+    reserve_timeout_s: float = 5.0
+    """How long the prefill side waits for any answer to its reservation, dialling included, seconds."""
+    lease_s: float = 30.0
+    """How long the prefill side holds KV without news from a decode side that has no room, seconds."""
+    progress_timeout_s: float = 2.0
+    """Either side gives up when nothing was computed or moved for this long, seconds."""
+    tail_timeout_s: float = 10.0
+    """Either side gives up this long after the last layer was computed, whatever moves, seconds."""
+    max_waiting: int = 1024
+    """Reservations that may wait for room on a decode worker; more are refused."""
+    host: str = "127.0.0.1"
+    """Address that network transports listen on and announce to their peers."""
+
+    def __post_init__(self) -> None:
+        if not self.transport:
+            raise ConfigError('kv_transfer.transport is empty; use "auto" or the name of a transport')
+        if not self.host:
+            raise ConfigError("kv_transfer.host is empty; use an address of this machine, such as 127.0.0.1")
+        for name, least in (
+            ("layerwise_tokens", 0),
+            ("layers_per_push", 1),
+            ("max_push_bytes", 1),
+            ("max_waiting", 0),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"kv_transfer.{name} = {getattr(self, name)} is too small; use {least} or more")
+        for name in ("reserve_timeout_s", "lease_s", "progress_timeout_s", "tail_timeout_s"):
+            if not 0.0 < getattr(self, name) <= 3600.0:
+                raise ConfigError(
+                    f"kv_transfer.{name} = {getattr(self, name)} is out of range; use more than 0 and at most 3600"
+                )
