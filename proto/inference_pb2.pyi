@@ -136,7 +136,7 @@ class Usage(_message.Message):
     def __init__(self, prompt_tokens: _Optional[int] = ..., completion_tokens: _Optional[int] = ..., cached_tokens: _Optional[int] = ...) -> None: ...
 
 class Stages(_message.Message):
-    __slots__ = ("tokenise_ms", "placement_ms", "prefill_queue_ms", "prefill_ms", "delivery_ms", "handoff_ms", "decode_queue_ms", "first_decode_ms", "ttft_ms", "tpot_ms", "attempts", "prefill_worker", "decode_worker")
+    __slots__ = ("tokenise_ms", "placement_ms", "prefill_queue_ms", "prefill_ms", "delivery_ms", "handoff_ms", "decode_queue_ms", "first_decode_ms", "ttft_ms", "tpot_ms", "attempts", "prefill_worker", "decode_worker", "handoff_bytes")
     TOKENISE_MS_FIELD_NUMBER: _ClassVar[int]
     PLACEMENT_MS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_QUEUE_MS_FIELD_NUMBER: _ClassVar[int]
@@ -150,6 +150,7 @@ class Stages(_message.Message):
     ATTEMPTS_FIELD_NUMBER: _ClassVar[int]
     PREFILL_WORKER_FIELD_NUMBER: _ClassVar[int]
     DECODE_WORKER_FIELD_NUMBER: _ClassVar[int]
+    HANDOFF_BYTES_FIELD_NUMBER: _ClassVar[int]
     tokenise_ms: float
     placement_ms: float
     prefill_queue_ms: float
@@ -163,7 +164,8 @@ class Stages(_message.Message):
     attempts: int
     prefill_worker: str
     decode_worker: str
-    def __init__(self, tokenise_ms: _Optional[float] = ..., placement_ms: _Optional[float] = ..., prefill_queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., delivery_ms: _Optional[float] = ..., handoff_ms: _Optional[float] = ..., decode_queue_ms: _Optional[float] = ..., first_decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., attempts: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ...) -> None: ...
+    handoff_bytes: int
+    def __init__(self, tokenise_ms: _Optional[float] = ..., placement_ms: _Optional[float] = ..., prefill_queue_ms: _Optional[float] = ..., prefill_ms: _Optional[float] = ..., delivery_ms: _Optional[float] = ..., handoff_ms: _Optional[float] = ..., decode_queue_ms: _Optional[float] = ..., first_decode_ms: _Optional[float] = ..., ttft_ms: _Optional[float] = ..., tpot_ms: _Optional[float] = ..., attempts: _Optional[int] = ..., prefill_worker: _Optional[str] = ..., decode_worker: _Optional[str] = ..., handoff_bytes: _Optional[int] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
     __slots__ = ("request_id", "index", "token_ids", "text", "logprobs", "finish_reason", "usage", "stages", "slo")
