@@ -75,6 +75,8 @@ class RequestResult:
     """The server's own account of the latency (proto Stages), milliseconds by name."""
     workers: tuple[str, str] = ("", "")
     """Prefill and decode worker."""
+    handoff_bytes: int = 0
+    """KV moved between them; 0 where one worker did both phases."""
     server_verdict: str = ""
 
     @property
@@ -121,13 +123,20 @@ class RequestResult:
         self.outcome = Outcome.FINISHED
         self.prompt_tokens = response.usage.prompt_tokens
         self.cached_tokens = response.usage.cached_tokens
-        self.stages = {
-            descriptor.name: value
-            for descriptor, value in response.stages.ListFields()
-            if descriptor.name.endswith("_ms")
-        }
+        self.stages = _stage_times(response.stages)
+        self.handoff_bytes = response.stages.handoff_bytes
         self.workers = (response.stages.prefill_worker, response.stages.decode_worker)
         self.server_verdict = response.slo
+
+
+def _stage_times(stages: pb.Stages) -> dict[str, float]:
+    """Every time the server measured; those that this request did not have are left out."""
+    return {
+        descriptor.name: getattr(stages, descriptor.name)
+        for descriptor in stages.DESCRIPTOR.fields
+        if descriptor.name.endswith("_ms")
+        and (not descriptor.has_presence or stages.HasField(descriptor.name))
+    }
 
 
 def open_channel(address: str) -> grpc.aio.Channel:

@@ -80,6 +80,8 @@ class LoadReport:
     cached_tokens: int
     stages_ms: dict[str, Spread]
     """The server's stages of those that finished."""
+    handoffs: int
+    """Finished requests whose KV moved between two workers."""
     workers: dict[str, int]
     """Requests by "prefill worker > decode worker"."""
     errors: dict[str, int]
@@ -141,6 +143,7 @@ def summarise(results: Sequence[RequestResult], slo: Slo, rate: float | None = N
             for name in names
             if (spread := Spread.of([r.stages[name] for r in finished if name in r.stages]))
         },
+        handoffs=sum(r.handoff_bytes > 0 for r in finished),
         workers=dict(Counter(" > ".join(r.workers) for r in finished)),
         errors=dict(Counter(r.detail for r in results if r.detail)),
     )

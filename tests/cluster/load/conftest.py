@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
-import grpc
 import grpc.aio
 import pytest
 from diphase.proto import inference_pb2 as pb
@@ -37,12 +37,11 @@ class StepClock:
         await asyncio.wait_for(self._reads.get(), timeout=30)
 
 
-Script = Callable[[pb.GenerateRequest, grpc.aio.ServicerContext], AsyncIterator[pb.GenerateResponse]]
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+Script: TypeAlias = "Callable[[pb.GenerateRequest, Context], AsyncIterator[pb.GenerateResponse]]"
 
 
-async def answer(
-    request: pb.GenerateRequest, context: grpc.aio.ServicerContext
-) -> AsyncIterator[pb.GenerateResponse]:
+async def answer(request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
     """Every token in a message of its own, at once."""
     count = request.sampling.max_tokens
     for i in range(count):
@@ -62,6 +61,7 @@ def last_message(request: pb.GenerateRequest, count: int, ttft_ms: float = 0.0) 
             attempts=1,
             prefill_worker="prefill-0",
             decode_worker="decode-0",
+            handoff_bytes=4096,
         ),
         slo="met",
     )
@@ -78,7 +78,7 @@ class ScriptedGateway(InferenceServicer):
     address: str = ""
 
     async def Generate(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GenerateRequest, context: Context
     ) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
         try:
@@ -88,9 +88,7 @@ class ScriptedGateway(InferenceServicer):
             self.cancelled += 1
             raise
 
-    async def GetModel(
-        self, request: pb.GetModelRequest, context: grpc.aio.ServicerContext
-    ) -> pb.GetModelResponse:
+    async def GetModel(self, request: pb.GetModelRequest, context: Context) -> pb.GetModelResponse:
         return pb.GetModelResponse(
             model="scripted",
             context_length=self.context_length,

@@ -24,7 +24,7 @@ from diphase.proto.errors import ConfigError
 from diphase.proto.inference_pb2_grpc import InferenceStub
 from diphase.proto.slo import Slo
 
-from .conftest import ScriptedGateway, StepClock, last_message
+from .conftest import Context, ScriptedGateway, StepClock, last_message
 
 
 def planned(arrivals: list[float], output_tokens: int = 4) -> list[PlannedRequest]:
@@ -50,9 +50,7 @@ def client_of(channel: grpc.aio.Channel, timer: Timer, timeout_s: float = 60.0) 
 async def test_every_token_is_stamped_when_it_comes(
     gateway: ScriptedGateway, channel: grpc.aio.Channel, clock: StepClock
 ) -> None:
-    async def paced(
-        request: pb.GenerateRequest, _: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    async def paced(request: pb.GenerateRequest, _: Context) -> AsyncIterator[pb.GenerateResponse]:
         clock.forget_reads()
         for i, (delay, count) in enumerate([(0.7, 1), (0.1, 1), (0.3, 2)]):
             clock.time += delay
@@ -68,7 +66,14 @@ async def test_every_token_is_stamped_when_it_comes(
     assert result.ttft_ms == pytest.approx(700.0)
     assert result.tpot_ms == pytest.approx(400.0 / 3)
     assert result.itl_ms == pytest.approx([100.0, 300.0, 0.0])
-    assert result.stages == {"prefill_ms": 3.0, "handoff_ms": 2.0, "ttft_ms": 690.0}
+    assert {name: value for name, value in result.stages.items() if value} == {
+        "prefill_ms": 3.0,
+        "handoff_ms": 2.0,
+        "ttft_ms": 690.0,
+    }
+    assert result.stages["placement_ms"] == 0.0, "a stage that took no time is still a stage"
+    assert "decode_queue_ms" not in result.stages, "a stage that the request did not have is none"
+    assert result.handoff_bytes == 4096
     assert (result.prompt_tokens, result.cached_tokens) == (3, 1)
     assert result.workers == ("prefill-0", "decode-0")
     assert result.server_verdict == "met"
@@ -79,9 +84,7 @@ async def test_requests_go_out_at_their_times_whatever_became_of_earlier_ones(
 ) -> None:
     everyone_came = asyncio.Event()
 
-    async def held(
-        request: pb.GenerateRequest, _: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    async def held(request: pb.GenerateRequest, _: Context) -> AsyncIterator[pb.GenerateResponse]:
         # Nobody is answered before all have been sent: a closed loop would wait for ever.
         if len(gateway.requests) == 3:
             everyone_came.set()
@@ -138,9 +141,7 @@ async def test_refusals_and_failures_are_told_apart(
     status: grpc.StatusCode,
     outcome: Outcome,
 ) -> None:
-    async def refuse(
-        _: pb.GenerateRequest, context: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    async def refuse(_: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         yield pb.GenerateResponse(index=0, token_ids=[7])
         await context.abort(status, "the reason")
 
@@ -153,7 +154,7 @@ async def test_refusals_and_failures_are_told_apart(
 async def test_the_deadline_ends_a_request_that_hangs(
     gateway: ScriptedGateway, channel: grpc.aio.Channel
 ) -> None:
-    async def hang(_: pb.GenerateRequest, __: grpc.aio.ServicerContext) -> AsyncIterator[pb.GenerateResponse]:
+    async def hang(_: pb.GenerateRequest, __: Context) -> AsyncIterator[pb.GenerateResponse]:
         yield pb.GenerateResponse(index=0, token_ids=[7])
         await asyncio.Event().wait()
 
@@ -185,9 +186,7 @@ async def test_lost_and_repeated_tokens_are_failures(
     responses: list[pb.GenerateResponse],
     detail: str,
 ) -> None:
-    async def broken(
-        _: pb.GenerateRequest, __: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    async def broken(_: pb.GenerateRequest, __: Context) -> AsyncIterator[pb.GenerateResponse]:
         for response in responses:
             yield response
 
@@ -202,9 +201,7 @@ async def test_one_by_one_never_has_two_at_once(
 ) -> None:
     running = 0
 
-    async def alone(
-        request: pb.GenerateRequest, _: grpc.aio.ServicerContext
-    ) -> AsyncIterator[pb.GenerateResponse]:
+    async def alone(request: pb.GenerateRequest, _: Context) -> AsyncIterator[pb.GenerateResponse]:
         nonlocal running
         running += 1
         assert running == 1
@@ -222,7 +219,7 @@ async def test_cancelling_a_run_cancels_what_it_sent(
 ) -> None:
     arrived, gone = asyncio.Event(), asyncio.Event()
 
-    async def hang(_: pb.GenerateRequest, __: grpc.aio.ServicerContext) -> AsyncIterator[pb.GenerateResponse]:
+    async def hang(_: pb.GenerateRequest, __: Context) -> AsyncIterator[pb.GenerateResponse]:
         arrived.set()
         try:
             await asyncio.Event().wait()

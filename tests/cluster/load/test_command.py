@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import io
 import json
+from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import pytest
 from diphase.cluster.load import command
+from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import ConfigError
 from rich.console import Console
 
-from .conftest import ScriptedGateway
+from .conftest import Context, ScriptedGateway
 
 
 def parse(*words: str) -> argparse.Namespace:
@@ -22,9 +25,7 @@ def parse(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-async def run_bench(
-    gateway: ScriptedGateway, tmp_path: Path, *words: str
-) -> tuple[int, str, dict[str, object]]:
+async def run_bench(gateway: ScriptedGateway, tmp_path: Path, *words: str) -> tuple[int, str, dict[str, Any]]:
     """(exit code, terminal, JSON)."""
     args = parse("--address", gateway.address, "--output", str(tmp_path / "out"), *words)
     terminal = io.StringIO()
@@ -40,7 +41,7 @@ async def test_one_rate_prints_a_table_and_writes_json(gateway: ScriptedGateway,
     assert "server: prefill" in terminal
     assert written["model"] == "scripted"
     assert written["slo"] == {"ttft_ms": 60_000.0, "tpot_ms": 30_000.0, "priority": 2}
-    [run] = written["runs"]  # type: ignore[misc]
+    [run] = written["runs"]
     assert run["num_requests"] == 12
     assert run["outcomes"] == {"finished": 12}
     assert len(gateway.requests) == 14  # two to warm up
@@ -63,7 +64,7 @@ async def test_a_sweep_has_a_goodput_and_a_picture(gateway: ScriptedGateway, tmp
     code, terminal, written = await run_bench(gateway, tmp_path, *words)
     assert code == 0
     assert "goodput at 90% attainment: ≥ 400.00 requests/s" in terminal
-    assert [run["rate"] for run in written["runs"]] == [200.0, 400.0]  # type: ignore[attr-defined]
+    assert [run["rate"] for run in written["runs"]] == [200.0, 400.0]
     assert written["goodput"] == {"rate": 400.0, "low": 0.0, "high": None, "bracketed": False}
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     prompts = {bytes(request.token_ids.SerializeToString()) for request in gateway.requests}
@@ -73,7 +74,7 @@ async def test_a_sweep_has_a_goodput_and_a_picture(gateway: ScriptedGateway, tmp
 async def test_a_search_goes_on_from_the_first_rate(gateway: ScriptedGateway, tmp_path: Path) -> None:
     words = ("--rate", "100", "--search", "--max-points", "3", "--requests", "4", "--warm-up", "0")
     _, _, written = await run_bench(gateway, tmp_path, *words)
-    assert [run["rate"] for run in written["runs"]] == [100.0, 150.0, 225.0]  # type: ignore[attr-defined]
+    assert [run["rate"] for run in written["runs"]] == [100.0, 150.0, 225.0]
 
 
 async def test_objectives_can_be_given(gateway: ScriptedGateway, tmp_path: Path) -> None:
@@ -81,13 +82,13 @@ async def test_objectives_can_be_given(gateway: ScriptedGateway, tmp_path: Path)
     code, terminal, written = await run_bench(gateway, tmp_path, *words)
     assert code == 0
     assert "0.0% met" in terminal
-    assert written["slo"]["ttft_ms"] == 0.001  # type: ignore[index]
+    assert written["slo"]["ttft_ms"] == 0.001
 
 
 async def test_a_run_in_which_nothing_finished_is_a_failure(gateway: ScriptedGateway, tmp_path: Path) -> None:
-    async def refuse(_: object, context: grpc.aio.ServicerContext):  # type: ignore[no-untyped-def]
+    async def refuse(_: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
         await context.abort(grpc.StatusCode.UNAVAILABLE, "no worker is ready")
-        yield
+        yield pb.GenerateResponse()
 
     gateway.script = refuse
     words = ("--rate", "100", "--requests", "3", "--warm-up", "0")
