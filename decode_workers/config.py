@@ -1,0 +1,34 @@
+"""What can be set of a decode scheduler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..proto.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeSchedulerConfig:
+    """How large the running batch is and how much prompt work goes between its tokens."""
+
+    max_running: int = 64
+    """Most sequences in the batch."""
+    prefill_budget: int = 128
+    """Most prompt tokens a step computes beside the batch's own tokens: of preempted sequences, short or
+    mostly cached prompts placed on this worker, and all prompts when no prefill worker is left."""
+    max_waiting: int = 4096
+    """Most requests that may wait for their prompt to be computed here; more are refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_running", "prefill_budget", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"pools.decode.{name} = {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ColocatedSchedulerConfig(DecodeSchedulerConfig):
+    """A worker that computes prompts and decodes them itself: decodes first, then chunks of prompts up to the
+    budget, so that a long prompt never stalls the batch (Sarathi-Serve, OSDI 2024)."""
+
+    prefill_budget: int = 512
+    """Most prompt tokens a step computes beside the batch's own tokens."""

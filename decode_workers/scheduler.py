@@ -1,0 +1,262 @@
+"""Which sequences the next step runs: every decoding one, then chunks of prompts that are computed here.
+
+A plain object: no torch, no clock, no hand-off. Sequences come as verified hand-offs with their KV (`admit`),
+or with nothing computed (`add`). When blocks run out, the least important sequence (lowest priority, then
+youngest) gives its blocks back, keeps its tokens and is computed again later; what a step has sampled is
+never lost.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from ..engine.base import Chunk, ModelLimits, StepPlan, StepResult
+from ..engine.block_tables import BlockTables
+from ..engine.chunking import next_chunk
+from ..engine.requests import Outcome, append_sampled
+from ..engine.sequence import Sequence
+from ..engine.wait_queue import WaitQueue, rank
+from ..proto.errors import OutOfBlocks, Overloaded, PromptTooLong
+from ..proto.ids import HandoffKey
+from .config import DecodeSchedulerConfig
+
+
+class DecodeScheduler:
+    """Owns sequences and their blocks until `complete` reports them finished."""
+
+    def __init__(self, config: DecodeSchedulerConfig, tables: BlockTables, limits: ModelLimits) -> None:
+        self._config = config
+        self._tables = tables
+        self._limits = limits
+        self._waiting = WaitQueue()  # without blocks
+        self._ready = WaitQueue()  # hand-offs with all their KV, waiting for a place in the batch
+        self._prefilling: dict[HandoffKey, Sequence] = {}
+        self._running: dict[HandoffKey, Sequence] = {}
+        self._starved = False  # a waiting sequence found too few blocks
+        self._in_step: set[HandoffKey] = set()
+        self._cancelled: set[HandoffKey] = set()
+        self._outgrown: list[Sequence] = []
+        self.preemptions = 0
+        """Since start."""
+
+    # arrivals and cancels
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a sequence whose prompt is to be computed here.
+
+        Raises:
+            Overloaded: `max_waiting` sequences wait already.
+            PromptTooLong: the pool cannot hold the prompt even when it is empty.
+        """
+        if len(self._waiting) >= self._config.max_waiting:
+            raise Overloaded(
+                f"{len(self._waiting)} requests wait for prefill already; send fewer", retry_after_s=1.0
+            )
+        needed, total = self._tables.num_blocks_for(sequence.num_tokens), self._tables.blocks.num_blocks
+        if needed > total:
+            raise PromptTooLong(
+                f"the prompt needs {needed} KV blocks and the pool has {total}; shorten it or raise "
+                "engine.kv_cache_mib"
+            )
+        self._waiting.add(sequence)
+
+    def admit(self, sequence: Sequence) -> None:
+        """Takes a hand-off: everything but the last token is computed. Its blocks are the scheduler's from
+        now on; the full ones may be shared."""
+        self._tables.seal_computed(sequence)
+        self._ready.add(sequence)
+
+    def cancel(self, key: HandoffKey) -> None:
+        """Forgets a sequence and frees its blocks: at once, or when the step that it is in completes."""
+        if key in self._in_step:
+            self._cancelled.add(key)
+            return
+        self._waiting.remove(key)
+        sequence = self._ready.remove(key) or self._running.pop(key, None) or self._prefilling.pop(key, None)
+        if sequence is not None:
+            self._tables.release(sequence)
+
+    # one step
+
+    def plan(self) -> StepPlan | None:
+        """The next step; None when nothing can run. The plan's sequences must not change until `complete`."""
+        self._admit_ready()
+        for sequence in sorted(self._running.values(), key=rank):
+            if sequence.key in self._running:
+                self._make_room(sequence)
+        chunks = [Chunk(sequence=s, num_tokens=1, samples=True) for s in self._running.values()]
+        self._add_prefills(chunks)
+        if not chunks:
+            return None
+        self._in_step = {chunk.sequence.key for chunk in chunks}
+        return StepPlan(chunks=chunks)
+
+    def complete(self, plan: StepPlan, result: StepResult) -> list[Outcome]:
+        """Takes a step's tokens. Finished sequences have given their blocks back."""
+        outcomes: list[Outcome] = []
+        for chunk, token in zip(plan.chunks, result.tokens, strict=True):
+            sequence = chunk.sequence
+            self._tables.computed(sequence, chunk.num_tokens)
+            if sequence.key in self._cancelled:
+                self._drop(sequence)
+            elif token is not None:
+                self._prefilling.pop(sequence.key, None)
+                self._running[sequence.key] = sequence
+                outcome = append_sampled(sequence, token, self._limits)
+                if outcome.finish_reason:
+                    self._drop(sequence)
+                outcomes.append(outcome)
+        self._end_step()
+        return outcomes
+
+    def fail(self, plan: StepPlan) -> list[Sequence]:
+        """The step did not run. Drops its sequences and returns those that nobody had cancelled."""
+        lost = [chunk.sequence for chunk in plan.chunks if chunk.sequence.key not in self._cancelled]
+        for chunk in plan.chunks:
+            self._drop(chunk.sequence)
+        self._end_step()
+        return lost
+
+    def take_outgrown(self) -> list[Sequence]:
+        """Sequences that `plan` dropped because the whole pool is too small for them."""
+        outgrown, self._outgrown = self._outgrown, []
+        return outgrown
+
+    # steps that change nothing but lengths, for the simulator
+
+    def steady_steps(self) -> int:
+        """After how many steps from now the batch is still the same, if no sequence samples a stop token and
+        nothing arrives: 0 when the next step may admit, compute a prompt, finish or preempt a sequence."""
+        if self._in_step or self._prefilling or not self._running:
+            return 0
+        if len(self._running) < self._config.max_running and (self._ready or self._waiting):
+            return 0
+        steps = min(self._tokens_left(s) for s in self._running.values()) - 1
+        while steps > 0 and self._blocks_to_advance(steps) > self._tables.blocks.available:
+            steps //= 2
+        return max(0, steps)
+
+    def advance(self, steps: int, token_id: int = 0) -> None:
+        """The same as `steps` single steps that all sample `token_id`; at most steady_steps()."""
+        if not 0 <= steps <= self.steady_steps():
+            raise ValueError(f"the batch is steady for {self.steady_steps()} steps, not for {steps}")
+        for sequence in sorted(self._running.values(), key=rank):
+            self._tables.grow(sequence, sequence.num_tokens + steps - 1)
+            sequence.token_ids += [token_id] * steps
+            self._tables.computed(sequence, steps)
+
+    # what load reports
+
+    @property
+    def num_running(self) -> int:
+        """Sequences in the batch, those whose prompt is under way included."""
+        return len(self._running) + len(self._prefilling)
+
+    @property
+    def num_waiting(self) -> int:
+        """Sequences without a place in the batch."""
+        return len(self._waiting) + len(self._ready)
+
+    @property
+    def growth_blocks(self) -> int:
+        """Blocks that should stay available to the sequences here: all that are, while one waits for blocks;
+        else one for each that will decode."""
+        if self._starved and self._waiting:
+            return self._tables.blocks.num_blocks
+        return self.num_running + len(self._ready)
+
+    @property
+    def waiting_tokens(self) -> int:
+        """Prompt tokens still to be computed here, queued and under way."""
+        return self._waiting.num_tokens + sum(s.num_uncomputed for s in self._prefilling.values())
+
+    @property
+    def running_context(self) -> int:
+        return sum(s.num_computed for s in self._batch())
+
+    @property
+    def running_blocks(self) -> int:
+        """Blocks in the tables of all sequences that have some."""
+        return sum(len(s.block_table) for s in (*self._batch(), *self._ready.sequences()))
+
+    def _batch(self) -> Iterable[Sequence]:
+        return (*self._running.values(), *self._prefilling.values())
+
+    def _admit_ready(self) -> None:
+        while self.num_running < self._config.max_running and (sequence := self._ready.head()):
+            self._ready.remove(sequence.key)
+            self._running[sequence.key] = sequence
+
+    def _make_room(self, sequence: Sequence) -> None:
+        """A block for the token that the sequence computes next, if need be from less important ones."""
+        while True:
+            try:
+                self._tables.grow(sequence, sequence.num_tokens)
+                return
+            except OutOfBlocks:
+                victim = max((*self._batch(), *self._ready.sequences()), key=rank)
+                self._preempt(victim)
+                if victim is sequence:
+                    return
+
+    def _preempt(self, sequence: Sequence) -> None:
+        key = sequence.key
+        self._running.pop(key, None)
+        self._prefilling.pop(key, None)
+        self._ready.remove(key)
+        self._tables.release(sequence)
+        if self._tables.num_blocks_for(sequence.num_tokens) > self._tables.blocks.num_blocks:
+            self._outgrown.append(sequence)
+            return
+        self.preemptions += 1
+        self._starved = True
+        self._waiting.add(sequence)
+
+    def _add_prefills(self, chunks: list[Chunk]) -> None:
+        budget = max(self._config.prefill_budget, self._tables.blocks.block_size)
+        pending = sorted(self._prefilling.values(), key=rank)
+        while budget > 0:
+            sequence = pending.pop(0) if pending else self._start_next()
+            if sequence is None:
+                return
+            chunk = next_chunk(sequence, budget, self._tables.blocks.block_size)
+            if chunk is None:
+                return
+            chunks.append(chunk)
+            budget -= chunk.num_tokens
+
+    def _start_next(self) -> Sequence | None:
+        """Gives the next waiting sequence its blocks and a place in the batch, if there are any."""
+        sequence = self._waiting.head()
+        if sequence is None or self.num_running >= self._config.max_running:
+            return None
+        self._tables.start(sequence)
+        missing = self._tables.shortfall(sequence, sequence.num_tokens)
+        # Each sequence of the batch may need a block soon: what starts now should not be preempted at once.
+        if missing + self.num_running > self._tables.blocks.available:
+            self._tables.release(sequence)
+            self._starved = True
+            return None
+        self._tables.grow(sequence, sequence.num_tokens)
+        self._waiting.remove(sequence.key)
+        self._starved = False
+        self._prefilling[sequence.key] = sequence
+        return sequence
+
+    def _tokens_left(self, sequence: Sequence) -> int:
+        return min(
+            sequence.params.max_tokens - sequence.num_generated,
+            self._limits.context_length - sequence.num_tokens,
+        )
+
+    def _blocks_to_advance(self, steps: int) -> int:
+        return sum(self._tables.shortfall(s, s.num_tokens + steps - 1) for s in self._running.values())
+
+    def _drop(self, sequence: Sequence) -> None:
+        self._running.pop(sequence.key, None)
+        self._prefilling.pop(sequence.key, None)
+        self._tables.release(sequence)
+
+    def _end_step(self) -> None:
+        self._in_step.clear()
+        self._cancelled.clear()

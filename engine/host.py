@@ -1,0 +1,392 @@
+"""A worker's shell, the same for every role: gateways' streams, the step loop, heartbeats, what was emitted,
+drain.
+
+Every decision is made on one event loop by the role that it is handed; `execute` runs a plan elsewhere (the
+engine's thread, or virtual time). It knows no gRPC (service.py), no threads (engine_thread.py) and nothing of
+prefill, decode or hand-offs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
+
+from ..proto.clock import Clock
+from ..proto.errors import (
+    Cancelled,
+    ConfigError,
+    DiphaseError,
+    Draining,
+    InternalError,
+    InvalidRequest,
+    Unauthenticated,
+)
+from ..proto.ids import PROTOCOL_VERSION, HandoffKey
+from ..proto.inference_pb2 import TokenLogprobs
+from ..proto.worker_pb2 import (
+    Cancel,
+    GatewayHello,
+    GatewayMessage,
+    Heartbeat,
+    Load,
+    Moved,
+    Pong,
+    PrefixDelta,
+    PrefixSnapshot,
+    Resumed,
+    SequenceOutput,
+    StepOutput,
+    StepSample,
+    Submit,
+    WorkerHello,
+    WorkerMessage,
+)
+from .base import LayerHook, StepPlan, StepResult
+from .gateway_link import GatewayLink
+from .host_config import HostConfig
+from .host_metrics import HostMetrics
+from .requests import cancelled_output, failed_output, key_of
+from .retention import Retained, Retention
+from .role import Role
+from .step_predictor import StepPredictor, describe
+
+logger = logging.getLogger(__name__)
+
+Execute = Callable[[StepPlan, LayerHook | None], Awaitable[StepResult]]
+
+FAILED_STEPS_TO_EXIT = 2
+"""Steps that raise in a row: one may be its requests' fault, the next one's are others."""
+
+
+class WorkerHost:
+    """One worker. `run` serves until it is cancelled or the engine is broken."""
+
+    def __init__(
+        self,
+        *,
+        role: Role,
+        execute: Execute,
+        hello: WorkerHello,
+        config: HostConfig,
+        clock: Clock,
+        metrics: HostMetrics | None = None,
+    ) -> None:
+        self.hello = hello
+        self.metrics = metrics or HostMetrics()
+        self._role = role
+        self._execute = execute
+        self._config = config
+        self._clock = clock
+        self._retention = Retention(config.max_retained, config.retain_s)
+        self._predictor = StepPredictor()
+        self._links: dict[str, GatewayLink] = {}
+        self._gone_since: dict[str, float] = {}  # gateways with live requests and no stream
+        self._work = asyncio.Event()
+        self._draining = False
+        self._step_started_at: float | None = None
+        self._step_predicted_s = 0.0
+        self._heartbeats = 0
+        self._prefix_sequence = 0
+
+    async def run(self) -> None:
+        """Steps and heartbeats.
+
+        Raises:
+            InternalError: the engine failed twice in a row; the process should end.
+        """
+        self._role.start(self)
+        steps = asyncio.create_task(self._run_steps(), name="steps")
+        beats = asyncio.create_task(self._run_heartbeats(), name="heartbeats")
+        try:
+            await asyncio.wait((steps, beats), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            steps.cancel()
+            beats.cancel()
+            results = await asyncio.gather(steps, beats, return_exceptions=True)
+            for link in list(self._links.values()):
+                link.close(Draining("the worker has stopped"))
+            await self._role.close()
+        for result in results:
+            if isinstance(result, Exception):
+                raise result
+
+    async def drain(self) -> None:
+        """Refuses new requests and returns when nothing is left and the gateways have read it, or flush_s has
+        passed. Cancelling it leaves the worker draining."""
+        self._draining = True
+        self._send_all(self._heartbeat())
+        await self._role.drain()
+        with suppress(TimeoutError):
+            async with asyncio.timeout(self._config.flush_s):
+                for link in list(self._links.values()):
+                    await link.wait_empty()
+
+    # gateways
+
+    def attach(self, hello: GatewayHello) -> GatewayLink:
+        """A gateway's new stream; it replaces an older one of the same gateway.
+
+        Raises:
+            Unauthenticated: the cluster token is wrong.
+            ConfigError: the gateway speaks another protocol version.
+            InvalidRequest: it does not say who it is.
+        """
+        if not hmac.compare_digest(hello.cluster_token.encode(), self._config.cluster_token.encode()):
+            raise Unauthenticated("the cluster token is missing or wrong; give every process the same one")
+        if hello.protocol_version != PROTOCOL_VERSION:
+            raise ConfigError(
+                f"the gateway speaks protocol {hello.protocol_version}, this worker {PROTOCOL_VERSION}; "
+                "run one version of diphase"
+            )
+        if not hello.gateway_id:
+            raise InvalidRequest("the hello has no gateway_id")
+        if old := self._links.get(hello.gateway_id):
+            old.close(Cancelled("the gateway opened a newer stream"))
+        link = GatewayLink(
+            hello.gateway_id,
+            max_queued=self._config.max_queued_messages,
+            on_message=self._receive,
+            on_close=self._detached,
+        )
+        self._links[hello.gateway_id] = link
+        self._gone_since.pop(hello.gateway_id, None)
+        link.send(WorkerMessage(hello=self.hello))
+        link.send(WorkerMessage(heartbeat=self._heartbeat()))
+        logger.info("gateway_attached gateway_id=%s", hello.gateway_id)
+        return link
+
+    def _detached(self, link: GatewayLink) -> None:
+        if self._links.get(link.gateway_id) is link:
+            del self._links[link.gateway_id]
+            self._gone_since[link.gateway_id] = self._clock.now()
+            logger.info("gateway_detached gateway_id=%s reason=%s", link.gateway_id, link.error or "closed")
+
+    def _receive(self, link: GatewayLink, message: GatewayMessage) -> None:
+        try:
+            match message.WhichOneof("kind"):
+                case "submit":
+                    self._submit(link, message.submit)
+                case "cancel":
+                    self._cancel(message.cancel)
+                case "resume":
+                    self._resume(link, message.resume.request_id)
+                case "acknowledge":
+                    self._retention.acknowledge(message.acknowledge.request_id, message.acknowledge.attempt)
+                case "ping":
+                    link.send(WorkerMessage(pong=Pong(sent_at=message.ping.sent_at, at=self._clock.now())))
+                case "prefix_snapshot":
+                    self._send_snapshot(link)
+                case unknown:
+                    logger.warning("message_ignored gateway_id=%s kind=%s", link.gateway_id, unknown)
+        except (
+            Exception
+        ) as exc:  # the top of a gateway's message: it must not take the others' requests along
+            logger.exception("message_failed gateway_id=%s", link.gateway_id)
+            if message.HasField("submit"):
+                self._refuse(link, message.submit, InternalError(f"{type(exc).__name__}: {exc}"))
+
+    # requests
+
+    def _submit(self, link: GatewayLink, submit: Submit) -> None:
+        now = self._clock.now()
+        known = self._retention.get(submit.request_id)
+        if known is not None and known.submit.attempt >= submit.attempt:
+            return  # sent again, or overtaken
+        if known is not None:
+            self._supersede(known)
+        submit.gateway_id = link.gateway_id
+        try:
+            if self._draining:
+                raise Draining("this worker takes no new work")
+            self._role.submit(submit, now)
+        except DiphaseError as error:
+            self._refuse(link, submit, error)
+            return
+        self._retention.open(submit, link.gateway_id, now)
+        self._work.set()
+
+    def _refuse(self, link: GatewayLink, submit: Submit, error: DiphaseError) -> None:
+        self.metrics.refused(error.code)
+        logger.info("submit_refused request_id=%s error=%s", submit.request_id, error.message)
+        output = failed_output(key_of(submit), len(submit.emitted_token_ids), error)
+        link.send(WorkerMessage(step=StepOutput(outputs=[output])))
+
+    def _supersede(self, known: Retained) -> None:
+        """An older attempt ends without a word: its gateway has moved on."""
+        self._role.cancel(known.key.request_id, known.key.attempt)
+        self._retention.retire(known.key)
+
+    def _cancel(self, cancel: Cancel) -> None:
+        self._role.cancel(cancel.request_id, cancel.attempt)
+        known = self._retention.get(cancel.request_id)
+        if known is not None and known.terminal is None and known.submit.attempt <= cancel.attempt:
+            self.emit([cancelled_output(known.key, len(known.token_ids))])
+        self._work.set()
+
+    def _resume(self, link: GatewayLink, request_id: str) -> None:
+        now = self._clock.now()
+        known = self._retention.get(request_id)
+        if known is None:
+            # Its hand-off may be on the way: what comes of it should go to the new gateway.
+            self._retention.redirect(request_id, link.gateway_id, now)
+            link.send(WorkerMessage(resumed=Resumed(request_id=request_id, known=False)))
+            return
+        old = self._links.get(known.gateway_id)
+        if old is not None and old is not link:
+            old.send(WorkerMessage(moved=Moved(request_id=request_id, attempt=known.submit.attempt)))
+        known.gateway_id = link.gateway_id
+        self._role.resume(request_id, link.gateway_id)
+        link.send(WorkerMessage(resumed=known.to_resumed(now)))
+
+    # what a role may ask of its host (role.Shell)
+
+    def wake(self) -> None:
+        self._work.set()
+
+    def adopt(
+        self, submit: Submit, token_ids: Sequence[int] = (), logprobs: Sequence[TokenLogprobs] = ()
+    ) -> bool:
+        known = self._retention.get(submit.request_id)
+        if known is not None and known.submit.attempt > submit.attempt:
+            return False
+        if known is not None:
+            self._supersede(known)
+        now = self._clock.now()
+        gateway_id = self._retention.redirected(submit.request_id) or submit.gateway_id
+        retained = self._retention.open(submit, gateway_id, now)
+        retained.token_ids += token_ids
+        retained.logprobs += logprobs
+        if gateway_id not in self._links:
+            self._gone_since.setdefault(gateway_id, now)
+        return True
+
+    def emit(self, outputs: Sequence[SequenceOutput]) -> None:
+        for gateway_id, group in self._by_gateway(outputs).items():
+            if link := self._links.get(gateway_id):
+                link.send(WorkerMessage(step=StepOutput(outputs=group)))
+
+    def retire(self, key: HandoffKey) -> None:
+        self._retention.retire(key)
+
+    def handed_off(self, seconds: float, tail_s: float, num_bytes: int, num_segments: int) -> None:
+        self.metrics.handed_off(seconds, tail_s, num_bytes, num_segments)
+
+    # steps
+
+    async def _run_steps(self) -> None:
+        failures = 0
+        while True:
+            self._work.clear()
+            plan = self._role.plan(self._clock.now())
+            if plan is None:
+                self._send_prefix_delta()
+                await self._work.wait()
+                continue
+            failures = 0 if await self._step(plan) else failures + 1
+            if failures >= FAILED_STEPS_TO_EXIT:
+                raise InternalError(f"the engine failed in {failures} steps in a row")
+
+    async def _step(self, plan: StepPlan) -> bool:
+        """Runs one step and sends what it gave; False when the engine raised."""
+        hook = self._role.layer_hook(plan)
+        sample = describe(plan)
+        plan.predicted_s = self._step_predicted_s = self._predictor.predict(sample)
+        started = self._step_started_at = self._clock.now()
+        try:
+            result = await self._execute(plan, hook)
+        except Exception as exc:  # the top of a step: its requests fail, the worker lives
+            logger.exception("step_failed sequences=%d", len(plan.chunks))
+            self.metrics.step_failed()
+            self.emit(self._role.fail(plan, InternalError(f"the engine failed: {type(exc).__name__}: {exc}")))
+            return False
+        finally:
+            self._step_started_at = None
+        sample.ended_at = self._clock.now()
+        sample.duration_s = sample.ended_at - started
+        self._predictor.observe(sample)
+        self.metrics.step(sample)
+        self._send_step(self._role.complete(plan, result, sample.ended_at), sample)
+        return True
+
+    def _send_step(self, outputs: Sequence[SequenceOutput], sample: StepSample) -> None:
+        """One message a gateway: its own tokens, and what every gateway's latency model needs."""
+        groups, load = self._by_gateway(outputs), self._load()
+        for gateway_id, link in list(self._links.items()):
+            step = StepOutput(outputs=groups.get(gateway_id, ()), sample=sample, load=load)
+            link.send(WorkerMessage(step=step))
+        self._send_prefix_delta()
+
+    def _by_gateway(self, outputs: Iterable[SequenceOutput]) -> dict[str, list[SequenceOutput]]:
+        """Remembers outputs and groups them by who gets them."""
+        now = self._clock.now()
+        groups: dict[str, list[SequenceOutput]] = {}
+        for output in outputs:
+            retained = self._retention.record(output, now)
+            if retained is None:
+                self.metrics.stale_output()
+                continue
+            groups.setdefault(retained.gateway_id, []).append(output)
+        for group in groups.values():
+            self.metrics.outputs(group)
+        return groups
+
+    # heartbeats and prefix events
+
+    async def _run_heartbeats(self) -> None:
+        while True:
+            await asyncio.sleep(self._config.heartbeat_s)
+            self._heartbeats += 1
+            heartbeat = self._heartbeat()
+            self._send_all(heartbeat)
+            self.metrics.state(heartbeat.load, len(self._retention), len(self._links))
+            self._retention.expire(self._clock.now())
+            self._cancel_orphans()
+            # Blocks may have come out of quarantine or a lease without anyone saying so.
+            self._work.set()
+
+    def _heartbeat(self) -> Heartbeat:
+        now = self._clock.now()
+        started = self._step_started_at
+        return Heartbeat(
+            sequence=self._heartbeats,
+            at=now,
+            step_age_s=0.0 if started is None else now - started,
+            step_predicted_s=0.0 if started is None else self._step_predicted_s,
+            load=self._load(),
+        )
+
+    def _load(self) -> Load:
+        load = self._role.load()
+        load.draining = self._draining
+        return load
+
+    def _send_all(self, heartbeat: Heartbeat) -> None:
+        for link in list(self._links.values()):
+            link.send(WorkerMessage(heartbeat=heartbeat))
+
+    def _cancel_orphans(self) -> None:
+        before = self._clock.now() - self._config.orphan_s
+        lost = [gateway_id for gateway_id, since in self._gone_since.items() if since <= before]
+        for retained in self._retention.live_of(lost):
+            logger.info(
+                "orphan_cancelled request_id=%s gateway_id=%s", retained.key.request_id, retained.gateway_id
+            )
+            self._cancel(Cancel(request_id=retained.key.request_id, attempt=retained.key.attempt))
+        for gateway_id in lost:
+            del self._gone_since[gateway_id]
+
+    def _send_prefix_delta(self) -> None:
+        stored, evicted = self._role.prefix_events()
+        if stored or evicted:
+            self._prefix_sequence += 1
+            delta = PrefixDelta(sequence=self._prefix_sequence, stored=stored, evicted=evicted)
+            for link in list(self._links.values()):
+                link.send(WorkerMessage(prefix_delta=delta))
+
+    def _send_snapshot(self, link: GatewayLink) -> None:
+        self._send_prefix_delta()  # what the others lack of it
+        snapshot = PrefixSnapshot(sequence=self._prefix_sequence, hashes=self._role.prefix_snapshot())
+        link.send(WorkerMessage(prefix_snapshot=snapshot))
