@@ -25,7 +25,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from diphase.cluster.load.client import LoadClient, LoopTimer, RequestResult, fetch_model, open_channel
+from diphase.cluster.endpoint import open_channel
+from diphase.cluster.load.client import LoadClient, LoopTimer, RequestResult, fetch_model
 from diphase.cluster.load.comparison import (
     Regime,
     Run,

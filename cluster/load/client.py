@@ -20,8 +20,8 @@ import grpc.aio
 from ...proto import inference_pb2 as pb
 from ...proto.errors import ConfigError, DiphaseError, InternalError
 from ...proto.inference_pb2_grpc import InferenceStub
-from ...proto.rpc import INTERNAL_OPTIONS
 from ...proto.slo import Slo, tpot_ms
+from ..endpoint import credentials
 from .workload import PlannedRequest
 
 LEAD_S = 0.05
@@ -139,20 +139,15 @@ def _stage_times(stages: pb.Stages) -> dict[str, float]:
     }
 
 
-def open_channel(address: str) -> grpc.aio.Channel:
-    """A channel to a gateway with the options of every socket here; the caller closes it."""
-    return grpc.aio.insecure_channel(address, options=INTERNAL_OPTIONS)
-
-
-async def fetch_model(stub: InferenceStub, address: str) -> pb.GetModelResponse:
+async def fetch_model(stub: InferenceStub, address: str, token: str = "") -> pb.GetModelResponse:
     """What the cluster serves.
 
     Raises:
-        ConfigError: no gateway answers at `address`.
+        ConfigError: no gateway answers at `address`, or it wants another token.
     """
     try:
         response: pb.GetModelResponse = await stub.GetModel(
-            pb.GetModelRequest(), timeout=_CONNECT_S, wait_for_ready=True
+            pb.GetModelRequest(), timeout=_CONNECT_S, wait_for_ready=True, metadata=credentials(token)
         )
     except grpc.aio.AioRpcError as exc:
         raise ConfigError(
@@ -185,13 +180,16 @@ class LoadClient:
         slo: Slo,
         timeout_s: float,
         timer: Timer,
+        token: str = "",
         on_done: Callable[[RequestResult], None] | None = None,
     ) -> None:
-        """`timeout_s`: longest life of one request, from sending; `on_done` hears of each request's end."""
+        """`timeout_s`: longest life of one request, from sending; `token`: the cluster's, for gateways beyond
+        loopback; `on_done` hears of each request's end."""
         self._stub = stub
         self._slo = slo
         self._timeout_s = timeout_s
         self._timer = timer
+        self._metadata = credentials(token)
         self._on_done = on_done
 
     async def run_open_loop(self, plan: Sequence[PlannedRequest]) -> list[RequestResult]:
@@ -219,7 +217,7 @@ class LoadClient:
 
     async def _run_one(self, request: pb.GenerateRequest, result: RequestResult, start: float) -> None:
         result.sent_s = self._timer.now() - start
-        call = self._stub.Generate(request, timeout=self._timeout_s)
+        call = self._stub.Generate(request, timeout=self._timeout_s, metadata=self._metadata)
         try:
             async for response in call:
                 result.take(response, self._timer.now() - start)

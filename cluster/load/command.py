@@ -16,10 +16,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ...proto import inference_pb2 as pb
-from ...proto.errors import ConfigError, DiphaseError
+from ...proto.errors import ConfigError
 from ...proto.inference_pb2_grpc import InferenceStub
 from ...proto.slo import Slo, slo_from_proto
-from .client import LoadClient, LoopTimer, RequestResult, Timer, fetch_model, open_channel
+from ...router.config import GatewayConfig
+from ..endpoint import open_channel
+from .client import LoadClient, LoopTimer, RequestResult, Timer, fetch_model
 from .plot import attainment_plot
 from .report import (
     LoadReport,
@@ -34,7 +36,6 @@ from .search import TARGET, RateSearch, goodput
 from .traces import TRACES, TraceRecord, data_folder, load_trace
 from .workload import Arrivals, ModelShape, WorkloadConfig, plan_load
 
-DEFAULT_ADDRESS = "127.0.0.1:50051"
 FIXED = "fixed"
 WARM_UP_SALT = 2**31
 """Salt of warm-up prompts; runs count from 0."""
@@ -44,8 +45,10 @@ WARM_UP_SALT = 2**31
 class BenchConfig:
     """What one `diphase bench` does."""
 
-    address: str = DEFAULT_ADDRESS
+    address: str
     """host:port of a gateway."""
+    token: str = ""
+    """The cluster's; gateways beyond loopback ask for it."""
     trace: str = FIXED
     """A name of traces.TRACES, or "fixed" for equal lengths."""
     data: str | None = None
@@ -86,7 +89,7 @@ class BenchConfig:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `diphase bench` on a (sub)parser."""
     where = parser.add_argument_group("where")
-    where.add_argument("--address", default=DEFAULT_ADDRESS, help="gateway, host:port (%(default)s)")
+    where.add_argument("--address", metavar="HOST:PORT", help="of a gateway (default: as configured)")
     where.add_argument(
         "--output", default="diphase-bench", metavar="PATH", help="write PATH.json and PATH.png"
     )
@@ -116,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     judging.add_argument("--timeout-s", type=float, default=600.0, help="give a request up (%(default)s)")
 
 
-def config_from(args: argparse.Namespace) -> BenchConfig:
+def config_from(args: argparse.Namespace, address: str, token: str = "") -> BenchConfig:
     """The checked configuration.
 
     Raises:
@@ -128,7 +131,8 @@ def config_from(args: argparse.Namespace) -> BenchConfig:
         raise ConfigError(f"--rate {args.rate!r} is no number or list of numbers such as 0.5,1,2") from None
     fixed = args.trace == FIXED and args.mean_input is None and args.mean_output is None
     return BenchConfig(
-        address=args.address,
+        address=address,
+        token=token,
         trace=args.trace,
         data=args.data,
         rates=rates,
@@ -151,16 +155,19 @@ def config_from(args: argparse.Namespace) -> BenchConfig:
     )
 
 
-def run(args: argparse.Namespace) -> int:
-    """Runs the command; 0 when every run had a request that finished, 1 when one had none, 2 for wrong
-    options."""
+def run(args: argparse.Namespace, address: str = "", token: str = "") -> int:
+    """Runs the command against the gateway at --address, else at `address`, else where a gateway listens by
+    default; the exit status, 1 when a run had no request that finished.
+
+    Raises:
+        ConfigError: an option is wrong, no gateway answers, or a trace is missing.
+    """
+    default = GatewayConfig()
+    address = args.address or address or f"{default.host}:{default.port}"
     try:
-        return asyncio.run(bench(config_from(args), Console()))
-    except DiphaseError as exc:
-        Console(stderr=True).print(
-            f"diphase bench: {exc.message}", style="red", markup=False, highlight=False
-        )
-        return 2
+        return asyncio.run(bench(config_from(args, address, token), Console()))
+    except KeyboardInterrupt:
+        return 130
 
 
 async def bench(config: BenchConfig, console: Console, timer: Timer | None = None) -> int:
@@ -172,7 +179,7 @@ async def bench(config: BenchConfig, console: Console, timer: Timer | None = Non
     records = [] if config.trace == FIXED else load_trace(config.trace, data_folder(config.data, os.environ))
     async with open_channel(config.address) as channel:
         stub = InferenceStub(channel)
-        model = await fetch_model(stub, config.address)
+        model = await fetch_model(stub, config.address, config.token)
         runner = _Runner(config, console, stub=stub, model=model, records=records, timer=timer or LoopTimer())
         await runner.warm_up()
         reports = await (runner.search() if config.search else runner.sweep())
@@ -254,7 +261,12 @@ class _Runner:
 
     def _client(self, on_done: Callable[[RequestResult], None] | None) -> LoadClient:
         return LoadClient(
-            self._stub, slo=self.slo, timeout_s=self._config.timeout_s, timer=self._timer, on_done=on_done
+            self._stub,
+            slo=self.slo,
+            timeout_s=self._config.timeout_s,
+            timer=self._timer,
+            token=self._config.token,
+            on_done=on_done,
         )
 
 

@@ -16,7 +16,7 @@ import grpc.aio
 from ...proto import inference_pb2 as pb
 from ...proto.errors import InternalError
 from ...proto.inference_pb2_grpc import InferenceStub
-from .client import open_channel
+from ..endpoint import open_channel
 
 START_S = 180.0
 STOP_S = 60.0

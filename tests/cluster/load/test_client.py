@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import grpc
 import grpc.aio
 import pytest
+from diphase.cluster.endpoint import open_channel
 from diphase.cluster.load.client import (
     LEAD_S,
     LoadClient,
@@ -16,7 +17,6 @@ from diphase.cluster.load.client import (
     RequestResult,
     Timer,
     fetch_model,
-    open_channel,
 )
 from diphase.cluster.load.workload import PlannedRequest
 from diphase.proto import inference_pb2 as pb
@@ -124,6 +124,20 @@ async def test_what_is_sent_is_what_was_planned(
     assert ids.sampling.temperature == 0.0
     assert (ids.slo.ttft_ms, ids.slo.tpot_ms) == (1500.0, 250.0)
     assert text.prompt == "two words"
+
+
+async def test_the_clusters_token_is_shown(gateway: ScriptedGateway, channel: grpc.aio.Channel) -> None:
+    shown: list[object] = []
+
+    async def look(request: pb.GenerateRequest, context: Context) -> AsyncIterator[pb.GenerateResponse]:
+        shown.append(dict(context.invocation_metadata() or ()).get("authorization"))
+        yield pb.GenerateResponse(index=0, token_ids=[7] * 4)
+        yield last_message(request, 4)
+
+    gateway.script = look
+    client = LoadClient(InferenceStub(channel), slo=Slo(), timeout_s=60, timer=StepClock(), token="secret")
+    await client.run_open_loop(planned([0.0]))
+    assert shown == ["Bearer secret"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from diphase.cluster.load.client import fetch_model, open_channel
+from diphase.cluster.endpoint import open_channel
+from diphase.cluster.load.client import fetch_model
 from diphase.cluster.load.served import serving
 from diphase.proto.errors import InternalError
 from diphase.proto.inference_pb2_grpc import InferenceStub
