@@ -147,8 +147,11 @@ class Comparison:
                 highest=start * 16,
                 tolerance=self.options.tolerance,
             )
-            while (rate := search.next_rate(curves(self.runs, name, REGIMES))) is not None:
-                if time.monotonic() + MARGIN * self.options.requests / rate > until:
+            while True:
+                # What a run takes is, but for its queue's end, the time of its arrivals.
+                floor = MARGIN * self.options.requests / max(until - time.monotonic(), 1e-3)
+                rate = search.next_rate(curves(self.runs, name, REGIMES), floor)
+                if rate is None:
                     break
                 results = await self._client(stub).run_open_loop(self._plan(shape, rate, round_index))
                 run = judge_run(
@@ -240,7 +243,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=38.0, help="time for all rounds (%(default)s)")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each arrangement (%(default)s)")
     parser.add_argument("--requests", type=int, default=120, help="requests a point (%(default)s)")
-    parser.add_argument("--lone", type=int, default=30, help="requests of the unloaded latency (%(default)s)")
+    parser.add_argument("--lone", type=int, default=20, help="requests of the unloaded latency (%(default)s)")
     parser.add_argument("--tolerance", type=float, default=0.1, help="narrowest bracket (%(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of lengths and arrivals (%(default)s)")
     parser.add_argument("--model", default="smollm2", help="default: %(default)s")

@@ -113,7 +113,7 @@ def summarise(results: Sequence[RequestResult], slo: Slo, rate: float | None = N
     per_s = 1.0 / duration if duration > 0.0 else 0.0
     verdicts = Counter(str(judge(r, slo)) for r in results)
     met = verdicts[Verdict.MET]
-    names = sorted({name for r in finished for name in r.stages})
+    names = list(dict.fromkeys(name for r in finished for name in r.stages))
     return LoadReport(
         rate=offered_rate(results) if rate is None else rate,
         num_requests=len(results),

@@ -148,25 +148,29 @@ class RateSearch:
                 "a rate search needs a factor above 1, a tolerance above 0 and a target in (0, 1]"
             )
 
-    def next_rate(self, curves: Mapping[str, Sequence[Point]]) -> float | None:
+    def next_rate(self, curves: Mapping[str, Sequence[Point]], floor: float = 0.0) -> float | None:
         """The next rate to run, given what was measured; None when every bracket is narrow enough or at a
-        limit."""
+        limit.
+
+        `floor`: nothing below it is proposed, because a run at a low rate would take more time than is left.
+        """
+        lowest = max(self.lowest, floor)
         brackets = [self._bracket(points) for points in curves.values() if points]
         if not brackets:
-            return self.start
+            return self.start if self.start >= lowest else None
         tried = [point.rate for points in curves.values() for point in points]
         top, bottom = max(tried), min(tried)
         # High rates first: they cost the least time.
-        if any(high == math.inf for _, high in brackets) and top < self.highest:
+        if any(high == math.inf for _, high in brackets) and lowest <= top < self.highest:
             return min(top * self.factor, self.highest)
-        if any(low == 0.0 for low, _ in brackets) and bottom > self.lowest:
-            return max(bottom / self.factor, self.lowest)
-        widest = max(
-            ((high / low, low, high) for low, high in brackets if low > 0.0 and high < math.inf),
-            default=(1.0, 0.0, 0.0),
-        )
-        ratio, low, high = widest
-        return math.sqrt(low * high) if ratio > 1.0 + self.tolerance else None
+        if any(low == 0.0 for low, _ in brackets) and lowest * (1.0 + self.tolerance) <= bottom:
+            return max(bottom / self.factor, lowest)
+        wide = [
+            (high / low, math.sqrt(low * high))
+            for low, high in brackets
+            if low > 0.0 and low * (1.0 + self.tolerance) < high < math.inf
+        ]
+        return max(((ratio, rate) for ratio, rate in wide if rate >= lowest), default=(0.0, None))[1]
 
     def _bracket(self, points: Sequence[Point]) -> tuple[float, float]:
         """(largest rate still at the target, smallest below it) on the non-increasing curve; 0, infinite if

@@ -81,6 +81,19 @@ def test_a_search_stays_within_its_limits() -> None:
     assert min(p.rate for p in never) == 0.5
 
 
+def test_what_takes_too_long_gives_way_to_what_fits() -> None:
+    search = RateSearch(start=2.0, factor=2.0)
+    points = {
+        "open": [Point(rate=2.0, met=0, total=100), Point(rate=4.0, met=0, total=100)],
+        "wide": [Point(rate=2.0, met=100, total=100), Point(rate=4.0, met=0, total=100)],
+    }
+    assert search.next_rate(points) == 1.0
+    assert search.next_rate(points, floor=1.5) == 1.5
+    assert search.next_rate(points, floor=1.9) == pytest.approx(math.sqrt(8.0))
+    assert search.next_rate(points, floor=3.0) is None
+    assert search.next_rate({}, floor=3.0) is None
+
+
 def test_goodput_interpolates_between_rates() -> None:
     points = [Point(rate=1.0, met=100, total=100), Point(rate=2.0, met=80, total=100)]
     assert goodput(points).rate == pytest.approx(1.5)
