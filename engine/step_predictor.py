@@ -7,6 +7,7 @@ says of a step. It judges only this worker's liveness; placement uses the router
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..proto.worker_pb2 import StepSample
 from .base import StepPlan
@@ -54,6 +55,6 @@ class StepPredictor:
         self._covariance = np.clip((self._covariance + self._covariance.T) / 2, -1e6, 1e6)
 
     @staticmethod
-    def _features(sample: StepSample) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+    def _features(sample: StepSample) -> NDArray[np.float64]:
         raw = (1, sample.prefill_tokens, sample.prefill_context, sample.decode_batch, sample.decode_context)
-        return np.array(raw, np.float64) * _SCALES
+        return np.multiply(raw, _SCALES)

@@ -7,14 +7,14 @@ has been verified by the decode worker, or when it fails here, and then with one
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..engine.base import LayerHook, ModelLimits, StepPlan, StepResult
 from ..engine.block_manager import BlockManager
 from ..engine.requests import Outcome, failed_output, logprobs_message, sequence_from_submit, token_output
 from ..engine.role import Servicer, Shell
-from ..engine.sequence import Sequence
+from ..engine.sequence import Sequence as TokenSequence
 from ..kv_transfer.sender import HandoffSender, SenderEvent, SendFailed
 from ..proto.errors import Cancelled, DiphaseError, InvalidRequest, TransferError
 from ..proto.ids import HandoffKey
@@ -26,7 +26,7 @@ from .scheduler import PrefillScheduler
 @dataclass(slots=True, kw_only=True)
 class _Job:
     submit: Submit
-    sequence: Sequence
+    sequence: TokenSequence
     scheduled_at: float | None = None
     sends: bool = False
     """Its hand-off has begun."""
@@ -181,7 +181,7 @@ class PrefillRole:
         return self._sender.layers_per_push(key) if job is not None and job.sends else self._num_layers
 
     def _push(
-        self, key: HandoffKey, block_ids: list[int], num_tokens: int, first_layer: int, num_layers: int
+        self, key: HandoffKey, block_ids: Sequence[int], num_tokens: int, first_layer: int, num_layers: int
     ) -> None:
         self._sender.computed(key, block_ids, num_tokens, first_layer, num_layers)
 
