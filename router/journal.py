@@ -49,6 +49,11 @@ class JournalUnavailable(Exception):
 
 
 class Journal(Protocol):
+    """What a gateway needs of a journal."""
+
+    dropped: int
+    """Records given up because too many waited."""
+
     def record(self, request_id: str, record: JournalRecord) -> None:
         """Notes the latest; never blocks and never fails."""
         ...
@@ -59,6 +64,14 @@ class Journal(Protocol):
         Raises:
             JournalUnavailable: Redis does not answer.
         """
+        ...
+
+    async def run(self) -> None:
+        """Writes in the background until cancelled."""
+        ...
+
+    async def flush(self) -> None:
+        """Writes what waits, once; for the end of the process."""
         ...
 
 
@@ -77,7 +90,6 @@ class RedisJournal:
         self._has_pending = asyncio.Event()
         self._reachable = True
         self.dropped = 0
-        """Records given up because too many waited."""
 
     @property
     def reachable(self) -> bool:
@@ -103,7 +115,6 @@ class RedisJournal:
         return None if text is None else JournalRecord(*json.loads(text))
 
     async def run(self) -> None:
-        """Writes until cancelled."""
         while True:
             await self._has_pending.wait()
             await asyncio.sleep(self._flush_s)
@@ -113,7 +124,6 @@ class RedisJournal:
             self._has_pending.clear()
 
     async def flush(self) -> None:
-        """Writes what waits, once; for the end of the process."""
         while self._pending and await self._write():
             pass
 

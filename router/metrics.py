@@ -51,7 +51,7 @@ class GatewayMetrics:
         self._prompt, self._cached = tokens.labels("prompt"), tokens.labels("cached")
         self._completion = tokens.labels("completion")
         self._retries = self._counter("retries", "Attempts after the first, by error code", "code")
-        self._stale = self._counter("stale_outputs", "Outputs of attempts that were over").labels()
+        self._stale = self._counter("stale_outputs", "Outputs of attempts that were over")
         self.requests_by_slo = dict.fromkeys((verdict.value for verdict in Verdict), 0)
 
     def gauge(self, name: str, documentation: str, read: Callable[[], float]) -> None:

@@ -104,21 +104,17 @@ class PlacementPolicy:
     def place(
         self, demand: Demand, workers: Sequence[WorkerHandle], avoid: Collection[str] = ()
     ) -> Placement | None:
-        """The best placement on the ready `workers`; those named in `avoid` only where there is no other.
-        None: nothing is possible now."""
-        if avoid:
-            preferred = self.place(demand, [worker for worker in workers if worker.worker_id not in avoid])
-            if preferred is not None:
-                return preferred
+        """The best placement on the ready `workers`; those named in `avoid` only where their role has no
+        other. None: nothing is possible now."""
         output = max(1.0, min(float(demand.max_new_tokens), self._output_tokens))
-        prefills = [worker for worker in workers if worker.role == "prefill"]
-        decodes = [worker for worker in workers if worker.role != "prefill"]
+        prefills = _prefer([worker for worker in workers if worker.role == "prefill"], avoid)
+        decodes = _prefer([worker for worker in workers if worker.role != "prefill"], avoid)
         best: Placement | None = None
         for worker in decodes:
             if self._may_compute(worker, demand, prefills):
                 best = _better(best, self._local(worker, demand, output))
         if prefills:
-            for layout in {_layout(worker): None for worker in decodes}:
+            for layout in {worker.layout_hash: None for worker in decodes}:
                 best = _better(best, self._pair(layout, prefills, decodes, demand, output))
         return best
 
@@ -131,9 +127,10 @@ class PlacementPolicy:
 
     def _uncached(self, worker: WorkerHandle, demand: Demand) -> int:
         """Tokens to compute there; the last one always is, for its logits."""
-        hashes = demand.block_hashes(worker)
-        cached = self._prefixes.cached_blocks(worker.worker_id, hashes) * worker.block_size if hashes else 0
-        return demand.num_tokens - min(cached, demand.num_tokens - 1)
+        if not self._prefixes.num_blocks(worker.worker_id):
+            return demand.num_tokens
+        cached = self._prefixes.cached_blocks(worker.worker_id, demand.block_hashes(worker))
+        return demand.num_tokens - min(cached * worker.block_size, demand.num_tokens - 1)
 
     def _pair(
         self,
@@ -143,13 +140,13 @@ class PlacementPolicy:
         demand: Demand,
         output: float,
     ) -> Placement | None:
-        sides = [self._prefill_side(worker, demand) for worker in prefills if _layout(worker) == layout]
+        sides = [self._prefill_side(worker, demand) for worker in prefills if worker.layout_hash == layout]
         if not sides:
             return None
         prefill = min(sides, key=lambda side: side.ttft_s)
         tpot_slo_s = demand.slo.tpot_ms / 1000.0
         decode = max(
-            (self._decode_side(worker, demand, output) for worker in decodes if _layout(worker) == layout),
+            (self._decode_side(worker, demand, output) for worker in decodes if worker.layout_hash == layout),
             key=lambda side: min(1.0 - side.step_s / tpot_slo_s, side.memory),
         )
         tpot_s = decode.step_s + self._handoff_s / output
@@ -212,15 +209,16 @@ class PlacementPolicy:
         )
 
 
+def _prefer(workers: list[WorkerHandle], avoid: Collection[str]) -> list[WorkerHandle]:
+    """Those that are not to be avoided, or all where that leaves none."""
+    return [worker for worker in workers if worker.worker_id not in avoid] or workers
+
+
 def _better(best: Placement | None, other: Placement | None) -> Placement | None:
     """The one with more slack; the earlier one where they are equal."""
     if best is None or (other is not None and other.slacks > best.slacks):
         return other
     return best
-
-
-def _layout(worker: WorkerHandle) -> str:
-    return worker.hello.layout_hash if worker.hello is not None else ""
 
 
 def _chunk(worker: WorkerHandle) -> int:
@@ -237,8 +235,8 @@ def _batch(worker: WorkerHandle) -> tuple[int, float]:
 def _queue_and_prompt_s(
     worker: WorkerHandle, demand: Demand, uncached: int, chunk: int, beside: StepShape
 ) -> float:
-    """Seconds until the worker has computed what waits there and then this prompt, decoding what `beside` says
-    in each step."""
+    """Seconds until the worker has computed what waits there and then this prompt; each step also decodes
+    what `beside` says."""
     waiting = worker.waiting_tokens
     queued_context = waiting * waiting / (2.0 * max(1, worker.waiting_requests))  # prompts of equal length
     own_context = prompt_shape(uncached, demand.num_tokens - uncached).prefill_context

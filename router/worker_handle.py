@@ -182,6 +182,11 @@ class WorkerHandle:
         return self.load.running_context / self.load.running if self.load.running else 0.0
 
     @property
+    def layout_hash(self) -> str:
+        """Of its model and KV layout; workers pair only when equal."""
+        return self.hello.layout_hash if self.hello is not None else ""
+
+    @property
     def block_size(self) -> int:
         return self.hello.block_size if self.hello is not None and self.hello.block_size else 1
 

@@ -1,0 +1,217 @@
+"""Text in and out: a client's request becomes checked token ids, and token ids become text.
+
+Everything a client can get wrong is found here, before anything was spent on it. Workers see token ids only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from ..checkpoints.chat_template import ChatTemplate, load_chat_template
+from ..checkpoints.detokenizer import IncrementalDetokenizer
+from ..checkpoints.model_files import ModelFiles
+from ..checkpoints.tokenizer import Tokenizer, load_tokenizer
+from ..proto import inference_pb2 as pb
+from ..proto.clock import Clock, Rng
+from ..proto.errors import InvalidRequest, NotFound, PromptTooLong
+from ..proto.ids import check_request_id, draw_id
+from ..proto.sampling import SamplingParams, sampling_from_proto, sampling_to_proto
+from ..proto.slo import Slo, slo_from_proto
+from .stop_strings import StopMatcher
+
+ENCODE_IN_THREAD_CHARS = 16_384
+"""Longer texts are tokenised beside the event loop: below, a thread costs more than it saves."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServedModel:
+    """What a gateway needs of the model that its cluster serves."""
+
+    name: str
+    context_length: int
+    """Tokens, prompt and completion together."""
+    vocab_size: int
+    tokenizer: Tokenizer
+    chat_template: ChatTemplate
+
+    @classmethod
+    def load(cls, files: ModelFiles) -> ServedModel:
+        """Raises:
+        CheckpointError: the tokenizer or the chat template cannot be read.
+        """
+        return cls(
+            name=files.name,
+            context_length=files.config.context_length,
+            vocab_size=files.config.vocab_size,
+            tokenizer=load_tokenizer(files),
+            chat_template=load_chat_template(files),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedRequest:
+    """A request that is in order."""
+
+    request_id: str
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    sampling: pb.Sampling
+    """`params` on the wire: complete."""
+    slo: Slo
+    received_at: float
+    """Gateway clock, seconds."""
+    tokenised_at: float
+
+
+class TextProcessor:
+    """Checks and tokenises requests for one model."""
+
+    def __init__(self, model: ServedModel, default_slo: Slo, clock: Clock, rng: Rng) -> None:
+        self.model = model
+        self.default_slo = default_slo
+        self._clock = clock
+        self._rng = rng
+        self._longest_token = max((len(piece) for piece in model.tokenizer.pieces), default=1)
+
+    async def prepare(self, message: pb.GenerateRequest, received_at: float) -> PreparedRequest:
+        """Raises:
+        InvalidRequest: something about the request can never work; the message says what to change.
+        NotFound: it names another model.
+        """
+        request_id = check_request_id(message.request_id) if message.request_id else draw_id(self._rng)
+        if message.model and message.model != self.model.name:
+            raise NotFound(
+                f"this cluster serves model {self.model.name!r}, not {message.model[:200]!r}; "
+                "leave the model empty or name that one"
+            )
+        params = sampling_from_proto(message.sampling)
+        slo = slo_from_proto(message.slo, self.default_slo)
+        self._check_ids("sampling.stop_token_ids", params.stop_token_ids)
+        token_ids = await self._token_ids(message)
+        params = self._fit(params, len(token_ids), message.sampling)
+        return PreparedRequest(
+            request_id=request_id,
+            prompt_token_ids=token_ids,
+            params=params,
+            sampling=sampling_to_proto(params),
+            slo=slo,
+            received_at=received_at,
+            tokenised_at=self._clock.now(),
+        )
+
+    def check_resume(self, message: pb.GenerateRequest) -> str:
+        """The request_id to re-attach to.
+
+        Raises:
+            InvalidRequest: it is missing, or something else is given with it.
+        """
+        if not message.request_id:
+            raise InvalidRequest("resume_from needs the request_id of the request to re-attach to")
+        if message.WhichOneof("input") or message.HasField("sampling") or message.HasField("slo"):
+            raise InvalidRequest(
+                "resume_from re-attaches to a running request; send no input, sampling or slo"
+            )
+        return check_request_id(message.request_id)
+
+    def stream(self, params: SamplingParams) -> TextStream:
+        """The text of one completion, from its first token."""
+        return TextStream(IncrementalDetokenizer(self.model.tokenizer), params)
+
+    async def _token_ids(self, message: pb.GenerateRequest) -> list[int]:
+        match message.WhichOneof("input"):
+            case "prompt":
+                token_ids = await self._encode(message.prompt, add_special=True)
+            case "chat":
+                token_ids = await self._encode(self._render(message.chat), add_special=False)
+            case "token_ids":
+                token_ids = list(message.token_ids.ids)
+                self._check_ids("token_ids", token_ids)
+            case _:
+                raise InvalidRequest("the request has no input; set prompt, chat or token_ids")
+        if not token_ids:
+            raise InvalidRequest("the prompt is empty; send at least one token of input")
+        return token_ids
+
+    def _render(self, chat: pb.Chat) -> str:
+        if not chat.messages:
+            raise InvalidRequest("the chat has no messages; send at least one")
+        return self.model.chat_template.render(
+            [{"role": message.role, "content": message.content} for message in chat.messages]
+        )
+
+    async def _encode(self, text: str, add_special: bool) -> list[int]:
+        if not text:
+            raise InvalidRequest("the prompt is empty; send at least one character")
+        if len(text) < ENCODE_IN_THREAD_CHARS:
+            return self.model.tokenizer.encode(text, add_special)
+        # No token is longer than the longest: this many bytes cannot fit, however they are cut.
+        fewest = len(text) // self._longest_token
+        if fewest >= self.model.context_length:
+            raise self._too_long(f"at least {fewest}")
+        return await asyncio.to_thread(self.model.tokenizer.encode, text, add_special)
+
+    def _fit(self, params: SamplingParams, num_prompt_tokens: int, given: pb.Sampling) -> SamplingParams:
+        """Parameters with the seed drawn and max_tokens cut to what the context leaves."""
+        room = self.model.context_length - num_prompt_tokens
+        if room < 1:
+            raise self._too_long(str(num_prompt_tokens))
+        if params.min_tokens > room:
+            raise PromptTooLong(
+                f"the prompt of {num_prompt_tokens} tokens leaves room for {room}; sampling.min_tokens is "
+                f"{params.min_tokens}; shorten the prompt or lower min_tokens"
+            )
+        seed = params.seed if given.HasField("seed") else self._rng.getrandbits(64)
+        return replace(params, max_tokens=min(params.max_tokens, room), seed=seed)
+
+    def _too_long(self, num_tokens: str) -> PromptTooLong:
+        context = self.model.context_length
+        return PromptTooLong(
+            f"the prompt has {num_tokens} tokens; the model's context is {context}, one of them for the "
+            f"completion: shorten the prompt to {context - 1} tokens"
+        )
+
+    def _check_ids(self, name: str, token_ids: Sequence[int]) -> None:
+        if token_ids and max(token_ids) >= self.model.vocab_size:
+            raise InvalidRequest(
+                f"{name} has id {max(token_ids)}; the model's vocabulary ends at {self.model.vocab_size - 1}"
+            )
+
+
+class TextStream:
+    """One completion's text. Its pieces do not depend on how the tokens were grouped."""
+
+    __slots__ = ("_count", "_detokenizer", "_matcher", "_min_tokens")
+
+    def __init__(self, detokenizer: IncrementalDetokenizer, params: SamplingParams) -> None:
+        self._detokenizer = detokenizer
+        self._matcher = StopMatcher(params.stop) if params.stop else None
+        self._min_tokens = params.min_tokens
+        self._count = 0
+
+    def push(self, token_ids: Sequence[int]) -> tuple[str, int, bool]:
+        """(text, how many of the tokens are part of the completion, whether a stop string was found). A stop
+        string counts only from token min_tokens on; the token that completes it is the last one."""
+        if self._matcher is None:
+            return self._detokenizer.push(token_ids), len(token_ids), False
+        text = ""
+        for used, token_id in enumerate(token_ids, start=1):
+            self._count += 1
+            piece = self._detokenizer.push((token_id,))
+            if self._count < self._min_tokens:
+                text += piece
+                continue
+            passed, stopped = self._matcher.feed(piece)
+            text += passed
+            if stopped:
+                return text, used, True
+        return text, len(token_ids), False
+
+    def finish(self) -> str:
+        """What was held back; no token follows."""
+        rest = self._detokenizer.flush()
+        if self._matcher is None:
+            return rest
+        passed, stopped = self._matcher.feed(rest)
+        return passed if stopped else passed + self._matcher.flush()
