@@ -22,7 +22,7 @@ from . import dummy
 from .directory import CHAT_TEMPLATE, TOKENIZER_CONFIG, optional_json, special_token
 from .gguf import GgufFile
 from .gguf_tokenizer import special_tokens
-from .model_files import ModelFiles, ModelKind
+from .model_files import ModelFiles, ModelKind, read_text
 
 _SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _TEMPLATE_ERRORS = (
@@ -108,7 +108,7 @@ def load_chat_template(files: ModelFiles, *, now: Now = datetime.now) -> ChatTem
         found = {name: special_token(config, name) for name in _SPECIAL_TOKENS}
         tokens = {name: token for name, token in found.items() if token is not None}
         path = files.path / CHAT_TEMPLATE
-        source = path.read_text(encoding="utf-8") if path.is_file() else _configured_template(config)
+        source = read_text(path) if path.is_file() else _configured_template(config)
     return ChatTemplate(source, tokens, model=files.name, now=now)
 
 

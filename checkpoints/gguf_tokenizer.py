@@ -6,6 +6,7 @@ The result is the tokenizer that the model's tokenizer.json describes: same ids 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
@@ -93,10 +94,7 @@ def _byte_level(gguf: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
                 f"{gguf.path} splits text as {kind!r}; only smollm, gpt-2 and {', '.join(_LLAMA3_KINDS)} are "
                 "supported; use the Hugging Face checkpoint"
             )
-    model = models.BPE(
-        vocab=_ids_of(tokens), merges=merges, fuse_unk=False, ignore_merges=kind in _LLAMA3_KINDS
-    )
-    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer = _bpe(gguf, tokens, merges, ignore_merges=kind in _LLAMA3_KINDS)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splitters)
     tokenizer.decoder = decoders.ByteLevel()
     return tokenizer
@@ -119,16 +117,9 @@ def _sentence_piece(gguf: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokeniz
     scores = gguf.metadata.get("tokenizer.ggml.scores")
     if not isinstance(scores, list) or len(scores) != len(tokens):
         raise CheckpointError(f"{gguf.path} lacks tokenizer.ggml.scores, one for each token")
-    ids = _ids_of(tokens)
+    merges = _merges_by_score(tokens, scores, _token_types(gguf, tokens))
     unknown = special_tokens(gguf).get("unk_token")
-    model = models.BPE(
-        vocab=ids,
-        merges=_merges_by_score(tokens, scores, _token_types(gguf, tokens)),
-        unk_token=unknown,
-        fuse_unk=True,
-        byte_fallback=True,
-    )
-    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer = _bpe(gguf, tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
     prefixed = bool(gguf.metadata.get("tokenizer.ggml.add_space_prefix", True))
     replace = normalizers.Replace(" ", _SPACE)
     tokenizer.normalizer = normalizers.Sequence(
@@ -172,8 +163,17 @@ def _token_types(gguf: GgufFile, tokens: Sequence[str]) -> Sequence[object]:
     return types
 
 
-def _ids_of(tokens: Sequence[str]) -> dict[str, int]:
-    return {token: i for i, token in enumerate(tokens)}
+def _bpe(
+    gguf: GgufFile, tokens: Sequence[str], merges: Sequence[tuple[str, str]], **options: Any
+) -> tokenizers.Tokenizer:
+    ids = {token: i for i, token in enumerate(tokens)}
+    if len(ids) < len(tokens):
+        twice = next(token for i, token in enumerate(tokens) if ids[token] != i)
+        raise CheckpointError(f"{gguf.path} has the token {twice!r} twice")
+    try:
+        return tokenizers.Tokenizer(models.BPE(vocab=ids, merges=list(merges), **options))
+    except Exception as error:  # the library raises Exception itself
+        raise CheckpointError(f"{gguf.path} has merges that cannot be used: {error}") from error
 
 
 def _strings(gguf: GgufFile, key: str) -> list[str]:

@@ -73,6 +73,18 @@ def fingerprint_of(config: ModelConfig, weights: Sequence[tuple[Path, int]]) -> 
     return digest.hexdigest()
 
 
+def read_text(path: Path) -> str:
+    """A file's text.
+
+    Raises:
+        CheckpointError: the file cannot be read or is not UTF-8.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read as text: {error}") from error
+
+
 def read_json_object(path: Path) -> Mapping[str, object]:
     """The JSON object in a file.
 
@@ -80,8 +92,8 @@ def read_json_object(path: Path) -> Mapping[str, object]:
         CheckpointError: the file cannot be read, is not JSON, or holds something else than an object.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        value = json.loads(read_text(path))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} must hold a JSON object, not a {type(value).__name__}")

@@ -271,7 +271,7 @@ def write_directory(
     if num_shards == 1:
         (path / "model.safetensors").write_bytes(serialised(weights, dtype))
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for i in range(num_shards):
             shard = f"model-{i + 1:05}-of-{num_shards:05}.safetensors"
             part = dict(list(weights.items())[i::num_shards])

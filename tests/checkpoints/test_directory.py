@@ -71,7 +71,7 @@ def test_a_senseless_index_is_an_error(make: Any, index: str, message: str) -> N
 def test_a_config_that_is_no_text_is_an_error(make: Any) -> None:
     path = make.directory()
     (path / "config.json").write_bytes(b"\xff\xfe{}")
-    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as JSON"):
+    with pytest.raises(CheckpointError, match=r"config\.json cannot be read as text"):
         resolve(str(path))
 
 

@@ -61,7 +61,7 @@ def by_definition(kind: str, block: bytes) -> list[float]:
     """One block, number by number, as ggml-quants.c dequantises it."""
     scale = float(np.frombuffer(block[:2], np.float16)[0])
     if kind == "Q8_0":
-        return [np.float32(scale * q) for q in np.frombuffer(block[2:], np.int8).tolist()]
+        return [float(np.float32(scale * q)) for q in np.frombuffer(block[2:], np.int8).tolist()]
     low = float(np.frombuffer(block[2:4], np.float16)[0]) if kind == "Q4_1" else 0.0
     quants = block[4:] if kind == "Q4_1" else block[2:]
     nibbles = [byte % 16 for byte in quants] + [byte // 16 for byte in quants]

@@ -25,7 +25,7 @@ def test_what_the_reference_library_wrote_is_read(make: Any, tmp_path: Path) -> 
 
 def test_what_is_written_the_reference_library_reads(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
-    arrays = {
+    arrays: dict[str, Any] = {
         "half": rng.standard_normal((5, 7)).astype(np.float16),
         "single": rng.standard_normal((3,)).astype(np.float32),
     }
