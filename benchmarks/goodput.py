@@ -203,7 +203,9 @@ class Comparison:
             else "nothing came back"
         )
         lateness = f", sent late p99 {late.p99:.1f} ms" if late else ""
-        self.console.print(f"  {report.rate:6.2f}/s  {shares}; {details}{lateness}", highlight=False)
+        self.console.print(
+            f"  {report.rate:6.2f}/s  {shares}; {details}{lateness}", highlight=False, soft_wrap=True
+        )
         for error, count in report.errors.items():
             self.console.print(f"  {count} × {error}", style="red", markup=False, highlight=False)
 
@@ -214,7 +216,7 @@ class Comparison:
         self.console.print(comparison_table(found, OURS, self.objectives))
         output = Path(self.options.output)
         content = {
-            "command": shlex.join(["python", "-P", *sys.argv]),
+            "command": shlex.join(["python", "-P", "benchmarks/goodput.py", *sys.argv[1:]]),
             **environment(),
             "arrangements": settings(self.options.cores),
             "further_settings": self.options.set,

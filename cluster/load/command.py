@@ -273,7 +273,7 @@ class _Runner:
 def _conclude(config: BenchConfig, console: Console, runner: _Runner, reports: list[LoadReport]) -> None:
     """The sweep's table, the goodput, the files."""
     content: dict[str, Any] = {
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["diphase", *sys.argv[1:]]),
         **environment(),
         "model": runner.model,
         "trace": config.trace,
