@@ -1,9 +1,11 @@
 """The transport contract. A transport knows regions, bytes and peers; never requests, models or roles.
 
 - Every transfer gets exactly one terminal event (Done or Failed), at the latest at its deadline.
-- Done: all bytes are visible at the destination. The tag is delivered there at most once, never before the bytes.
-- Failed: the destination's bytes are undefined; both ends keep the blocks quarantined until `fence(peer)` holds or
-  that incarnation is provably gone and cannot write late.
+- Done: all bytes are visible at the destination. The tag is delivered there at most once, never before the
+  bytes.
+- Failed: the destination's bytes are undefined; each end keeps its blocks out of use until its own
+  `fence(peer)` holds or PeerDown says that nothing of that peer can touch them any more.
+- Connections go one way: who writes dials. The other end must have admitted the writer's incarnation before.
 - Only `close` blocks. A hung peer is found by the deadline: deadlines are ours, not the library's.
 
 Every implementation is one file plus one line in registry.py and passes tests/conformance/test_transport.py.
@@ -11,7 +13,7 @@ Every implementation is one file plus one line in registry.py and passes tests/c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
@@ -19,13 +21,15 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from ..proto.clock import Clock
+
 Segments = NDArray[np.int64]
 """[n, 5]: local region, local offset, remote region, remote offset, length; bytes."""
 
 
 class CancelKind(StrEnum):
-    """How a cancelled transfer ends: `clean`, nothing can arrive late; `fence`, call fence() before reuse; `kill`,
-    only the end of the owning process or thread makes sure."""
+    """How a cancelled transfer ends: `clean`, nothing can arrive late; `fence`, call fence() before reuse;
+    `kill`, only the end of the owning process or thread makes sure."""
 
     CLEAN = "clean"
     FENCE = "fence"
@@ -73,13 +77,20 @@ class Notified:
 
 @dataclass(frozen=True, slots=True)
 class PeerDown:
+    """The connections with that incarnation are over and nothing that went over them can touch this process's
+    memory any more. Reported once for each connect or admit that was followed by a failure, an end or a
+    disconnect. A peer that is merely stopped is not down: it could write when it goes on."""
+
     peer: str
     message: str
 
 
 @dataclass(frozen=True, slots=True)
 class Fenced:
-    """fence(peer) holds: nothing that was cancelled or failed before it can still write or be written."""
+    """The answer to one fence(peer), in the order of the calls. With `ok`, no transfer of either direction
+    that had been cancelled or failed *at its writer* when the fence was asked for can touch this process's
+    memory any more. Each end fences for itself, the destination after the writer told it (control link) that
+    it has cancelled."""
 
     peer: str
     ok: bool
@@ -89,17 +100,30 @@ Event = Done | Failed | Notified | PeerDown | Fenced
 
 
 class Transport(Protocol):
-    """One a process. Peers are named by their incarnation. Methods are called from one thread (the event loop's);
-    `wake`, given to the constructor, is called from any thread whenever poll() has something."""
+    """One for each KV pool. Peers are named by their incarnation. Methods are called from one thread (the
+    event loop's); `wake`, given to the constructor, is called from any thread whenever poll() has
+    something."""
 
     capabilities: Capabilities
 
     def register(self, region: Region) -> int:
-        """Makes memory known, once; returns the region's id, 0 for the first."""
+        """Makes memory known, before the first connection; returns the region's id, 0 for the first.
+
+        Raises:
+            TransferError: it is not of a kind that this transport can move.
+        """
         ...
 
     def endpoint(self) -> bytes:
         """What a peer needs for connect(): version, transport, incarnation, addresses, regions."""
+        ...
+
+    def reaches(self, endpoint: bytes) -> str | None:
+        """None when a peer with this endpoint can be reached from here, else the reason in a sentence."""
+        ...
+
+    def admit(self, peer: str) -> None:
+        """Accepts connections of that incarnation from now on, until it is down or disconnected."""
         ...
 
     def connect(self, endpoint: bytes, deadline_s: float) -> str:
@@ -111,14 +135,14 @@ class Transport(Protocol):
         """
         ...
 
-    def write(
-        self, peer: str, segments: Segments, tag: bytes, deadline_s: float, after: Sequence[int] = ()
-    ) -> int:
-        """Copies local bytes into the peer's regions, then delivers `tag` there (b"" delivers none). Starts after
-        the transfers `after` are done. Returns the transfer's id; `deadline_s` is seconds from now.
+    def write(self, peer: str, segments: Segments, tag: bytes, deadline_s: float) -> int:
+        """Copies local bytes into the peer's regions, then delivers `tag` there (b"" delivers none). Writes
+        to one peer happen in the order of the calls. Returns the transfer's id; `deadline_s` is seconds from
+        now.
 
         Raises:
-            TransferError: the peer is unknown, or a segment lies outside a region.
+            TransferError: the peer is unknown, a segment lies outside a region, or too many transfers are
+            queued.
         """
         ...
 
@@ -139,7 +163,8 @@ class Transport(Protocol):
         ...
 
     def disconnect(self, peer: str) -> None:
-        """Fails what is in flight to that peer and forgets it."""
+        """Fails what is in flight to that peer and admits it no longer; PeerDown follows once nothing can
+        touch this process's memory any more."""
         ...
 
     def close(self) -> None:
@@ -147,5 +172,28 @@ class Transport(Protocol):
         ...
 
 
-TransportFactory = Callable[..., Transport]
-"""(incarnation: str, wake: Callable[[], None], clock: Clock, **options) -> Transport"""
+class LocalPeers(Protocol):
+    """The transports of one process that reach each other without leaving it (local.LocalHub)."""
+
+    def identity(self) -> bytes:
+        """Names this process and hub; equal exactly where a local transfer is possible."""
+        ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TransportContext:
+    """What every transport is made with."""
+
+    incarnation: str
+    wake: Callable[[], None]
+    """Called from any thread whenever poll() has something."""
+    clock: Clock
+    token: str = ""
+    """The cluster token; whoever connects must know it."""
+    host: str = "127.0.0.1"
+    """Address to listen on and to announce, where there is one."""
+    hub: LocalPeers | None = None
+    """Where transports of this process meet; None: no local transfers."""
+
+
+TransportFactory = Callable[[TransportContext], Transport]

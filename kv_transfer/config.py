@@ -16,14 +16,15 @@ class KvTransferConfig:
     transport: str = "auto"
     """Name of a transport in registry.py, or "auto": the best one that both ends have."""
     layerwise_tokens: int = 1024
-    """Prompts of at least this many tokens push each chunk of layers as soon as it is computed; shorter ones go
-    whole. 0 pushes every prompt layer by layer."""
+    """Prompts of at least this many tokens push each chunk of layers as soon as it is computed; shorter ones
+    go whole. 0 pushes every prompt layer by layer."""
     layers_per_push: int = 10
     """Layers that a layer-wise push gathers."""
     max_push_bytes: int = 32 * MIB
     """A push larger than this is split, so that progress shows on slow networks."""
     digest: bool = True
-    """Whether every pushed block carries an xxh3_64 digest that the decode side verifies before it may run."""
+    """Whether every pushed block carries an xxh3_64 digest that the decode side verifies before it may
+    run."""
     reserve_timeout_s: float = 5.0
     """How long the prefill side waits for any answer to its reservation, dialling included, seconds."""
     lease_s: float = 30.0
@@ -49,9 +50,12 @@ class KvTransferConfig:
             ("max_waiting", 0),
         ):
             if getattr(self, name) < least:
-                raise ConfigError(f"kv_transfer.{name} = {getattr(self, name)} is too small; use {least} or more")
+                raise ConfigError(
+                    f"kv_transfer.{name} = {getattr(self, name)} is too small; use {least} or more"
+                )
         for name in ("reserve_timeout_s", "lease_s", "progress_timeout_s", "tail_timeout_s"):
             if not 0.0 < getattr(self, name) <= 3600.0:
                 raise ConfigError(
-                    f"kv_transfer.{name} = {getattr(self, name)} is out of range; use more than 0 and at most 3600"
+                    f"kv_transfer.{name} = {getattr(self, name)} is out of range; "
+                    "use more than 0 and at most 3600"
                 )

@@ -1,4 +1,5 @@
-"""What the hand-off asks of whoever owns the KV blocks. The engine's block manager is one; tests have others."""
+"""What the hand-off asks of whoever owns the KV blocks. The engine's block manager is one; tests have
+others."""
 
 from __future__ import annotations
 
@@ -7,7 +8,8 @@ from typing import Protocol
 
 
 class BlockPool(Protocol):
-    """Blocks counted by references; a block without any is free (or cached, when its content hash is known)."""
+    """Blocks counted by references; a block without any is free (or cached, when its content hash is
+    known)."""
 
     num_blocks: int
 

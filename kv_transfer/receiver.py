@@ -1,64 +1,84 @@
-"""The decode side of hand-offs: grants room, verifies what arrives, passes it on. Runs on the event loop only."""
+"""The decode side of hand-offs: gives room, verifies what arrives, passes it on (decode_side.py is its
+machine).
+
+Runs on the event loop only. It is the LinkAcceptor of the worker: grpc_link.py or memory_link.py bring it the
+links that prefill workers dial.
+"""
 
 from __future__ import annotations
 
+import logging
+from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from google.protobuf.message import DecodeError
 
 from ..proto.clock import Clock
-from ..proto.errors import DiphaseError
+from ..proto.errors import (
+    DiphaseError,
+    Draining,
+    OutOfBlocks,
+    Overloaded,
+    PeerLost,
+)
+from ..proto.handoff_pb2 import (
+    Complete,
+    Granted,
+    HandoffMessage,
+    PeerHello,
+    PushNotice,
+    Queued,
+    Refused,
+    Reserve,
+    Verified,
+)
 from ..proto.ids import HandoffKey
-from ..proto.inference_pb2 import TokenLogprobs
 from ..proto.kv_layout import KvLayout
-from ..proto.worker_pb2 import Submit
+from . import machine as k
+from . import wire
+from .admission import NewestAttempts, check_reservation
+from .base import Event as TransportEvent
+from .base import Notified
 from .config import KvTransferConfig
-from .link import LinkIdentity
+from .decode_side import Decode, start_decode, step_decode
+from .driver import HandoffDriver, Session
+from .events import Ready, ReceiveFailed, ReceiverEvent
+from .link import ControlLink, LinkIdentity, check_hello
 from .pool import BlockPool
 from .registry import TransportSet
+from .segments import block_runs
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Ready:
-    """A verified hand-off. One reference to each of `block_ids` passes to the taker."""
+__all__ = ["HandoffReceiver", "Ready", "ReceiveFailed", "ReceiverEvent"]
 
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Incoming:
     key: HandoffKey
-    submit: Submit
-    block_ids: list[int]
-    """Of the whole prompt in order of position: cached ones first, then those that arrived."""
-    num_tokens: int
-    """Whose KV the blocks hold; the next position to compute is the first token's."""
-    cached_tokens: int
-    """Of them, those that this worker had already."""
-    token_id: int
-    """The first token of this attempt; it has left for the client already."""
-    logprobs: TokenLogprobs | None
-    token_at: float
-    """Clock of the prefill worker."""
+    session: Session
+    machine: Decode
+    reserve: Reserve
     reserved_at: float
-    """This worker's clock, as all below: when the reservation was asked for."""
-    granted_at: float
-    completed_at: float
-    """When the prefill side had said that everything is on its way."""
-    verified_at: float
-    num_bytes: int
-    num_segments: int
+    cached_ids: list[int] = field(default_factory=list)
+    """Found in the prefix cache: never written to."""
+    block_ids: list[int] = field(default_factory=list)
+    """Allocated: the destinations."""
+    complete: Complete = field(default_factory=Complete)
+    granted_at: float = 0.0
+    completed_at: float = 0.0
+    quarantined: bool = False
+    notices: dict[int, PushNotice] = field(default_factory=dict)
+    """Parts that arrived and are not checked."""
+    num_bytes: int = 0
+    num_segments: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ReceiveFailed:
-    """A hand-off ended before it was Ready; its blocks are the receiver's to clean up. Not reported after abort(), nor
-    when the prefill side ended it without an error (the first token ended the request, the client cancelled)."""
-
-    key: HandoffKey
-    submit: Submit
-    error: DiphaseError
-
-
-ReceiverEvent = Ready | ReceiveFailed
-
-
-class HandoffReceiver:
-    """All hand-offs that come to this process."""
+class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
+    """All hand-offs that come to this process. `events` is called on the loop, never from inside a call of
+    the owner other than pump()."""
 
     def __init__(
         self,
@@ -71,47 +91,288 @@ class HandoffReceiver:
         clock: Clock,
         events: Callable[[ReceiverEvent], None],
     ) -> None:
-        raise NotImplementedError
-
-    def start(self) -> None:
-        """Binds to the running loop: from now on transports wake it and deadlines are kept."""
+        super().__init__(
+            config=config,
+            layout=layout,
+            pool=pool,
+            transports=transports,
+            identity=identity,
+            clock=clock,
+            events=events,
+        )
+        self._waiting: OrderedDict[HandoffKey, _Incoming] = OrderedDict()
+        self._attempts = NewestAttempts()
+        self._draining = False
 
     def room_freed(self) -> None:
-        """Blocks were released: waiting reservations are granted in order of arrival. Cheap when none waits."""
+        """Blocks were released: waiting reservations are granted in order of arrival. Cheap when none
+        waits."""
+        if self._waiting:
+            self._give_room()
+            self._settle()
 
     def abort(self, key: HandoffKey, error: DiphaseError) -> None:
         """Ends a hand-off in whatever state; unknown keys are fine. No event follows."""
-
-    def peer_lost(self, incarnation: str, message: str) -> None:
-        """Someone knows that this process is gone: its hand-offs fail now."""
-
-    def pump(self) -> None:
-        """Handles transport events, digests and deadlines; called by itself once started."""
-
-    @property
-    def in_flight(self) -> int:
-        """Hand-offs not over yet, quarantined ones included."""
-        raise NotImplementedError
+        handoff = self._handoffs.get(key)
+        if handoff is not None:
+            self._post(handoff, k.Ended(k.Fault.of(error)))
+            self._settle()
 
     @property
     def waiting(self) -> int:
         """Reservations that wait for room."""
-        raise NotImplementedError
+        return len(self._waiting)
 
     @property
     def reserved_blocks(self) -> int:
-        """Blocks granted to hand-offs that are not Ready."""
-        raise NotImplementedError
+        """Blocks granted to hand-offs that are not Ready, cached ones included, quarantined ones not."""
+        return sum(
+            len(handoff.block_ids) + len(handoff.cached_ids)
+            for handoff in self._handoffs.values()
+            if not handoff.quarantined
+        )
 
     @property
     def quarantined_blocks(self) -> int:
-        raise NotImplementedError
+        return sum(len(handoff.block_ids) for handoff in self._handoffs.values() if handoff.quarantined)
 
     def refuse_new(self) -> None:
         """Draining: reservations that come from now on are refused; those in flight go on."""
+        self._draining = True
 
     async def drain(self) -> None:
-        """refuse_new, then returns when nothing is in flight."""
+        """refuse_new(), then returns when nothing is in flight, quarantine included."""
+        self.refuse_new()
+        await super().drain()
 
-    async def close(self) -> None:
-        """Ends every hand-off, link and task. The transports are the caller's to close, afterwards."""
+    # Sessions.
+
+    def accept(self, link: ControlLink, hello: PeerHello) -> PeerHello:
+        """See link.LinkAcceptor."""
+        check_hello(self._identity, hello)
+        known = self._sessions.get(hello.incarnation)
+        if known is not None:
+            self._take_down(known, PeerLost(f"worker {hello.worker_id} dialled again"))
+            self._run()
+            raise PeerLost("the last connection to this worker still closes; try again")
+        for old in list(self._sessions.values()):
+            if old.worker_id == hello.worker_id:
+                self._take_down(old, PeerLost(f"worker {hello.worker_id} was restarted"))
+        name = self._transports.choose(hello.endpoints, self._config.transport)
+        transport = self._transports[name]
+        transport.admit(hello.incarnation)
+        self._sessions[hello.incarnation] = Session(
+            worker_id=hello.worker_id,
+            incarnation=hello.incarnation,
+            link=link,
+            transport=transport,
+            transport_name=name,
+        )
+        self._run()
+        _log.info("session_up worker=%s transport=%s", hello.worker_id, name)
+        return self._identity.hello({name: transport.endpoint()}, name)
+
+    # Driver.
+
+    def pump(self) -> None:
+        """Handles transport events, digests and deadlines, and gives room; called by itself once started."""
+        self._give_room()
+        super().pump()
+
+    def _step(self, machine: Decode, event: k.Event, now: float) -> tuple[Decode, k.Actions]:
+        return step_decode(machine, event, now)
+
+    def _on_message(self, session: Session, message: HandoffMessage) -> None:
+        key = wire.key_of(message.id)
+        event = wire.decode_event(message)
+        handoff = self._handoffs.get(key)
+        if event is None:
+            self.counters.refused["malformed"] += 1
+        elif handoff is not None and handoff.session is session:
+            if isinstance(event, k.PeerCompleted) and not handoff.completed_at:
+                handoff.complete, handoff.completed_at = message.complete, self._clock.now()
+            self._post(handoff, event)
+        elif isinstance(event, k.PeerReserved):
+            self._reserve(session, key, message.reserve)
+        elif isinstance(event, k.PeerCompleted) and self._attempts.was_ready(key):
+            session.link.send(wire.message(key, verified=Verified()))
+        elif not isinstance(event, k.PeerAborted):  # which is the answer to ours, when nothing is left to end
+            self.counters.refused["stale"] += 1
+
+    def _reserve(self, session: Session, key: HandoffKey, reserve: Reserve) -> None:
+        try:
+            self._admit(key, reserve)
+        except DiphaseError as error:
+            self.counters.refused["reservation"] += 1
+            _log.info("reservation_refused request_id=%s attempt=%d why=%r", *key, error.message)
+            refused = Refused(error=wire.wire_error(k.Fault.of(error)))
+            session.link.send(wire.message(key, refused=refused))
+            return
+        now = self._clock.now()
+        handoff = _Incoming(
+            key=key,
+            session=session,
+            machine=start_decode(
+                num_blocks=self._layout.num_blocks_for(reserve.num_tokens),
+                num_layers=self._layout.num_layers,
+                timing=self._timing,
+                now=now,
+            ),
+            reserve=reserve,
+            reserved_at=now,
+        )
+        self._add(handoff)
+        self._waiting[key] = handoff
+        self._give_room()
+        if key in self._waiting:
+            self._post(handoff, k.Tick())  # says Queued
+
+    def _admit(self, key: HandoffKey, reserve: Reserve) -> None:
+        """
+        Raises:
+            DiphaseError: this reservation cannot be taken; the error goes to the prefill side.
+        """
+        if self._draining:
+            raise Draining(f"worker {self._identity.worker_id} is draining")
+        check_reservation(reserve, self._layout, self._pool.num_blocks)
+        if len(self._waiting) >= self._config.max_waiting:
+            raise Overloaded(f"{len(self._waiting)} hand-offs wait for KV blocks already")
+        overtaken = self._attempts.begin(key)
+        if overtaken in self._handoffs:
+            self._post(
+                self._handoffs[overtaken], k.Ended(k.Fault(k.CANCELLED, f"attempt {key.attempt} has begun"))
+            )
+
+    def _give_room(self) -> None:
+        self._run()  # what is to end frees its place in the queue first
+        while self._waiting:
+            key, handoff = next(iter(self._waiting.items()))
+            if not self._allocate(handoff):
+                return
+            del self._waiting[key]
+            self._post(handoff, k.RoomFound(len(handoff.cached_ids)))
+            self._run()
+
+    def _allocate(self, handoff: _Incoming) -> bool:
+        cached = self._pool.match_prefix(handoff.reserve.block_hashes)
+        try:
+            allocated = self._pool.allocate(handoff.machine.num_blocks - len(cached))
+        except OutOfBlocks:
+            self._pool.release(cached)
+            return False
+        handoff.cached_ids, handoff.block_ids = cached, allocated
+        handoff.granted_at = self._clock.now()
+        return True
+
+    def _on_transport(self, name: str, event: TransportEvent) -> None:
+        if not isinstance(event, Notified):
+            return
+        notice = PushNotice()
+        try:
+            notice.ParseFromString(event.tag)
+        except DecodeError:
+            self.counters.refused["malformed"] += 1
+            return
+        handoff = self._handoffs.get(wire.key_of(notice.id))
+        if (
+            handoff is None
+            or event.peer != handoff.session.incarnation
+            or notice.incarnation != handoff.session.incarnation
+        ):
+            self.counters.refused["stale"] += 1
+            return
+        handoff.notices.setdefault(notice.part, notice)
+        self._post(handoff, wire.part_event(notice))
+
+    def _on_digests(self, ticket: tuple[_Incoming, PushNotice], digests: list[int]) -> None:
+        handoff, notice = ticket
+        intact = digests == list(notice.digests)
+        if not intact:
+            self.counters.digest_mismatches += 1
+        self._post(handoff, k.PartChecked(notice.part, intact))
+
+    def _act(self, handoff: _Incoming, action: k.Action) -> None:
+        link = handoff.session.link
+        match action:
+            case k.SendGranted():
+                granted = Granted(
+                    first_block=len(handoff.cached_ids),
+                    block_ids=handoff.block_ids,
+                    region=self._transports.region_id,
+                    deadline_s=self._config.progress_timeout_s,
+                )
+                link.send(wire.message(handoff.key, granted=granted))
+            case k.SendQueued():
+                link.send(wire.message(handoff.key, queued=Queued(lease_s=self._config.lease_s)))
+            case k.SendVerified():
+                link.send(wire.message(handoff.key, verified=Verified()))
+            case k.SendAbort(fault):
+                link.send(wire.abort(handoff.key, fault))
+            case k.Check(part):
+                self._check(handoff, handoff.notices.pop(part))
+            case k.StartFence():
+                self._fence(handoff)
+            case k.Quarantine():
+                self._quarantine(handoff)
+            case k.Lift():
+                self._pool.lift(handoff.block_ids)
+                handoff.block_ids = []
+            case k.Release():
+                self._pool.release(handoff.cached_ids + handoff.block_ids)
+                handoff.cached_ids, handoff.block_ids = [], []
+            case k.Report(fault):
+                self._report(handoff, fault)
+
+    def _check(self, handoff: _Incoming, notice: PushNotice) -> None:
+        begin = notice.first_block - len(handoff.cached_ids)
+        blocks = handoff.block_ids[begin : begin + notice.num_blocks]
+        runs = block_runs(self._layout, blocks, first_layer=notice.first_layer, num_layers=notice.num_layers)
+        handoff.num_segments += len(runs)
+        handoff.num_bytes += int(runs[:, 1].sum())
+        if self._config.digest:
+            self._transports.digests.submit((handoff, notice), runs)
+        else:
+            self._post(handoff, k.PartChecked(notice.part, True))
+
+    def _quarantine(self, handoff: _Incoming) -> None:
+        """Only destinations: what was cached is never written to, and others may use it."""
+        self._pool.release(handoff.cached_ids)
+        handoff.cached_ids = []
+        self._pool.quarantine(handoff.block_ids)
+        handoff.quarantined = True
+        self.counters.quarantined_blocks += len(handoff.block_ids)
+
+    def _forget(self, handoff: _Incoming) -> None:
+        self._waiting.pop(handoff.key, None)
+        super()._forget(handoff)
+
+    def _report(self, handoff: _Incoming, fault: k.Fault | None) -> None:
+        if fault is not None:
+            self.counters.failures[fault.code] += 1
+            self._reports.append(
+                ReceiveFailed(key=handoff.key, submit=handoff.reserve.submit, error=fault.error())
+            )
+            return
+        self._attempts.ready(handoff.key)
+        self.counters.transfers += 1
+        self.counters.num_bytes += handoff.num_bytes
+        self.counters.num_segments += handoff.num_segments
+        complete = handoff.complete
+        self._reports.append(
+            Ready(
+                key=handoff.key,
+                submit=handoff.reserve.submit,
+                block_ids=handoff.cached_ids + handoff.block_ids,
+                num_tokens=handoff.reserve.num_tokens,
+                cached_tokens=len(handoff.cached_ids) * self._layout.block_size,
+                token_id=complete.token_id,
+                logprobs=complete.logprobs if complete.HasField("logprobs") else None,
+                token_at=complete.token_at,
+                reserved_at=handoff.reserved_at,
+                granted_at=handoff.granted_at,
+                completed_at=handoff.completed_at,
+                verified_at=self._clock.now(),
+                num_bytes=handoff.num_bytes,
+                num_segments=handoff.num_segments,
+            )
+        )

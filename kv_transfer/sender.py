@@ -1,46 +1,62 @@
-"""The prefill side of hand-offs: drives one machine a hand-off. Runs on the event loop only."""
+"""The prefill side of hand-offs: drives one machine (prefill_side.py) a hand-off. Runs on the event loop
+only."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from ..proto.clock import Clock
-from ..proto.errors import DiphaseError
+from ..proto.errors import DiphaseError, PeerLost, TransferError
+from ..proto.handoff_pb2 import Complete, HandoffMessage, PeerHello, Progress, PushNotice, Reserve
 from ..proto.ids import HandoffKey
 from ..proto.inference_pb2 import TokenLogprobs
 from ..proto.kv_layout import KvLayout
 from ..proto.worker_pb2 import PeerAddress, Submit
+from . import machine as k
+from . import wire
+from .base import Done, Failed
+from .base import Event as TransportEvent
 from .config import KvTransferConfig
-from .link import Dialer, LinkIdentity
+from .driver import HandoffDriver, Session
+from .events import SenderEvent, SendFailed, Sent
+from .link import ControlLink, Dialer, LinkIdentity, check_hello
 from .pool import BlockPool
+from .prefill_side import Prefill, PrefillState, start_prefill, step_prefill
 from .registry import TransportSet
+from .segments import block_runs, block_segments
+
+_log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sent:
-    """The decode worker has verified everything: the request is its own now. The sender's references are given back."""
+__all__ = ["HandoffSender", "SendFailed", "SenderEvent", "Sent"]
 
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class _Outgoing:
     key: HandoffKey
+    session: Session
+    machine: Prefill
+    block_ids: list[int] = field(default_factory=list)
+    """Of the sequence, in order; one reference to each is held."""
+    remote_ids: list[int] = field(default_factory=list)
+    """Where the same blocks go; those that decode has cached are missing at the front."""
+    remote_region: int = 0
+    writes: dict[int, int | None] = field(default_factory=dict)
+    """Live part -> transfer id; None while its digests are computed."""
+    first_token: Complete = field(default_factory=Complete)
+    num_bytes: int = 0
+    num_segments: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SendFailed:
-    """The hand-off is over for a reason that is not the owner's; not reported after abort() or finish().
+class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
+    """All hand-offs that leave this process.
 
-    The sender's references are given back by itself as soon as no transfer can read the blocks any more.
+    References to blocks are the sender's own: it takes one to each block that computed() names and gives it
+    back when no transfer can read the block any more, whatever the owner does with its own. `events` is
+    called on the loop, never from inside a call of the owner other than pump().
     """
-
-    key: HandoffKey
-    error: DiphaseError
-
-
-SenderEvent = Sent | SendFailed
-
-
-class HandoffSender:
-    """All hand-offs that leave this process. `events` is called on the loop, never from inside one of the calls
-    below except pump()."""
 
     def __init__(
         self,
@@ -54,10 +70,17 @@ class HandoffSender:
         clock: Clock,
         events: Callable[[SenderEvent], None],
     ) -> None:
-        raise NotImplementedError
-
-    def start(self) -> None:
-        """Binds to the running loop: from now on transports wake it and deadlines are kept."""
+        super().__init__(
+            config=config,
+            layout=layout,
+            pool=pool,
+            transports=transports,
+            identity=identity,
+            clock=clock,
+            events=events,
+        )
+        self._dialer = dialer
+        self._parts: dict[tuple[str, int], tuple[_Outgoing, int]] = {}
 
     def begin(
         self,
@@ -69,17 +92,50 @@ class HandoffSender:
     ) -> None:
         """Asks the decode worker `peer` for room; call when the first chunk of the prompt is scheduled.
 
-        `num_tokens` tokens of KV will be sent (prompt and earlier attempts' tokens); `block_hashes` are those of their full
-        blocks, so that what the decode side has cached is not sent. `submit` is passed on unchanged (elapsed_s is brought
-        up to date). Dials the peer if there is no link yet. Failures come as events.
+        `num_tokens` tokens of KV will be sent (prompt and earlier attempts' tokens); `block_hashes` are those
+        of their full blocks, so that what the decode side has cached is not sent. `submit` is passed on
+        unchanged: the caller brings its elapsed_s up to date. Dials the peer if there is no link yet.
+        Failures come as events.
 
         Raises:
-            ValueError: the key is in flight already.
+            ValueError: the key is in flight already, or there are no tokens.
         """
+        if key in self._handoffs:
+            raise ValueError(f"hand-off {key} is in flight already")
+        if num_tokens < 1:
+            raise ValueError(f"hand-off {key} has {num_tokens} tokens to send")
+        session = self._sessions.get(peer.incarnation) or self._dial(peer)
+        handoff = _Outgoing(
+            key=key,
+            session=session,
+            machine=start_prefill(
+                num_tokens=num_tokens,
+                block_size=self._layout.block_size,
+                num_layers=self._layout.num_layers,
+                layerwise=num_tokens >= self._config.layerwise_tokens,
+                max_push_runs=max(1, self._config.max_push_bytes // self._layout.layer_bytes),
+                timing=self._timing,
+                now=self._clock.now(),
+            ),
+        )
+        self._add(handoff)
+        self._arm(handoff.machine.due)
+        if session.closing:
+            self._post(
+                handoff, k.PeerGone(k.Fault("peer_lost", "the last connection to this worker still closes"))
+            )
+        else:
+            reserve = Reserve(submit=submit, num_tokens=num_tokens, block_hashes=block_hashes)
+            session.link.send(wire.message(key, reserve=reserve))
+        self._settle()
 
     def layers_per_push(self, key: HandoffKey) -> int:
-        """After how many layers of a step computed() should be called; layout.num_layers: once a step is enough."""
-        raise NotImplementedError
+        """After how many layers of a step computed() should be called; layout.num_layers: once, at its
+        end."""
+        handoff = self._handoffs.get(key)
+        if handoff is None or not handoff.machine.layerwise:
+            return self._layout.num_layers
+        return min(self._config.layers_per_push, self._layout.num_layers)
 
     def computed(
         self,
@@ -89,47 +145,230 @@ class HandoffSender:
         first_layer: int = 0,
         num_layers: int | None = None,
     ) -> None:
-        """The KV of the first `num_tokens` tokens is in `block_ids` for these layers (None: all from first_layer on).
+        """The KV of the first `num_tokens` tokens is in `block_ids` (all of the sequence's, in order) for
+        these layers; None: all from first_layer on.
 
-        Takes a reference to each block that it was not told of before. Does nothing for a hand-off that is over.
+        Takes a reference to each block that it was not told of before. Nothing happens for a hand-off that is
+        over.
         """
+        handoff = self._handoffs.get(key)
+        if handoff is None or handoff.machine.state in (PrefillState.SETTLING, PrefillState.FENCING):
+            return
+        needed = min(self._layout.num_blocks_for(num_tokens), handoff.machine.num_blocks)
+        new = block_ids[len(handoff.block_ids) : needed]
+        self._pool.acquire(new)
+        handoff.block_ids.extend(new)
+        count = self._layout.num_layers - first_layer if num_layers is None else num_layers
+        self._post(handoff, k.Computed(num_tokens, first_layer, count))
+        self._settle()
 
     def seeded(
-        self,
-        key: HandoffKey,
-        token_id: int,
-        token_at: float,
-        logprobs: TokenLogprobs | None = None,
+        self, key: HandoffKey, token_id: int, token_at: float, logprobs: TokenLogprobs | None = None
     ) -> None:
-        """The prompt is computed and its first token sampled: what is left is pushed, then the decode side may run.
+        """The prompt is computed and its first token sampled: what is left is pushed and decode may run it.
 
-        The caller may release its own references to the blocks at once. Does nothing for a hand-off that is over.
+        The caller may give its own references to the blocks back at once. Nothing happens for a hand-off that
+        is over.
         """
+        handoff = self._handoffs.get(key)
+        if handoff is None:
+            return
+        handoff.first_token = Complete(token_id=token_id, token_at=token_at, logprobs=logprobs)
+        self._post(handoff, k.Seeded())
+        self._settle()
 
     def finish(self, key: HandoffKey) -> None:
-        """The first token ended the request: the reservation is given back and no KV moves. No event follows."""
+        """The first token ended the request: the reservation is given back and no KV moves. No event
+        follows."""
+        self._end(key, k.Fault(k.CANCELLED, "the first token ended the request"))
 
     def abort(self, key: HandoffKey, error: DiphaseError) -> None:
         """Ends a hand-off in whatever state; unknown keys are fine. No event follows."""
-
-    def peer_lost(self, incarnation: str, message: str) -> None:
-        """Someone knows that this process is gone: its hand-offs fail now."""
-
-    def pump(self) -> None:
-        """Handles transport events, digests and deadlines; called by itself once started."""
-
-    @property
-    def in_flight(self) -> int:
-        """Hand-offs that still hold blocks or await an answer, leases included."""
-        raise NotImplementedError
+        self._end(key, k.Fault.of(error))
 
     @property
     def held_blocks(self) -> int:
         """References to blocks that hand-offs hold."""
-        raise NotImplementedError
-
-    async def drain(self) -> None:
-        """Returns when nothing is in flight. Cancelling it changes nothing."""
+        return sum(len(handoff.block_ids) for handoff in self._handoffs.values())
 
     async def close(self) -> None:
-        """Ends every hand-off, link and task. The transports are the caller's to close, afterwards."""
+        """Ends every hand-off and link; no event follows. The transports are the caller's to close,
+        afterwards."""
+        await super().close()
+        await self._dialer.close()
+
+    def _end(self, key: HandoffKey, fault: k.Fault) -> None:
+        handoff = self._handoffs.get(key)
+        if handoff is not None:
+            self._post(handoff, k.Ended(fault))
+            self._settle()
+
+    # Sessions.
+
+    def _dial(self, peer: PeerAddress) -> Session:
+        for old in list(self._sessions.values()):
+            if old.worker_id == peer.worker_id:
+                self._take_down(old, PeerLost(f"worker {peer.worker_id} was restarted"))
+        hello = self._identity.hello(self._transports.endpoints())
+        link = self._dialer.dial(peer.address, hello, self, self._config.reserve_timeout_s)
+        session = Session(worker_id=peer.worker_id, incarnation=peer.incarnation, link=link)
+        self._sessions[peer.incarnation] = session
+        return session
+
+    def link_up(self, link: ControlLink, hello: PeerHello) -> None:
+        """See link.LinkCaller."""
+        session = self._session_of(link)
+        if session is None:
+            raise PeerLost("this link is not wanted any more")
+        check_hello(self._identity, hello)
+        if hello.incarnation != session.incarnation:
+            raise PeerLost(
+                f"worker {session.worker_id} was restarted: incarnation {hello.incarnation} answers, "
+                f"{session.incarnation} was meant"
+            )
+        if hello.transport not in self._transports.names or hello.transport not in hello.endpoints:
+            raise TransferError(
+                f"worker {session.worker_id} chose transport {hello.transport!r}, "
+                f"which is not one of {self._transports.names}"
+            )
+        transport = self._transports[hello.transport]
+        peer = transport.connect(hello.endpoints[hello.transport], self._config.reserve_timeout_s)
+        if peer != session.incarnation:
+            transport.disconnect(peer)
+            raise TransferError(f"the endpoint of worker {session.worker_id} is that of {peer}")
+        session.transport, session.transport_name = transport, hello.transport
+        _log.info("session_up worker=%s transport=%s", session.worker_id, hello.transport)
+
+    # Driver.
+
+    def _step(self, machine: Prefill, event: k.Event, now: float) -> tuple[Prefill, k.Actions]:
+        return step_prefill(machine, event, now)
+
+    def _on_message(self, session: Session, message: HandoffMessage) -> None:
+        key = wire.key_of(message.id)
+        event = wire.prefill_event(message)
+        handoff = self._handoffs.get(key)
+        if event is None:
+            self.counters.refused["malformed"] += 1
+        elif handoff is not None and handoff.session is session:
+            if isinstance(event, k.PeerGranted) and not handoff.remote_ids:
+                handoff.remote_ids = list(message.granted.block_ids)
+                handoff.remote_region = message.granted.region
+            self._post(handoff, event)
+        elif isinstance(event, k.PeerAborted | k.PeerGranted):
+            # Decode waits to hear that nothing of this hand-off is written any more, and nothing is.
+            session.link.send(wire.abort(key, k.Fault(k.CANCELLED, "nothing is sent any more")))
+        else:
+            self.counters.refused["stale"] += 1
+
+    def _on_transport(self, name: str, event: TransportEvent) -> None:
+        if not isinstance(event, Done | Failed):
+            return
+        handoff, part = self._parts.pop((name, event.transfer_id), (None, 0))
+        if handoff is not None:
+            handoff.writes.pop(part, None)
+            fault = k.Fault(event.code, event.message) if isinstance(event, Failed) else None
+            self._post(handoff, k.WriteEnded(part, fault))
+
+    def _on_digests(self, ticket: tuple[_Outgoing, k.Push], digests: list[int]) -> None:
+        handoff, push = ticket
+        if push.part in handoff.writes:  # else it was cancelled meanwhile
+            self._write(handoff, push, digests)
+
+    def _act(self, handoff: _Outgoing, action: k.Action) -> None:
+        link = handoff.session.link
+        match action:
+            case k.Push():
+                self._push(handoff, action)
+            case k.CancelWrites():
+                self._cancel(handoff)
+            case k.SendProgress(num_tokens):
+                link.send(wire.message(handoff.key, progress=Progress(computed_tokens=num_tokens)))
+            case k.SendComplete(num_parts):
+                handoff.first_token.num_parts = num_parts
+                link.send(wire.message(handoff.key, complete=handoff.first_token))
+            case k.SendAbort(fault):
+                link.send(wire.abort(handoff.key, fault))
+            case k.StartFence():
+                self._fence(handoff)
+            case k.Disconnect():
+                self._take_down(handoff.session, PeerLost("a fence did not hold in time"))
+            case k.Release():
+                self._release(handoff)
+            case k.Report(fault):
+                self._report(handoff, fault)
+
+    def _push(self, handoff: _Outgoing, push: k.Push) -> None:
+        handoff.writes[push.part] = None
+        if not self._config.digest:
+            self._write(handoff, push, [])
+            return
+        blocks = handoff.block_ids[push.first_block : push.first_block + push.num_blocks]
+        runs = block_runs(self._layout, blocks, first_layer=push.first_layer, num_layers=push.num_layers)
+        self._transports.digests.submit((handoff, push), runs)
+
+    def _write(self, handoff: _Outgoing, push: k.Push, digests: list[int]) -> None:
+        session = handoff.session
+        cached = handoff.machine.num_blocks - len(handoff.remote_ids)
+        begin, end = push.first_block, push.first_block + push.num_blocks
+        segments = block_segments(
+            self._layout,
+            handoff.block_ids[begin:end],
+            handoff.remote_ids[begin - cached : end - cached],
+            first_layer=push.first_layer,
+            num_layers=push.num_layers,
+            local_region=self._transports.region_id,
+            remote_region=handoff.remote_region,
+        )
+        notice = PushNotice(
+            id=wire.handoff_id(handoff.key),
+            incarnation=self._identity.incarnation,
+            part=push.part,
+            first_block=push.first_block,
+            num_blocks=push.num_blocks,
+            first_layer=push.first_layer,
+            num_layers=push.num_layers,
+            digests=digests,
+        )
+        try:
+            if session.closing or session.transport is None:
+                raise PeerLost("the connection is closing")
+            transfer_id = session.transport.write(
+                session.incarnation, segments, notice.SerializeToString(), self._config.tail_timeout_s
+            )
+        except TransferError as error:
+            del handoff.writes[push.part]
+            self._post(handoff, k.WriteEnded(push.part, k.Fault.of(error)))
+            return
+        handoff.writes[push.part] = transfer_id
+        handoff.num_segments += len(segments)
+        handoff.num_bytes += int(segments[:, 4].sum())
+        self._parts[session.transport_name, transfer_id] = (handoff, push.part)
+
+    def _cancel(self, handoff: _Outgoing) -> None:
+        for part, transfer_id in list(handoff.writes.items()):
+            if transfer_id is None:  # still with the digest worker: it will not be written at all
+                del handoff.writes[part]
+                self._post(
+                    handoff, k.WriteEnded(part, k.Fault(k.CANCELLED, "cancelled before it was written"))
+                )
+            elif handoff.session.transport is not None:
+                handoff.session.transport.cancel(transfer_id)
+
+    def _release(self, handoff: _Outgoing) -> None:
+        for transfer_id in handoff.writes.values():
+            if transfer_id is not None:
+                self._parts.pop((handoff.session.transport_name, transfer_id), None)
+        handoff.writes.clear()
+        self._pool.release(handoff.block_ids)
+        handoff.block_ids = []
+
+    def _report(self, handoff: _Outgoing, fault: k.Fault | None) -> None:
+        if fault is not None:
+            self.counters.failures[fault.code] += 1
+            self._reports.append(SendFailed(key=handoff.key, error=fault.error()))
+            return
+        self.counters.transfers += 1
+        self.counters.num_bytes += handoff.num_bytes
+        self.counters.num_segments += handoff.num_segments
+        self._reports.append(Sent(key=handoff.key))

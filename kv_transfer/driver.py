@@ -1,0 +1,310 @@
+"""What sender and receiver share: sessions with peers, the queue of events, deadlines, reports, drain.
+
+A session is a control link and a transport connection with one incarnation of a peer. They live and die
+together: when one ends the other is taken down, and only when the transport says PeerDown (nothing of that
+process can touch our memory any more) the session is forgotten. Until then the same incarnation cannot open
+another.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from ..proto.clock import Clock
+from ..proto.errors import Cancelled, DiphaseError, PeerLost, TransferError
+from ..proto.handoff_pb2 import HandoffMessage
+from ..proto.ids import HandoffKey
+from ..proto.kv_layout import KvLayout
+from . import machine as k
+from .base import Event as TransportEvent
+from .base import Fenced, PeerDown, Transport
+from .config import KvTransferConfig
+from .counters import HandoffCounters
+from .link import ControlLink, LinkIdentity
+from .pool import BlockPool
+from .pump_timer import PumpTimer
+from .registry import TransportSet
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class Session:
+    """See the module's paragraph."""
+
+    worker_id: str
+    incarnation: str
+    link: ControlLink
+    transport: Transport | None = None
+    """None until the link is up."""
+    transport_name: str = ""
+    closing: bool = False
+    fences: deque[HandoffKey] = field(default_factory=deque)
+    """Who asked for the fences that are not answered, in order."""
+
+
+class Machine(Protocol):
+    @property
+    def state(self) -> str: ...
+    @property
+    def due(self) -> float: ...
+
+
+class Handoff(Protocol):
+    """One hand-off with what its machine does not know."""
+
+    key: HandoffKey
+    session: Session
+    machine: Any
+
+
+H = TypeVar("H", bound=Handoff)
+R = TypeVar("R")
+
+
+class HandoffDriver(ABC, Generic[H, R]):
+    """Feeds events to machines and does what they answer; H is one side's hand-off, R what it reports."""
+
+    def __init__(
+        self,
+        *,
+        config: KvTransferConfig,
+        layout: KvLayout,
+        pool: BlockPool,
+        transports: TransportSet,
+        identity: LinkIdentity,
+        clock: Clock,
+        events: Callable[[R], None],
+    ) -> None:
+        self.counters = HandoffCounters()
+        self._config = config
+        self._layout = layout
+        self._pool = pool
+        self._transports = transports
+        self._identity = identity
+        self._clock = clock
+        self._events = events
+        self._timing = k.Timing.of(config)
+        self._timer = PumpTimer(self.pump, clock)
+        self._handoffs: dict[HandoffKey, H] = {}
+        self._sessions: dict[str, Session] = {}
+        self._queue: deque[tuple[H, k.Event]] = deque()
+        self._running = False
+        self._reports: deque[R] = deque()
+        self._due = math.inf
+        self._idle = asyncio.Event()
+        self._idle.set()
+        transports.listen(self._timer.wake)
+
+    @abstractmethod
+    def _step(self, machine: Any, event: k.Event, now: float) -> tuple[Any, k.Actions]:
+        """The pure transition of this side."""
+
+    @abstractmethod
+    def _act(self, handoff: H, action: k.Action) -> None:
+        """Does one action."""
+
+    @abstractmethod
+    def _on_transport(self, name: str, event: TransportEvent) -> None:
+        """An event that is neither Fenced nor PeerDown."""
+
+    @abstractmethod
+    def _on_digests(self, ticket: Any, digests: list[int]) -> None:
+        """An answer of the digest worker."""
+
+    @abstractmethod
+    def _on_message(self, session: Session, message: HandoffMessage) -> None:
+        """A message of a peer."""
+
+    def start(self) -> None:
+        """Binds to the running loop: from now on transports wake it and deadlines are kept."""
+        self._timer.start()
+
+    @property
+    def in_flight(self) -> int:
+        """Hand-offs not over yet: those that wait, that are leased and that are fenced included."""
+        return len(self._handoffs)
+
+    @property
+    def next_due(self) -> float:
+        """Clock time at which pump() has a deadline to look at; infinite when there is none."""
+        return self._due
+
+    def pump(self) -> None:
+        """Handles transport events, digests and deadlines; called by itself once started."""
+        for name, event in self._transports.poll():
+            self._take(name, event)
+        for ticket, digests in self._transports.digests.poll():
+            self._on_digests(ticket, digests)
+        self._run()
+        self._tick()
+        self._deliver()
+
+    def peer_lost(self, incarnation: str, message: str) -> None:
+        """Someone has found that this process hangs or is gone: its hand-offs fail now."""
+        session = self._sessions.get(incarnation)
+        if session is not None:
+            self._take_down(session, PeerLost(message))
+            self._settle()
+
+    async def drain(self) -> None:
+        """Returns when nothing is in flight, leases included. Cancelling it changes nothing."""
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        """Ends every hand-off and link; no event follows. The transports are the caller's to close,
+        afterwards."""
+        for session in list(self._sessions.values()):
+            self._take_down(session, Cancelled("this worker stops"))
+        self._run()
+        self._reports.clear()
+        self._timer.stop()
+
+    def link_messages(self, link: ControlLink, messages: Any) -> None:
+        """See link.LinkUser."""
+        session = self._session_of(link)
+        if session is None or session.closing:
+            return
+        for message in messages:
+            self._on_message(session, message)
+        self._run()
+        self._deliver()
+
+    def link_down(self, link: ControlLink, error: DiphaseError) -> None:
+        """See link.LinkUser."""
+        session = self._session_of(link)
+        if session is not None:
+            self._take_down(session, error)
+            self._run()
+            self._deliver()
+
+    def _session_of(self, link: ControlLink) -> Session | None:
+        for session in self._sessions.values():
+            if session.link is link:
+                return session
+        return None
+
+    def _take_down(self, session: Session, error: DiphaseError) -> None:
+        """Ends both planes of a session; its hand-offs fail now and let go of their blocks at PeerDown."""
+        if session.closing:
+            return
+        _log.info(
+            "session_down worker=%s incarnation=%s why=%r",
+            session.worker_id,
+            session.incarnation,
+            error.message,
+        )
+        session.closing = True
+        session.fences.clear()
+        fault = k.Fault.of(error)
+        for handoff in self._of(session):
+            self._post(handoff, k.LinkLost(fault))
+        session.link.close()
+        if session.transport is None:
+            self._bury(session, fault)
+        else:
+            session.transport.disconnect(session.incarnation)
+
+    def _bury(self, session: Session, fault: k.Fault) -> None:
+        """Nothing of this session can touch our memory any more."""
+        del self._sessions[session.incarnation]
+        session.closing = True
+        session.link.close()
+        for handoff in self._of(session):
+            self._post(handoff, k.PeerGone(fault))
+
+    def _of(self, session: Session) -> list[H]:
+        return [handoff for handoff in self._handoffs.values() if handoff.session is session]
+
+    def _take(self, name: str, event: TransportEvent) -> None:
+        if isinstance(event, Fenced):
+            session = self._sessions.get(event.peer)
+            if session is not None and session.fences:
+                handoff = self._handoffs.get(session.fences.popleft())
+                if handoff is not None:
+                    self._post(handoff, k.FenceEnded(event.ok))
+        elif isinstance(event, PeerDown):
+            session = self._sessions.get(event.peer)
+            if session is not None:
+                self._bury(session, k.Fault("peer_lost", event.message))
+        else:
+            self._on_transport(name, event)
+
+    def _fence(self, handoff: H) -> None:
+        session = handoff.session
+        if session.closing or session.transport is None:
+            return  # PeerGone is on its way and says more than a fence could
+        try:
+            session.transport.fence(session.incarnation, self._config.progress_timeout_s)
+        except TransferError as error:
+            self._take_down(session, error)
+            return
+        session.fences.append(handoff.key)
+
+    def _add(self, handoff: H) -> None:
+        self._handoffs[handoff.key] = handoff
+        self._idle.clear()
+
+    def _post(self, handoff: H, event: k.Event) -> None:
+        self._queue.append((handoff, event))
+
+    def _run(self) -> None:
+        """Until no event is left; actions may post more."""
+        if self._running:
+            return
+        self._running = True
+        try:
+            while self._queue:
+                handoff, event = self._queue.popleft()
+                handoff.machine, actions = self._step(handoff.machine, event, self._clock.now())
+                for action in actions:
+                    if isinstance(action, k.Refuse):
+                        self.counters.refused[action.reason] += 1
+                    else:
+                        self._act(handoff, action)
+                if handoff.machine.state == "over":
+                    self._forget(handoff)
+                else:
+                    self._arm(handoff.machine.due)
+        finally:
+            self._running = False
+
+    def _forget(self, handoff: H) -> None:
+        if self._handoffs.get(handoff.key) is handoff:
+            del self._handoffs[handoff.key]
+        if not self._handoffs:
+            self._idle.set()
+
+    def _arm(self, due: float) -> None:
+        if due < self._due:
+            self._due = due
+            self._timer.arm(due)
+
+    def _tick(self) -> None:
+        now = self._clock.now()
+        if now < self._due:
+            return
+        self._due = math.inf
+        for handoff in list(self._handoffs.values()):
+            if handoff.machine.due <= now:
+                self._post(handoff, k.Tick())
+            else:
+                self._arm(handoff.machine.due)
+        self._run()
+
+    def _settle(self) -> None:
+        """At the end of a call by the owner: reports wait for the next turn of the loop."""
+        self._run()
+        if self._reports:
+            self._timer.wake()
+
+    def _deliver(self) -> None:
+        while self._reports:
+            self._events(self._reports.popleft())

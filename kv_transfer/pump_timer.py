@@ -1,0 +1,64 @@
+"""Calls a pump on the event loop: soon after a thread woke it, and when a deadline has come."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections.abc import Callable
+
+from ..proto.clock import Clock
+
+
+class PumpTimer:
+    """Before start() and after stop() nothing is called: who owns the pump calls it then."""
+
+    def __init__(self, pump: Callable[[], None], clock: Clock) -> None:
+        self._pump = pump
+        self._clock = clock
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._handle: asyncio.TimerHandle | None = None
+        self._due = math.inf
+        self._woken = False
+
+    def start(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self.wake()
+
+    def stop(self) -> None:
+        self._loop = None
+        self._cancel()
+
+    def wake(self) -> None:
+        """From any thread; any number of wakes before the loop comes round are one."""
+        loop = self._loop
+        if loop is None or self._woken:
+            return
+        self._woken = True
+        try:
+            loop.call_soon_threadsafe(self._on_wake)
+        except RuntimeError:  # the loop has closed under a transport's thread: nobody is left to wake
+            self._loop = None
+
+    def arm(self, due: float) -> None:
+        """The pump is called at `due` (clock seconds) at the latest; a later time does not replace an
+        earlier."""
+        if self._loop is None or due >= self._due:
+            return
+        self._cancel()
+        self._due = due
+        self._handle = self._loop.call_later(max(0.0, due - self._clock.now()), self._on_time)
+
+    def _on_wake(self) -> None:
+        self._woken = False
+        if self._loop is not None:
+            self._pump()
+
+    def _on_time(self) -> None:
+        self._handle, self._due = None, math.inf
+        if self._loop is not None:
+            self._pump()
+
+    def _cancel(self) -> None:
+        if self._handle is not None:
+            self._handle.cancel()
+        self._handle, self._due = None, math.inf

@@ -1,0 +1,163 @@
+"""Which transports there are, which of them this process opens, and which one two workers use.
+
+A new transport is one file plus one line in TRANSPORTS; its module is imported when it is opened.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Mapping
+
+from ..proto.clock import Clock
+from ..proto.errors import ConfigError, TransferError
+from .base import Event, LocalPeers, Region, Transport, TransportContext, TransportFactory
+from .config import KvTransferConfig
+from .digest import DigestWorker
+
+TRANSPORTS: Mapping[str, str] = {
+    "local": "diphase.kv_transfer.local:LocalTransport",
+    "shm": "diphase.kv_transfer.shm:ShmTransport",
+    "tcp": "diphase.kv_transfer.tcp:TcpTransport",
+}
+"""Name to "module:Class", best first: the order in which `auto` prefers them."""
+
+_log = logging.getLogger(__name__)
+
+
+class _Waker:
+    """Stands between the transports, which are made first, and the pump that they wake."""
+
+    def __init__(self) -> None:
+        self.callback: Callable[[], None] | None = None
+
+    def __call__(self) -> None:
+        if self.callback is not None:
+            self.callback()
+
+
+class TransportSet:
+    """A worker's KV memory with everything that moves or reads it off the event loop: the open transports,
+    which all know it as the same region, and the digest worker."""
+
+    def __init__(
+        self,
+        transports: Mapping[str, Transport],
+        region: Region,
+        *,
+        waker: _Waker | None = None,
+        digest_thread: bool = True,
+    ) -> None:
+        """`transports` have not registered `region` yet; those that cannot are closed and left out."""
+        self._waker = waker or _Waker()
+        self._transports: dict[str, Transport] = {}
+        self.region_id = 0
+        for name, transport in transports.items():
+            try:
+                self.region_id = transport.register(region)
+            except TransferError as error:
+                _log.info("transport_unusable name=%s why=%r", name, error.message)
+                transport.close()
+                continue
+            self._transports[name] = transport
+        self.digests = DigestWorker(region.buffer, self._waker, threaded=digest_thread)
+
+    @property
+    def names(self) -> list[str]:
+        """Best first."""
+        return list(self._transports)
+
+    def __getitem__(self, name: str) -> Transport:
+        return self._transports[name]
+
+    def listen(self, callback: Callable[[], None]) -> None:
+        """`callback` is called from any thread when poll() or digests.poll() has something."""
+        self._waker.callback = callback
+
+    def endpoints(self) -> dict[str, bytes]:
+        """Name to endpoint(), for the hello."""
+        return {name: transport.endpoint() for name, transport in self._transports.items()}
+
+    def choose(self, offered: Mapping[str, bytes], wanted: str = "auto") -> str:
+        """The best transport that both ends have and that reaches the peer.
+
+        Raises:
+            TransferError: there is none; the message says why for each.
+        """
+        reasons: list[str] = []
+        for name, transport in self._transports.items():
+            if wanted not in ("auto", name):
+                continue
+            why = "the peer does not offer it" if name not in offered else transport.reaches(offered[name])
+            if why is None:
+                _log.info("transport_chosen name=%s passed_over=%r", name, "; ".join(reasons))
+                return name
+            reasons.append(f"{name}: {why}")
+        raise TransferError(
+            f"no common transport: {'; '.join(reasons) or f'{wanted} is not open here, only {self.names}'}"
+        )
+
+    def poll(self, max_events: int = 64) -> list[tuple[str, Event]]:
+        """(transport's name, event) so far; never blocks."""
+        events: list[tuple[str, Event]] = []
+        for name, transport in self._transports.items():
+            polled = transport.poll(max_events)
+            if len(polled) == max_events:
+                self._waker()
+            events.extend((name, event) for event in polled)
+        return events
+
+    def close(self) -> None:
+        """Closes every transport and the digest worker. Blocks. Idempotent."""
+        for transport in self._transports.values():
+            transport.close()
+        self.digests.close()
+
+
+def load_factory(name: str) -> TransportFactory:
+    """The class that TRANSPORTS names.
+
+    Raises:
+        ConfigError: there is no such transport, or what it needs is not installed.
+    """
+    if name not in TRANSPORTS:
+        known = ", ".join(("auto", *TRANSPORTS))
+        raise ConfigError(f"kv_transfer.transport = {name!r} is unknown; use one of {known}")
+    module, _, attribute = TRANSPORTS[name].partition(":")
+    try:
+        factory: TransportFactory = getattr(importlib.import_module(module), attribute)
+    except ImportError as error:
+        raise ConfigError(f"kv_transfer.transport = {name!r} cannot be loaded: {error}") from error
+    return factory
+
+
+def open_transports(
+    config: KvTransferConfig,
+    *,
+    incarnation: str,
+    region: Region,
+    clock: Clock,
+    token: str = "",
+    hub: LocalPeers | None = None,
+) -> TransportSet:
+    """Opens the configured transport, or with "auto" all that work here. `hub` joins roles of one process.
+
+    Raises:
+        ConfigError: the configured transport is unknown.
+        TransferError: it does not work here, or none does.
+    """
+    waker = _Waker()
+    context = TransportContext(
+        incarnation=incarnation, wake=waker, clock=clock, token=token, host=config.host, hub=hub
+    )
+    opened: dict[str, Transport] = {}
+    for name in TRANSPORTS if config.transport == "auto" else (config.transport,):
+        try:
+            opened[name] = load_factory(name)(context)
+        except (TransferError, OSError) as error:
+            _log.info("transport_unusable name=%s why=%r", name, str(error))
+    transports = TransportSet(opened, region, waker=waker)
+    if not transports.names:
+        transports.close()
+        raise TransferError(f"kv_transfer.transport = {config.transport!r} does not work on this machine")
+    return transports
