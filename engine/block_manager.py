@@ -10,6 +10,7 @@ needed; - quarantined: bytes may still arrive late from a transfer that failed; 
 
 from __future__ import annotations
 
+import heapq
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -37,8 +38,8 @@ class BlockManager:
         self._references = [0] * num_blocks
         self._hash_of: list[bytes | None] = [None] * num_blocks
         self._block_of: dict[bytes, int] = {}
-        # Last in, first out: the block used last is the one still warm in the processor's caches.
-        self._free = list(range(num_blocks - 1, -1, -1))
+        # A heap: low ids first keeps a sequence's blocks together, and neighbours move as one piece.
+        self._free = list(range(num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
         self._quarantined: set[int] = set()
         self._stored: dict[bytes, None] = {}
@@ -61,8 +62,8 @@ class BlockManager:
         while len(self._free) < n:
             block_id, _ = self._cached.popitem(last=False)
             self._forget_hash(block_id)
-            self._free.append(block_id)
-        taken = [self._free.pop() for _ in range(n)]
+            heapq.heappush(self._free, block_id)
+        taken = [heapq.heappop(self._free) for _ in range(n)]
         for block_id in taken:
             self._references[block_id] = 1
         return taken
@@ -166,7 +167,7 @@ class BlockManager:
 
     def _retire(self, block_id: int) -> None:
         if self._hash_of[block_id] is None:
-            self._free.append(block_id)
+            heapq.heappush(self._free, block_id)
         else:
             self._cached[block_id] = None
 

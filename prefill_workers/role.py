@@ -84,7 +84,7 @@ class PrefillRole:
             job = self._jobs[chunk.sequence.key.request_id]
             if job.scheduled_at is None:
                 job.scheduled_at = now
-                self._begin_handoff(job)
+                self._begin_handoff(job, now)
         return plan
 
     def layer_hook(self, plan: StepPlan) -> LayerHook | None:
@@ -153,7 +153,7 @@ class PrefillRole:
     async def close(self) -> None:
         await self._sender.close()
 
-    def _begin_handoff(self, job: _Job) -> None:
+    def _begin_handoff(self, job: _Job, now: float) -> None:
         """Asks for the reservation, unless the first token ends the request in any case."""
         sequence = job.sequence
         next_length = sequence.num_tokens + 1
@@ -162,9 +162,12 @@ class PrefillRole:
             or next_length >= self._limits.context_length
         ):
             return
+        submit = Submit()
+        submit.CopyFrom(job.submit)
+        submit.elapsed_s += now - sequence.arrived_at
         try:
             self._sender.begin(
-                sequence.key, job.submit.decode, job.submit, sequence.num_tokens, sequence.block_hashes
+                sequence.key, submit.decode, submit, sequence.num_tokens, sequence.block_hashes
             )
         except ValueError:
             # An earlier life of this very attempt still holds blocks for its fence.
