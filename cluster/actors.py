@@ -1,0 +1,133 @@
+"""What runs inside Ray actors: thin shells around one role's running object.
+
+A shell starts its role, reports where it listens and how far it is, and lets go of it. It knows nothing of
+what a role does. When the process dies, Ray starts it anew and the supervisor calls `start` again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import logging
+import os
+from pathlib import Path
+
+from ..proto.errors import DiphaseError, InternalError
+from . import processes, roles
+from .roles import Assignment, Started, StartFailed, StartProgress
+
+logger = logging.getLogger(__name__)
+
+
+class RoleActor:
+    """One role in this process. Ray runs the methods on one event loop, which is the role's too."""
+
+    module = ""
+    """Where the role lives."""
+
+    def __init__(self) -> None:
+        # At once, not when told to: importing torch takes seconds, which a restart can save.
+        self._import = asyncio.get_running_loop().run_in_executor(None, importlib.import_module, self.module)
+        self._running: roles.Running | None = None
+        self._watch: asyncio.Task[None] | None = None
+        self._progress = StartProgress(stage="starting", share=0.0)
+
+    async def start(self, assignment: Assignment) -> Started | StartFailed:
+        """Starts the role and returns once it serves; the same answer again when it runs already."""
+        try:
+            if self._running is None:
+                _pin(assignment.cores)
+                await self._import
+                self._running = await roles.start(assignment, _node_ip(), self._report)
+                self._watch = asyncio.create_task(self._exit_when_broken(self._running))
+        except DiphaseError as exc:
+            return StartFailed(code=exc.code, message=exc.message)
+        except Exception as exc:  # the top of this process: the supervisor is told and decides
+            logger.exception("start_failed worker_id=%s", assignment.worker_id)
+            return StartFailed(code=InternalError.code, message=f"{type(exc).__name__}: {exc}")
+        return _describe(assignment, self._running)
+
+    def _report(self, stage: str, share: float) -> None:
+        self._progress = StartProgress(stage=stage, share=share)
+
+    async def progress(self) -> StartProgress:
+        """How far the start is."""
+        return self._progress
+
+    async def wait_closed(self) -> None:
+        """Never returns: the supervisor's pending call fails when the process dies."""
+        await asyncio.Event().wait()
+
+    async def drain(self) -> None:
+        """Takes nothing new and returns once nothing is left to do."""
+        if self._running is not None:
+            await self._running.drain()
+
+    async def stop(self) -> None:
+        """Lets go of everything. Idempotent."""
+        running, self._running = self._running, None
+        if running is not None:
+            await running.close()
+
+    async def _exit_when_broken(self, running: roles.Running) -> None:
+        try:
+            await running.wait()
+        except Exception:  # whatever it is, this process is of no more use
+            logger.exception("role_broken")
+            # At once: its peers see the streams end, and Ray starts a new process.
+            os._exit(1)
+
+
+class PrefillActor(RoleActor):
+    """A prefill worker."""
+
+    module = roles.MODULES["prefill"]
+
+
+class DecodeActor(RoleActor):
+    """A decode worker, or a colocated one: the assignment says which."""
+
+    module = roles.MODULES["decode"]
+
+
+class GatewayActor(RoleActor):
+    """A gateway."""
+
+    module = roles.MODULES["gateway"]
+
+
+ACTORS: dict[str, type[RoleActor]] = {
+    "prefill": PrefillActor,
+    "decode": DecodeActor,
+    "colocated": DecodeActor,
+    "gateway": GatewayActor,
+}
+
+
+def _node_ip() -> str:
+    import ray
+
+    return str(ray.util.get_node_ip_address())
+
+
+def _describe(assignment: Assignment, running: roles.Running) -> Started:
+    import ray
+
+    pid = os.getpid()
+    return Started(
+        worker_id=assignment.worker_id,
+        role=assignment.role,
+        address=running.address,
+        metrics_address=running.metrics_address,
+        incarnation=running.incarnation,
+        pid=pid,
+        ticks=processes.started_at(pid) or 0,
+        node_id=ray.get_runtime_context().get_node_id(),
+    )
+
+
+def _pin(cores: list[int]) -> None:
+    """Confines every thread of this process to `cores`: Ray's own threads exist before the role's."""
+    if cores:
+        for thread in Path("/proc/self/task").iterdir():
+            os.sched_setaffinity(int(thread.name), cores)

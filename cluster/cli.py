@@ -1,0 +1,96 @@
+"""The command `diphase`. Errors are one sentence on stderr; exit status 2 for what the user can change,
+else 1."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ..proto.clock import system_rng
+from ..proto.errors import CheckpointError, ConfigError, DiphaseError, InvalidRequest, NotFound
+from . import generate, status
+from .config import GIVEN, ClusterConfig, load
+from .config_writer import to_toml
+from .load import command as bench
+
+DEMO_SETTINGS = (
+    "gateway.port=0",
+    # The demonstration's prompts are short, and it is of the hand-off.
+    "router.local_prefill_tokens=0",
+)
+
+_USER_CAN_CHANGE = (ConfigError, CheckpointError, InvalidRequest, NotFound)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; the exit status."""
+    args = _parser().parse_args(argv)
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.DEBUG if args.verbose else logging.WARNING)
+    try:
+        return _run(args)
+    except DiphaseError as exc:
+        sys.stderr.write(f"diphase {args.command}: {exc.message}\n")
+        return 2 if isinstance(exc, _USER_CAN_CHANGE) else 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="diphase", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
+        command.add_argument("--config", type=Path, metavar="FILE", help="TOML file; see `diphase config`")
+        command.add_argument(
+            "--set", action="append", default=[], metavar="K=V", dest="settings", help="section.key=value"
+        )
+        return command
+
+    add("serve", "start a cluster and serve until Ctrl-C")
+    generate.add_arguments(add("generate", "send one prompt and stream the answer"))
+    status.add_arguments(add("status", "show pools, load, KV use and hand-offs in flight"))
+    bench.add_arguments(add("bench", "measure latency, attainment and goodput under load"))
+    add("config", "print the resolved configuration, with what every key means")
+    add("demo", "start a cluster, send it three prompts, print answers and timings, stop")
+    return parser
+
+
+def _run(args: argparse.Namespace) -> int:
+    settings = [*DEMO_SETTINGS, *args.settings] if args.command == "demo" else args.settings
+    config = load(args.config, settings, system_rng())
+    if args.command == "config":
+        sys.stdout.write(to_toml(config, hidden=GIVEN))
+        return 0
+    if args.command in ("serve", "demo"):
+        return _run_cluster(args.command, config)
+    return _ask(args, config)
+
+
+def _run_cluster(command: str, config: ClusterConfig) -> int:
+    # Imported here: Ray costs a quarter of a second that the other commands need not pay.
+    from .demo import demo
+    from .serve import serve
+
+    return asyncio.run((serve if command == "serve" else demo)(config, Console(highlight=False)))
+
+
+def _ask(args: argparse.Namespace, config: ClusterConfig) -> int:
+    """The commands that talk to a running cluster."""
+    host = "127.0.0.1" if config.gateway.host in ("0.0.0.0", "::") else config.gateway.host
+    address = args.address or f"{host}:{config.gateway.port}"
+    commands: dict[str, Callable[[argparse.Namespace, str, str], int]] = {
+        "generate": generate.run,
+        "status": status.run,
+        "bench": bench.run,
+    }
+    # Unless it was configured the token is a drawn one, which only a gateway on loopback overlooks.
+    return commands[args.command](args, address, config.security.cluster_token)

@@ -1,0 +1,66 @@
+"""What a cluster stands on: a folder, a watchdog, Ray and the store. Set up in this order, let go of in
+reverse."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from . import ray_runtime
+from .config import ClusterConfig
+from .ray_runtime import RayRuntime
+from .store import Store, open_store
+from .watchdog import Watchdog
+
+logger = logging.getLogger(__name__)
+
+TEMPORARY = Path("/tmp")
+"""Not $TMPDIR: the paths of unix sockets below it have at most 107 bytes."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Foundation:
+    """Everything that is not a process of a role."""
+
+    mark: str
+    """What the cluster's processes are known by on this machine, see processes.py. Drawn at each start."""
+    folder: Path
+    """Sockets and logs; removed at the end."""
+    runtime: RayRuntime
+    store: Store
+
+
+@contextlib.contextmanager
+def foundation(config: ClusterConfig) -> Iterator[Foundation]:
+    """Sets up for `config` and lets go of it all at the end, whatever fails on the way.
+
+    Raises:
+        ConfigError: the store or the Ray cluster that `config` names is not there.
+        InternalError: a private one did not start.
+    """
+    with contextlib.ExitStack() as stack:
+        folder = Path(tempfile.mkdtemp(prefix="diphase-", dir=TEMPORARY))
+        watchdog = Watchdog(folder.name, folder)
+        stack.callback(_finish, watchdog)
+        store = open_store(config.store, folder.name, folder)
+        stack.callback(store.stop)
+        runtime = ray_runtime.start(config.ray, folder.name, folder, _num_cpus(config))
+        stack.callback(runtime.stop)
+        yield Foundation(mark=folder.name, folder=folder, runtime=runtime, store=store)
+
+
+def _finish(watchdog: Watchdog) -> None:
+    if left := watchdog.finish():
+        logger.info("stragglers_killed processes=%d", left)
+
+
+def _num_cpus(config: ClusterConfig) -> float:
+    """What a private Ray is told it has: the machine's cores, or more when the pools ask for more. Ray only
+    counts."""
+    wanted = sum(pool.workers * pool.bundle().get("CPU", 0.0) for pool in config.pools.placements().values())
+    return max(float(os.cpu_count() or 1), wanted)

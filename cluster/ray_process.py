@@ -1,0 +1,172 @@
+"""The supervisor's handle of one Ray actor: start, notice the end, kill, drain. The live `slot.Process`."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from typing import Any
+
+import ray
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
+from ..proto.errors import ConfigError, WorkerLost
+from .actors import ACTORS
+from .config import PlacementConfig
+from .node_agent import NodeAgent
+from .processes import MARK
+from .roles import Assignment, Started, StartFailed, StartProgress
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.05
+AGENT_S = 5.0
+MAX_CONCURRENCY = 64
+"""Calls of one actor that may be pending; a handful are."""
+
+
+class NodeAgents:
+    """A NodeAgent for each node, started when first needed."""
+
+    def __init__(self, cluster: str) -> None:
+        self._cluster = cluster
+        self._agents: dict[str, Any] = {}
+
+    def on(self, node_id: str) -> Any:
+        """The handle of the agent on that node."""
+        if node_id not in self._agents:
+            self._agents[node_id] = ray.remote(NodeAgent).options(
+                num_cpus=0,
+                max_restarts=-1,
+                max_concurrency=1000,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
+                runtime_env={"env_vars": {MARK: self._cluster}},
+            ).remote()  # fmt: skip
+        return self._agents[node_id]
+
+    def close(self) -> None:
+        for agent in self._agents.values():
+            ray.kill(agent)
+        self._agents.clear()
+
+
+class RayProcess:
+    """One actor that Ray restarts whenever its process ends."""
+
+    def __init__(self, actor: Any, agents: NodeAgents) -> None:
+        """Takes over `actor`: close() ends it."""
+        self._actor = actor
+        self._agents = agents
+
+    async def start(self, assignment: Assignment) -> Started | StartFailed:
+        while True:
+            try:
+                answer: Started | StartFailed = await self._actor.start.remote(assignment)
+                return answer
+            except ActorUnavailableError:  # Ray has not noticed the death, or is restarting
+                await asyncio.sleep(RETRY_S)
+            except ActorDiedError as exc:
+                raise WorkerLost(f"{assignment.worker_id} cannot be started any more: {exc}") from exc
+
+    async def progress(self) -> StartProgress | None:
+        """How far a start is; None while the process is not there."""
+        try:
+            answer: StartProgress = await self._actor.progress.remote()
+            return answer
+        except RayError:
+            return None
+
+    async def ended(self, started: Started) -> None:
+        """The node's agent notices within milliseconds, a call that is pending in the process within two
+        seconds."""
+        async with asyncio.TaskGroup() as group:
+            watchers = [
+                group.create_task(self._agent_notices(started)),
+                group.create_task(self._call_fails()),
+            ]
+            await asyncio.wait(watchers, return_when=asyncio.FIRST_COMPLETED)
+            for watcher in watchers:
+                watcher.cancel()
+
+    async def _agent_notices(self, started: Started) -> None:
+        while True:
+            try:
+                await self._agents.on(started.node_id).wait_exit.remote(started.pid, started.ticks)
+                return
+            except RayError as exc:
+                logger.debug("node_agent_lost node=%s error=%s", started.node_id, exc)
+                await asyncio.sleep(AGENT_S)
+
+    async def _call_fails(self) -> None:
+        with contextlib.suppress(RayError):
+            await self._actor.wait_closed.remote()
+
+    async def kill(self, started: Started) -> None:
+        try:
+            async with asyncio.timeout(AGENT_S):
+                await self._agents.on(started.node_id).kill.remote(started.pid, started.ticks)
+        except (RayError, TimeoutError) as exc:
+            # Slower on a stopped process (seconds), but needs no agent.
+            logger.warning("node_agent_silent node=%s error=%s", started.node_id, exc)
+            ray.kill(self._actor, no_restart=False)
+
+    async def drain(self) -> None:
+        with contextlib.suppress(RayError):  # what has died has nothing left to do
+            await self._actor.drain.remote()
+
+    async def close(self) -> None:
+        with contextlib.suppress(RayError, TimeoutError):
+            async with asyncio.timeout(AGENT_S):
+                await self._actor.stop.remote()
+        ray.kill(self._actor)
+
+
+async def reserve(role: str, placement: PlacementConfig, timeout_s: float) -> PlacementGroup:
+    """A placement group with one bundle a worker of the pool.
+
+    Raises:
+        ConfigError: no nodes with that much room within `timeout_s`.
+    """
+    bundles = [placement.bundle() for _ in range(placement.workers)]
+    group = ray.util.placement_group(bundles, strategy=placement.strategy)
+    try:
+        async with asyncio.timeout(timeout_s):
+            await group.ready()
+    except TimeoutError:
+        ray.util.remove_placement_group(group)
+        has = {name: amount for name, amount in ray.cluster_resources().items() if ":" not in name}
+        raise ConfigError(
+            f"pools.{role}: no room for {placement.workers} workers of {bundles[0]} with strategy "
+            f"{placement.strategy} within {timeout_s:.0f} s; the Ray cluster has {has} in all"
+        ) from None
+    return group
+
+
+def create_worker(
+    role: str, placement: PlacementConfig, bundle: tuple[PlacementGroup, int], env: dict[str, str]
+) -> Any:
+    """The actor of a pool's worker, in that bundle of the pool's placement group."""
+    group, index = bundle
+    return _create(
+        role,
+        env,
+        num_cpus=placement.cpus,
+        num_gpus=placement.gpus,
+        resources={name: amount for name, amount in placement.resources.items() if amount > 0},
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
+    )
+
+
+def create_gateway(node_id: str | None, env: dict[str, str]) -> Any:
+    """The actor of a gateway, on that node or, with None, on any; it reserves no resources."""
+    here = "SPREAD" if node_id is None else NodeAffinitySchedulingStrategy(node_id, soft=False)
+    return _create("gateway", env, num_cpus=0, scheduling_strategy=here)
+
+
+def _create(role: str, env: dict[str, str], **options: Any) -> Any:
+    actor = ray.remote(ACTORS[role]).options(
+        max_restarts=-1, max_concurrency=MAX_CONCURRENCY, runtime_env={"env_vars": env}, **options
+    )
+    return actor.remote()

@@ -1,0 +1,145 @@
+"""Ray, started for this cluster alone or joined where it runs, and nothing of Ray beyond this process's
+connection.
+
+A private Ray is local, quiet, without dashboard, in a folder of its own, guarded by a token of its own and
+ended with the cluster. A joined one keeps running: only what this cluster placed on it goes. `ray stop` is
+never called, it would end every Ray on the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..proto.errors import ConfigError, InternalError
+from .config import RayConfig
+from .processes import MARK
+
+logger = logging.getLogger(__name__)
+
+LOOPBACK = "127.0.0.2"
+"""Node address of a private Ray. Ray replaces 127.0.0.1 by an address that other machines reach."""
+REACH_S = 3.0
+
+_ALWAYS = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray would hide every GPU from actors that ask for none, and warns that it will stop doing so.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RayRuntime:
+    """A connection of this process to Ray. There is at most one a process."""
+
+    private: bool
+    node_id: str
+    """Of the node this process runs on."""
+
+    def stop(self) -> None:
+        """Disconnects; a private Ray ends with it. Idempotent."""
+        import ray
+
+        ray.shutdown()
+
+
+def start(config: RayConfig, cluster: str, folder: Path, num_cpus: float) -> RayRuntime:
+    """Starts a private Ray in `folder`, with room for `num_cpus`, or joins `ray.address`.
+
+    Must run on the main thread: Ray's processes are told to end with the thread that started them.
+
+    Raises:
+        ConfigError: the cluster at `ray.address` cannot be joined.
+        InternalError: a private Ray did not start.
+    """
+    with _environment({**_ALWAYS, **({} if config.address else {MARK: cluster})}):
+        if not config.address:
+            # Not undone: Ray keeps the token it read first for as long as the process lives.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        import ray
+
+        if ray.is_initialized():
+            raise InternalError("this process has a connection to Ray already; run one cluster a process")
+        quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
+        if config.address:
+            _join(ray, config, quiet)
+        else:
+            _start_private(ray, config, folder, num_cpus, quiet)
+        _log_instead_of_print()
+        return RayRuntime(private=not config.address, node_id=ray.get_runtime_context().get_node_id())
+
+
+def _start_private(ray: Any, config: RayConfig, folder: Path, num_cpus: float, quiet: dict[str, Any]) -> None:
+    try:
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            num_cpus=num_cpus,
+            object_store_memory=config.object_store_mib * 1024 * 1024,
+            _temp_dir=str(folder / "ray"),
+            _node_ip_address=LOOPBACK,
+            **quiet,
+        )
+    except Exception as exc:
+        raise InternalError(f"a private Ray did not start in {folder}: {_first_line(exc)}") from exc
+
+
+def _join(ray: Any, config: RayConfig, quiet: dict[str, Any]) -> None:
+    _check_reachable(config.address)
+    try:
+        ray.init(address=config.address, **quiet)
+    except Exception as exc:
+        raise ConfigError(
+            f'ray.address = "{config.address}" cannot be joined: {_first_line(exc)} '
+            "(a Ray with authentication needs RAY_AUTH_MODE=token and RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH)"
+        ) from exc
+
+
+def _check_reachable(address: str) -> None:
+    """Ray itself tries for 20 seconds before it says that nobody is there."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:  # "auto" and the like
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=REACH_S).close()
+    except ValueError as exc:
+        raise ConfigError(f'ray.address = "{address}" is not host:port') from exc
+    except OSError as exc:
+        raise ConfigError(f'ray.address = "{address}": nothing answers there: {exc.strerror or exc}') from exc
+
+
+def _log_instead_of_print() -> None:
+    """Ray prints each worker's death into the driver's output; here such lines go to the log."""
+    from ray._private import worker
+
+    def log(data: dict[str, Any], ignore_prefix: bool = False) -> None:
+        logger.debug("ray_says lines=%s", data.get("lines"))
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = log
+
+
+def _first_line(exc: BaseException) -> str:
+    return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+
+
+@contextlib.contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Sets what Ray's processes shall inherit and restores what was there."""
+    before = {key: os.environ.get(key) for key in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for key, value in before.items():
+            if value is None:
+                os.environ.pop(key, None)
+            else:
+                os.environ[key] = value

@@ -1,0 +1,191 @@
+"""What a process of a cluster can be, and how each role is started in its process: by name, without torch
+here."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+
+from ..checkpoints import lookup
+from ..decode_workers.config import DecodeWorkerConfig
+from ..prefill_workers.config import PrefillWorkerConfig
+from ..proto.clock import system_rng
+from ..proto.ids import draw_id
+from .config import ClusterConfig
+
+_PACKAGE = __name__.split(".", maxsplit=1)[0]
+MODULES = {
+    "prefill": f"{_PACKAGE}.prefill_workers.worker",
+    "decode": f"{_PACKAGE}.decode_workers.worker",
+    "colocated": f"{_PACKAGE}.decode_workers.worker",
+    "gateway": f"{_PACKAGE}.router.gateway",
+}
+"""Where each role's `start` is."""
+
+WILDCARDS = ("0.0.0.0", "::")
+"""Hosts to listen on that no peer can dial."""
+
+Progress = Callable[[str, float], None]
+"""(what is being done, share of it that is done)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Assignment:
+    """What a process is told to be."""
+
+    worker_id: str
+    role: str
+    config: ClusterConfig
+    """Resolved: with name and token."""
+    store_url: str
+    """Of the store, for gateways."""
+    port: int = 0
+    """Of a gateway; 0 takes any free one. A restarted gateway is given the ports it had."""
+    metrics_port: int = 0
+    cores: list[int] = field(default_factory=list)
+    """CPU cores to run on; empty leaves the choice to the system."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A process that serves."""
+
+    worker_id: str
+    role: str
+    address: str
+    """host:port of its gRPC server."""
+    metrics_address: str
+    """host:port of its /metrics."""
+    incarnation: str
+    pid: int
+    ticks: int
+    """When the process started, see processes.started_at."""
+    node_id: str
+    """Of Ray."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartFailed:
+    """Why a role did not start. A value, since Ray wraps exceptions in its own."""
+
+    code: str
+    """Of proto/errors.py."""
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartProgress:
+    """How far a start is."""
+
+    stage: str
+    share: float
+    """0 to 1."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Running:
+    """A role that serves in this process, whichever it is."""
+
+    address: str
+    metrics_address: str
+    incarnation: str
+    wait: Callable[[], Awaitable[None]]
+    """Returns when the role was closed, and raises when it cannot go on: the process should then end."""
+    drain: Callable[[], Awaitable[None]]
+    close: Callable[[], Awaitable[None]]
+
+
+async def start(assignment: Assignment, node_ip: str, progress: Progress) -> Running:
+    """Starts the role that `assignment` names, in this process and on the running loop.
+
+    Args:
+        node_ip: where other nodes reach this one; announced by what listens on every interface.
+        progress: called from any thread.
+
+    Raises:
+        DiphaseError: it cannot run as configured.
+    """
+    module = importlib.import_module(MODULES[assignment.role])
+    if assignment.role == "gateway":
+        running = await _start_gateway(module, assignment, progress)
+    else:
+        running = await _start_worker(module, assignment, node_ip, progress)
+    return replace(
+        running,
+        address=_reachable(running.address, node_ip),
+        metrics_address=_reachable(running.metrics_address, node_ip),
+    )
+
+
+async def _start_gateway(module: ModuleType, assignment: Assignment, progress: Progress) -> Running:
+    config = assignment.config
+    gateway = await module.start(
+        gateway_id=assignment.worker_id,
+        cluster=config.name,
+        files=await asyncio.to_thread(lookup.resolve, config.model.name, progress=progress),
+        store_url=assignment.store_url,
+        config=config.gateway,
+        router=config.router,
+        slo=config.slo,
+        cluster_token=config.security.cluster_token,
+        port=assignment.port,
+        metrics_port=assignment.metrics_port,
+    )
+    return Running(
+        address=gateway.address,
+        metrics_address=gateway.metrics_address,
+        incarnation=gateway.incarnation,
+        wait=gateway.wait,
+        drain=gateway.drain,
+        close=gateway.stop,
+    )
+
+
+async def _start_worker(
+    module: ModuleType, assignment: Assignment, node_ip: str, progress: Progress
+) -> Running:
+    worker = await module.start(
+        _worker_config(assignment, node_ip),
+        worker_id=assignment.worker_id,
+        incarnation=draw_id(system_rng()),
+        progress=progress,
+    )
+    return Running(
+        address=worker.address,
+        metrics_address=worker.metrics_address,
+        incarnation=worker.incarnation,
+        wait=worker.wait_closed,
+        drain=worker.drain,
+        close=worker.close,
+    )
+
+
+def _worker_config(assignment: Assignment, node_ip: str) -> PrefillWorkerConfig | DecodeWorkerConfig:
+    config = assignment.config
+    # Transports announce the address they listen on.
+    transfer = config.kv_transfer
+    if transfer.host in WILDCARDS:
+        transfer = replace(transfer, host=node_ip)
+    if assignment.role == "prefill":
+        return PrefillWorkerConfig(
+            engine=config.engine,
+            host=config.worker,
+            scheduler=config.pools.prefill.scheduler,
+            kv_transfer=transfer,
+        )
+    pool = config.pools.decode if assignment.role == "decode" else config.pools.colocated
+    return DecodeWorkerConfig(
+        role=assignment.role,
+        engine=config.engine,
+        host=config.worker,
+        scheduler=pool.scheduler,
+        kv_transfer=transfer,
+    )
+
+
+def _reachable(address: str, node_ip: str) -> str:
+    host, _colon, port = address.rpartition(":")
+    return f"{node_ip}:{port}" if host.strip("[]") in WILDCARDS else address

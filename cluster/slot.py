@@ -1,0 +1,136 @@
+"""One place in the cluster that shall always have a running process in it.
+
+The slot starts the process, publishes it, waits for its end, takes it off the list and begins again.
+Starting anew is the process's own business (Ray's, live); whether it still answers is judged elsewhere
+(liveness.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from typing import Protocol
+
+from ..proto.errors import DiphaseError, from_wire
+from .config import SupervisorConfig
+from .roles import Assignment, Started, StartFailed, StartProgress
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S = 0.1
+
+
+class Process(Protocol):
+    """A process that comes back under the same handle when it died."""
+
+    async def start(self, assignment: Assignment) -> Started | StartFailed:
+        """Waits until the process is there and serves.
+
+        Raises:
+            WorkerLost: it does not come back, or died on the way.
+        """
+        ...
+
+    async def progress(self) -> StartProgress | None:
+        """How far the start is; None while the process is not there."""
+        ...
+
+    async def ended(self, started: Started) -> None:
+        """Returns when that process has ended."""
+        ...
+
+    async def kill(self, started: Started) -> None:
+        """Ends that process, also when it is stopped."""
+        ...
+
+    async def drain(self) -> None: ...
+
+    async def close(self) -> None:
+        """Stops it for good."""
+        ...
+
+
+class Slot:
+    """Keeps one process running."""
+
+    def __init__(
+        self,
+        assignment: Assignment,
+        process: Process,
+        *,
+        publish: Callable[[Started], Awaitable[None]],
+        remove: Callable[[Started], Awaitable[None]],
+        config: SupervisorConfig,
+    ) -> None:
+        """`publish` and `remove` tell the rest of the cluster who is there."""
+        self.assignment = assignment
+        self.process = process
+        self.started: Started | None = None
+        self.restarts = 0
+        self._publish = publish
+        self._remove = remove
+        self._config = config
+        self._first: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
+
+    async def first_start(self) -> Started:
+        """Returns once the process serves for the first time.
+
+        Raises:
+            DiphaseError: it could not be started; the slot has given up.
+        """
+        return await asyncio.shield(self._first)
+
+    async def run(self) -> None:
+        """Until cancelled. The first failure to start is final, later ones are tried again."""
+        try:
+            self.started = await self._start()
+        except DiphaseError as exc:
+            self._first.set_exception(exc)
+            self._first.exception()  # seen: the waiter may be gone already
+            return
+        self._first.set_result(self.started)
+        while True:
+            await self._publish(self.started)
+            await self.process.ended(self.started)
+            ended, self.started = self.started, None
+            logger.warning("process_ended worker_id=%s pid=%d", ended.worker_id, ended.pid)
+            await self._remove(ended)
+            self.restarts += 1
+            self.started = await self._restart()
+
+    async def _start(self) -> Started:
+        timeout_s = self._config.start_timeout_s
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self.process.start(self.assignment)
+        except TimeoutError:
+            raise from_wire(
+                "worker_lost", f"{self.assignment.worker_id} did not start within {timeout_s:.0f} s"
+            ) from None
+        if isinstance(answer, StartFailed):
+            raise from_wire(answer.code, f"{self.assignment.worker_id}: {answer.message}")
+        # The next start takes the ports of this one: clients and scrapers find it where it was.
+        self.assignment = replace(
+            self.assignment, port=_port(answer.address), metrics_port=_port(answer.metrics_address)
+        )
+        logger.info(
+            "process_started worker_id=%s pid=%d address=%s incarnation=%s",
+            answer.worker_id, answer.pid, answer.address, answer.incarnation,
+        )  # fmt: skip
+        return answer
+
+    async def _restart(self) -> Started:
+        pause_s = FIRST_PAUSE_S
+        while True:
+            try:
+                return await self._start()
+            except DiphaseError as exc:
+                logger.error("restart_failed worker_id=%s error=%s", self.assignment.worker_id, exc.message)
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, self._config.restart_pause_s)
+
+
+def _port(address: str) -> int:
+    return int(address.rpartition(":")[2] or 0)

@@ -1,0 +1,247 @@
+"""A cluster from its start to its stop: places every process, keeps it running, publishes who is there.
+
+Nothing here is on the path of a request. Ray restarts processes, slots notice and publish it, gateways
+judge who hangs; the supervisor ties them together and, at the end, stops what it started and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any
+
+import ray
+from redis.exceptions import RedisError
+
+from ..checkpoints import lookup
+from ..proto.clock import MonotonicClock
+from ..proto.errors import ConfigError, InternalError
+from ..router.membership import Member, RedisMembership
+from . import ray_process
+from .config import ClusterConfig
+from .endpoint import StatusClient
+from .foundation import Foundation, foundation
+from .liveness import LivenessWatch
+from .processes import MARK
+from .ray_process import NodeAgents, RayProcess
+from .roles import Assignment, Started
+from .slot import Slot
+
+logger = logging.getLogger(__name__)
+
+Report = Callable[[str, str, float], None]
+"""(who, what is being done, share of it that is done)."""
+
+PROGRESS_S = 0.2
+STORE_RETRY_S = 0.5
+WORKER_DRAIN_S = 10.0
+"""Workers have nothing left to do once the gateways are drained, but for leases and last messages."""
+
+
+@contextlib.asynccontextmanager
+async def running(config: ClusterConfig, report: Report) -> AsyncIterator[Cluster]:
+    """A cluster that serves, until the block is left. Enter it on the main thread.
+
+    Raises:
+        DiphaseError: it could not be started; nothing is left behind.
+    """
+    await _check(config, report)
+    report("cluster", "starting Ray" if not config.ray.address else "joining Ray", 0.0)
+    with foundation(config) as base:
+        cluster = Cluster(config, base, report)
+        try:
+            await cluster.start()
+            yield cluster
+        finally:
+            await cluster.close()
+
+
+async def _check(config: ClusterConfig, report: Report) -> None:
+    """Finds what cannot work before anything is started. On a joined Ray the places are not known yet."""
+    if config.ray.address:
+        return
+    for replica in range(config.gateway.replicas if config.gateway.port else 0):
+        _check_port(config.gateway.host, config.gateway.port + replica)
+    await asyncio.to_thread(
+        lookup.resolve, config.model.name, progress=lambda stage, share: report("model", stage, share)
+    )
+
+
+def _check_port(host: str, port: int) -> None:
+    try:
+        family, kind, protocol, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as exc:
+        raise ConfigError(
+            f"gateway.port: cannot listen on {host}:{port}: {exc.strerror}; choose another port, or 0 for any"
+        ) from exc
+
+
+class Cluster:
+    """The processes of a cluster. Made by `running`."""
+
+    def __init__(self, config: ClusterConfig, base: Foundation, report: Report) -> None:
+        self.config = config
+        self.slots: list[Slot] = []
+        self._base = base
+        self._report = report
+        self._agents = NodeAgents(base.mark)
+        self._groups: list[Any] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._status = StatusClient(config.security.cluster_token)
+        self._redis = base.store.client()
+        self._members = RedisMembership(self._redis, config.name)
+
+    @property
+    def addresses(self) -> list[str]:
+        """host:port of the gateways that run now."""
+        return [
+            slot.started.address for slot in self.slots if slot.started and slot.started.role == "gateway"
+        ]
+
+    async def start(self) -> None:
+        """Returns once every process serves."""
+        for role, placement in self.config.pools.placements().items():
+            if not placement.workers:
+                continue
+            group = await ray_process.reserve(role, placement, self.config.ray.placement_timeout_s)
+            self._groups.append(group)
+            for index in range(placement.workers):
+                actor = ray_process.create_worker(role, placement, (group, index), self._environment(role))
+                self._add(self._assignment(role, index), actor)
+        node_id = None if self.config.store.url else self._base.runtime.node_id
+        for index in range(self.config.gateway.replicas):
+            actor = ray_process.create_gateway(node_id, self._environment("gateway"))
+            self._add(self._assignment("gateway", index), actor)
+        await self._all_started()
+        self._own(self._keep_store())
+        self._own(LivenessWatch(self.slots, self._status.ask, MonotonicClock(), self.config.supervisor).run())
+
+    async def wait(self) -> None:
+        """Until the cluster cannot go on.
+
+        Raises:
+            InternalError: always; what keeps the cluster running has ended.
+        """
+        done, _running = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            if (error := task.exception()) is not None:
+                raise InternalError(f"the supervisor failed: {type(error).__name__}: {error}") from error
+        raise InternalError("the supervisor ended without a reason")
+
+    async def drain(self) -> None:
+        """Takes no new requests and returns once the accepted ones are over, or after gateway.drain_s."""
+        for roles, timeout_s in (
+            (("gateway",), self.config.gateway.drain_s),
+            (("prefill", "decode", "colocated"), WORKER_DRAIN_S),
+        ):
+            draining = [slot.process.drain() for slot in self.slots if slot.assignment.role in roles]
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await asyncio.gather(*draining)
+            except TimeoutError:
+                logger.warning("drain_incomplete roles=%s after_s=%.0f", ",".join(roles), timeout_s)
+
+    async def close(self) -> None:
+        """Ends every process of the cluster. Idempotent."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(slot.process.close() for slot in self.slots))
+        with contextlib.suppress(RedisError, OSError):
+            await self._members_gone()
+        self._agents.close()
+        for group in self._groups:
+            ray.util.remove_placement_group(group)
+        self._groups.clear()
+        await self._status.close()
+        await self._redis.aclose()
+
+    def _assignment(self, role: str, index: int) -> Assignment:
+        gateway = self.config.gateway
+        placement = self.config.pools.placements().get(role)
+        return Assignment(
+            worker_id=f"{role}-{index}",
+            role=role,
+            config=self.config,
+            store_url=self._base.store.url if role == "gateway" else "",
+            port=gateway.port + index if role == "gateway" and gateway.port else 0,
+            metrics_port=gateway.metrics_port + index if role == "gateway" and gateway.metrics_port else 0,
+            cores=placement.cores_of(index) if placement is not None else [],
+        )
+
+    def _environment(self, role: str) -> dict[str, str]:
+        # Read when torch is imported, which is before any code of ours could set it.
+        threads = {} if role == "gateway" else {"OMP_NUM_THREADS": str(self.config.engine.threads)}
+        return {MARK: self._base.mark, **threads}
+
+    def _add(self, assignment: Assignment, actor: Any) -> None:
+        slot = Slot(
+            assignment,
+            RayProcess(actor, self._agents),
+            publish=self._publish,
+            remove=self._remove,
+            config=self.config.supervisor,
+        )
+        self.slots.append(slot)
+        self._own(slot.run())
+
+    def _own(self, work: Coroutine[Any, Any, None]) -> None:
+        self._tasks.append(asyncio.get_running_loop().create_task(work))
+
+    async def _all_started(self) -> None:
+        shows = [asyncio.get_running_loop().create_task(self._show_progress(slot)) for slot in self.slots]
+        try:
+            await asyncio.gather(*(slot.first_start() for slot in self.slots))
+        finally:
+            for show in shows:
+                show.cancel()
+            await asyncio.gather(*shows, return_exceptions=True)
+
+    async def _show_progress(self, slot: Slot) -> None:
+        while slot.started is None:
+            if (progress := await slot.process.progress()) is not None:
+                self._report(slot.assignment.worker_id, progress.stage, progress.share)
+            await asyncio.sleep(PROGRESS_S)
+        self._report(slot.assignment.worker_id, "ready", 1.0)
+
+    async def _publish(self, started: Started) -> None:
+        member = Member(
+            worker_id=started.worker_id,
+            role=started.role,
+            address=started.address,
+            incarnation=started.incarnation,
+            metrics_address=started.metrics_address,
+        )
+        await self._until_stored(lambda: self._members.publish(member))
+
+    async def _remove(self, started: Started) -> None:
+        await self._until_stored(lambda: self._members.remove(started.worker_id))
+
+    async def _until_stored(self, write: Callable[[], Awaitable[None]]) -> None:
+        """Losing the store stops no request, but nobody learns of new processes until it is back."""
+        while True:
+            try:
+                return await write()
+            except (RedisError, OSError) as exc:
+                logger.warning("store_unreachable error=%s", exc)
+                await asyncio.sleep(STORE_RETRY_S)
+
+    async def _members_gone(self) -> None:
+        for slot in self.slots:
+            await self._members.remove(slot.assignment.worker_id)
+
+    async def _keep_store(self) -> None:
+        """Restarts the private server when it died and tells it who is there."""
+        while True:
+            await asyncio.sleep(STORE_RETRY_S)
+            if await asyncio.to_thread(self._base.store.restart_if_dead):
+                logger.warning("store_restarted")
+                for slot in self.slots:
+                    if slot.started is not None:
+                        await self._publish(slot.started)

@@ -1,0 +1,67 @@
+"""The process that ends a cluster's processes when its supervisor is gone, however it went.
+
+It reads a pipe that only the supervisor holds. The pipe's end means that the supervisor has stopped or was
+killed: whatever still carries the cluster's mark gets SIGKILL, and the cluster's folder is removed. A clean
+stop and a `kill -9` of the supervisor take the same path; after a clean stop there is nothing left to end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from .processes import marked
+
+SWEEP_S = 5.0
+"""Processes that a raylet was just about to start may appear while others are ended."""
+
+
+def sweep(cluster: str) -> int:
+    """SIGKILL to every process of the cluster until none is left; how many there were."""
+    killed: set[int] = set()
+    deadline = time.monotonic() + SWEEP_S
+    while (left := marked(cluster)) and time.monotonic() < deadline:
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.kill(pid, signal.SIGKILL)
+        killed.update(left)
+        time.sleep(0.02)
+    return len(killed)
+
+
+class Watchdog:
+    """The supervisor's end of the pipe."""
+
+    def __init__(self, cluster: str, folder: Path) -> None:
+        """Starts the process. It ends `cluster` and removes `folder` once this process is gone."""
+        # In a session of its own: a Ctrl-C in the terminal must not end it before the supervisor.
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "diphase.cluster.watchdog", cluster, str(folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
+
+    def finish(self) -> int:
+        """Sweeps now; how many processes had to be killed. Idempotent."""
+        if self._process.poll() is None and self._process.stdin is not None:
+            self._process.stdin.close()
+        return self._process.wait(timeout=2 * SWEEP_S)
+
+
+def main() -> None:
+    cluster, folder = sys.argv[1:3]
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.stdin.buffer.read()
+    killed = sweep(cluster)
+    shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(min(killed, 100))
+
+
+if __name__ == "__main__":
+    main()
