@@ -1,9 +1,12 @@
-"""What can be set of a decode scheduler."""
+"""What can be set of a decode or colocated worker and its scheduler."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ..engine.config import EngineConfig
+from ..engine.host_config import HostConfig
+from ..kv_transfer.config import KvTransferConfig
 from ..proto.errors import ConfigError
 
 
@@ -32,3 +35,19 @@ class ColocatedSchedulerConfig(DecodeSchedulerConfig):
 
     prefill_budget: int = 512
     """Most prompt tokens a step computes beside the batch's own tokens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodeWorkerConfig:
+    """Everything one decode worker process is started with."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    scheduler: DecodeSchedulerConfig = field(default_factory=DecodeSchedulerConfig)
+    """A ColocatedSchedulerConfig makes it a colocated worker, which takes no hand-offs."""
+    host: HostConfig = field(default_factory=HostConfig)
+    kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
+
+    @property
+    def role(self) -> str:
+        """decode or colocated."""
+        return "colocated" if isinstance(self.scheduler, ColocatedSchedulerConfig) else "decode"

@@ -69,10 +69,16 @@ class Engine(Protocol):
     layout: KvLayout
     limits: ModelLimits
     num_blocks: int
-    kv_buffer: memoryview
-    """The pool's bytes, writable, num_blocks * layout.block_bytes long."""
-    kv_fd: int | None
-    """A memfd of the pool that another process may map; None where there is none."""
+
+    @property
+    def kv_buffer(self) -> memoryview:
+        """The pool's bytes, writable, num_blocks * layout.block_bytes long."""
+        ...
+
+    @property
+    def kv_fd(self) -> int | None:
+        """A memfd of the pool that another process may map; None where there is none."""
+        ...
 
     def execute(self, plan: StepPlan, on_layer: LayerHook | None = None) -> StepResult:
         """Runs one step and blocks until it is done. Writes the KV of each chunk's tokens into the blocks of

@@ -6,7 +6,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from functools import partial
+from typing import Protocol
 
 import grpc.aio
 from prometheus_client import start_http_server
@@ -17,10 +19,10 @@ from ..proto.ids import PROTOCOL_VERSION
 from ..proto.rpc import INTERNAL_OPTIONS
 from ..proto.worker_pb2 import WorkerHello
 from .base import Engine
+from .config import EngineConfig
 from .engine_thread import EngineThread
 from .host import WorkerHost
 from .host_config import HostConfig
-from .host_metrics import HostMetrics
 from .role import Role
 from .service import WorkerService
 
@@ -28,6 +30,15 @@ logger = logging.getLogger(__name__)
 
 STOP_GRACE_S = 0.5
 """Seconds that open streams have to end when the server stops."""
+
+Progress = Callable[[str, float], None]
+"""(what is being done, share of it that is done)."""
+
+
+class LoadEngine(Protocol):
+    """Blocks until the engine can run."""
+
+    def __call__(self, config: EngineConfig, *, progress: Progress | None) -> Engine: ...
 
 
 def hello_of(
@@ -66,7 +77,7 @@ class RunningWorker:
         config: HostConfig,
         server: grpc.aio.Server,
         address: str,
-        close_parts: Callable[[], None],
+        parts: ExitStack,
     ) -> None:
         self.host = host
         self.hello = host.hello
@@ -74,7 +85,7 @@ class RunningWorker:
         self.address = address
         """host:port of the gRPC server."""
         self._server = server
-        self._close_parts = close_parts
+        self._parts = parts
         try:
             self._metrics_server, self._metrics_thread = start_http_server(
                 config.metrics_port, config.host, host.metrics.registry
@@ -114,7 +125,25 @@ class RunningWorker:
         self._metrics_server.shutdown()
         self._metrics_server.server_close()
         self._metrics_thread.join()
-        self._close_parts()
+        self._parts.close()
+
+
+async def load_engine(
+    load: LoadEngine, config: EngineConfig, progress: Progress | None, parts: ExitStack
+) -> tuple[Engine, EngineThread]:
+    """Loads an engine on a thread of its own; `parts` will end both. `progress` is called from that thread.
+
+    Raises:
+        DiphaseError: what `load` raises.
+    """
+    thread = EngineThread()
+    parts.callback(thread.close)
+    engine = await thread.call(partial(load, config, progress=progress))
+    # A step may still run when all is closed: its thread has to end before the memory goes.
+    parts.pop_all()
+    parts.callback(engine.close)
+    parts.callback(thread.close)
+    return engine, thread
 
 
 async def serve(
@@ -125,28 +154,16 @@ async def serve(
     hello: WorkerHello,
     config: HostConfig,
     clock: Clock,
-    close_transports: Callable[[], None],
+    parts: ExitStack,
 ) -> RunningWorker:
-    """Starts the server and the host. The worker owns engine, thread and transports from now on; when this
-    raises, they are closed.
+    """Starts the server and the host. The worker takes `parts` over and closes them at its end; when this
+    raises they stay the caller's.
 
     Raises:
         ConfigError: a port is in use, or the address is not this machine's.
     """
-
-    def close_parts() -> None:
-        # A step may still run: the thread ends after it, and only then may its memory go.
-        thread.close()
-        close_transports()
-        engine.close()
-
     host = WorkerHost(
-        role=role,
-        execute=partial(thread.execute, engine),
-        hello=hello,
-        config=config,
-        clock=clock,
-        metrics=HostMetrics(),
+        role=role, execute=partial(thread.execute, engine), hello=hello, config=config, clock=clock
     )
     server = grpc.aio.server(options=INTERNAL_OPTIONS)
     try:
@@ -155,10 +172,9 @@ async def serve(
             add(server)
         address = f"{config.host}:{_bind(server, config)}"
         await server.start()
-        running = RunningWorker(host, config, server, address, close_parts)
+        running = RunningWorker(host, config, server, address, parts.pop_all())
     except BaseException:
         await server.stop(None)
-        close_parts()
         raise
     logger.info("worker_started worker_id=%s role=%s address=%s", hello.worker_id, hello.role, address)
     return running

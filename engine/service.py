@@ -27,7 +27,7 @@ class WorkerService(WorkerServicer):
         self._hello_timeout_s = hello_timeout_s
 
     def add_to(self, server: grpc.aio.Server) -> None:
-        add_WorkerServicer_to_server(self, server)  # type: ignore[no-untyped-call]
+        add_WorkerServicer_to_server(self, server)
 
     async def Attach(self, request_iterator: AsyncIterator[GatewayFrame], context: Context) -> None:
         """Serves one gateway until either side ends the stream. Cancelled (the gateway is gone), it

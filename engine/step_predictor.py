@@ -57,4 +57,5 @@ class StepPredictor:
     @staticmethod
     def _features(sample: StepSample) -> NDArray[np.float64]:
         raw = (1, sample.prefill_tokens, sample.prefill_context, sample.decode_batch, sample.decode_context)
-        return np.multiply(raw, _SCALES)
+        features: NDArray[np.float64] = np.multiply(raw, _SCALES)
+        return features

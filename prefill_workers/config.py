@@ -1,9 +1,12 @@
-"""What can be set of a prefill scheduler."""
+"""What can be set of a prefill worker and its scheduler."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from ..engine.config import EngineConfig
+from ..engine.host_config import HostConfig
+from ..kv_transfer.config import KvTransferConfig
 from ..proto.errors import ConfigError
 
 
@@ -24,3 +27,13 @@ class PrefillSchedulerConfig:
         for name in ("chunk_budget", "saturation_tokens", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"pools.prefill.{name} = {getattr(self, name)} must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefillWorkerConfig:
+    """Everything one prefill worker process is started with."""
+
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    scheduler: PrefillSchedulerConfig = field(default_factory=PrefillSchedulerConfig)
+    host: HostConfig = field(default_factory=HostConfig)
+    kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)

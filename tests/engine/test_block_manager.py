@@ -75,7 +75,7 @@ class BlockLife(RuleBasedStateMachine):
         assert not set(found) & set(self.quarantined)
         self.held += found
 
-    @precondition(lambda self: set(self.held) - set(self.quarantined))
+    @precondition(lambda self: bool(set(self.held) - set(self.quarantined)))
     @rule(data=st.data())
     def quarantine(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from(sorted(set(self.held) - set(self.quarantined))))

@@ -202,9 +202,13 @@ class SimWorker:
 
     def _transports(self) -> TransportSet:
         loop = asyncio.get_running_loop()
+
+        def wake() -> None:
+            loop.call_soon(self._pump)
+
         context = TransportContext(
             incarnation=self.incarnation,
-            wake=lambda: loop.call_soon(self._pump) and None,
+            wake=wake,
             clock=self._world.clock,
             hub=self._world.hub,
         )
