@@ -1,0 +1,49 @@
+"""What an engine is configured with. No torch: the cluster's configuration is composed of this."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..proto.errors import ConfigError
+
+DTYPES = ("bf16", "fp32", "int8")
+BLOCK_SIZES = (8, 16, 32, 64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """One engine: the sections [model] and [engine]."""
+
+    model: str = "smollm2"
+    """Name of the model: `smollm2`, `dummy:PRESET[@SEED]`, a directory, a .gguf file or a Hub repository."""
+    dtype: str = "bf16"
+    """Of weights and activations: bf16; fp32 (exact, slow); int8 (weights of the layers only, with bf16
+    activations, embedding, output projection and KV)."""
+    block_size: int = 16
+    """Tokens a KV block."""
+    kv_cache_mib: int = 512
+    """Memory of the KV pool, MiB; taken at start."""
+    threads: int = 1
+    """Threads that one step computes with. More than the worker's own cores make everything slower."""
+
+    def __post_init__(self) -> None:
+        if not self.model:
+            raise ConfigError("model.name is empty; name a model, for example smollm2")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"model.dtype = {self.dtype!r} is unknown; use one of {', '.join(DTYPES)}")
+        if self.block_size not in BLOCK_SIZES:
+            raise ConfigError(
+                f"engine.block_size = {self.block_size} is not possible; "
+                f"use one of {', '.join(map(str, BLOCK_SIZES))}"
+            )
+        if not 1 <= self.kv_cache_mib <= 1 << 24:
+            raise ConfigError(
+                f"engine.kv_cache_mib = {self.kv_cache_mib} is out of range; use 1 to {1 << 24}"
+            )
+        if not 1 <= self.threads <= 1024:
+            raise ConfigError(f"engine.threads = {self.threads} is out of range; use 1 to 1024")
+
+    @property
+    def activation_dtype(self) -> str:
+        """Of activations and KV: bf16 or fp32."""
+        return "fp32" if self.dtype == "fp32" else "bf16"

@@ -1,0 +1,83 @@
+"""Which implementation of each operation runs on which device: the one place that knows.
+
+An operation is one file with its contract, its checks and a plain torch reference; a faster path is a further
+file and one entry here. Implementations are named as strings and imported on use, so that a path whose
+library is absent costs nothing. Knows no models and no requests.
+"""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass, fields
+from functools import cache
+from typing import Any
+
+import torch
+
+from ..proto.errors import KernelError
+from .kv_write import KvWrite
+from .linear import DenseLinear, Linear, MakeLinear
+from .paged_attention import MakePagedAttention
+from .rms_norm import RmsNorm
+from .rope import Rope
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kernels:
+    """One implementation of every operation."""
+
+    linear: MakeLinear
+    rms_norm: RmsNorm
+    rope: Rope
+    kv_write: KvWrite
+    paged_attention: MakePagedAttention
+
+
+_IMPLEMENTATIONS: dict[str, dict[str, str]] = {
+    "reference": {
+        "linear": "linear:DenseLinear",
+        "rms_norm": "rms_norm:rms_norm_reference",
+        "rope": "rope:rope_reference",
+        "kv_write": "kv_write:kv_write_reference",
+        "paged_attention": "paged_attention:ReferencePagedAttention",
+    },
+    "cpu": {
+        "linear": "registry:_cpu_linear",
+        "rms_norm": "rms_norm:rms_norm_cpu",
+        "rope": "rope:rope_cpu",
+        "kv_write": "kv_write:kv_write_cpu",
+        "paged_attention": "paged_attention_cpu:CpuPagedAttention",
+    },
+}
+"""Device -> operation -> "module:name" in this folder. `reference` is slow and runs anywhere."""
+
+
+@cache
+def kernels_for(device: str) -> Kernels:
+    """The implementations for a device type, or those of `reference`.
+
+    Raises:
+        KernelError: there are none for that device.
+    """
+    if device not in _IMPLEMENTATIONS:
+        raise KernelError(f"no kernels for device {device!r}; there are {', '.join(_IMPLEMENTATIONS)}")
+    chosen = _IMPLEMENTATIONS[device]
+    return Kernels(**{field.name: _load(chosen[field.name]) for field in fields(Kernels)})
+
+
+def _load(path: str) -> Any:
+    module, name = path.split(":")
+    return getattr(importlib.import_module(f".{module}", __package__), name)
+
+
+def _cpu_linear(weight: torch.Tensor, bias: torch.Tensor | None = None, *, quantised: bool = False) -> Linear:
+    """int8 where asked for; bf16 packed once where oneDNN multiplies bf16; F.linear otherwise."""
+    if quantised:
+        from .linear_int8 import Int8Linear
+
+        return Int8Linear(weight, bias)
+    from .linear_packed import PackedLinear, can_pack
+
+    if can_pack(weight):
+        return PackedLinear(weight, bias)
+    return DenseLinear(weight, bias)
