@@ -22,7 +22,6 @@ from ...proto.slo import Slo, slo_from_proto
 from ...router.config import GatewayConfig
 from ..endpoint import open_channel
 from .client import LoadClient, LoopTimer, RequestResult, Timer, fetch_model
-from .plot import attainment_plot
 from .report import (
     LoadReport,
     environment,
@@ -291,6 +290,8 @@ def _conclude(config: BenchConfig, console: Console, runner: _Runner, reports: l
         console.print(
             f"goodput at {TARGET:.0%} attainment: {goodput_text(found)} requests/s", highlight=False
         )
+        from .plot import attainment_plot  # matplotlib takes half a second, which most commands need not wait
+
         written.append(config.output.with_name(config.output.name + ".png"))
         title = f"TTFT ≤ {runner.slo.ttft_ms:g} ms, TPOT ≤ {runner.slo.tpot_ms:g} ms"
         attainment_plot(written[1], {title: {runner.model or "cluster": points}}, TARGET)

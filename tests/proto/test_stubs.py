@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import grpc_tools  # type: ignore[import-untyped]
+import grpc_tools
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
