@@ -39,6 +39,7 @@ class ActiveRequest:
         "error",
         "failed_workers",
         "finish_reason",
+        "finisher",
         "give_up",
         "prefill",
         "queued",
@@ -62,6 +63,8 @@ class ActiveRequest:
         """Ends the wait for a placement."""
         self.finish_reason = 0
         self.error: DiphaseError | None = None
+        self.finisher: WorkerHandle | None = None
+        """The worker that has the terminal event, until it is acknowledged."""
         self.delivered = False
         """The last message was written to the client."""
         self.stream = RequestStream(self)
@@ -142,7 +145,8 @@ class ActiveRequest:
         return Tokens(taken, order.token_ids[taken:], order.logprobs[taken:], complete)
 
     def observe_prefill(self, worker: WorkerHandle, times: worker_pb2.PrefillTimes, now: float) -> None:
-        if worker.clock.known:
+        """Token 0 came with its worker's stamps. A re-attached request has none of its own to add them to."""
+        if worker.clock.known and self.times.submitted_at is not None:
             self.times.prefilled(times, worker.clock, now)
 
     def _try_finish(self) -> None:

@@ -142,8 +142,8 @@ class Dispatcher:
         self._forget(active)
         if active.delivered:
             self._policy.observe_completion(active.times.num_written)
-            for worker in active.workers:
-                worker.send(_acknowledge(active))
+            if active.finisher is not None:
+                active.finisher.send_later(_acknowledge(active.request_id, active.attempt))
             verdict = active.times.verdict(active.request.slo)
             self.metrics.finished(active.times, verdict, len(active.request.prompt_token_ids))
             self._journalise(active, "finished")
@@ -288,6 +288,7 @@ class Dispatcher:
     def _take_terminal(self, active: ActiveRequest, worker: WorkerHandle, output: pb.SequenceOutput) -> None:
         terminal = output.terminal
         if terminal.finish_reason:
+            active.finisher = worker
             active.take_terminal(output.index + len(output.token_ids), terminal.finish_reason)
         elif worker is active.prefill and not active.needs_prefill:
             logger.info("late_failure request_id=%s worker=%s", active.request_id, worker.worker_id)
@@ -329,12 +330,9 @@ class Dispatcher:
     def _refuse_stale(self, worker: WorkerHandle, output: pb.SequenceOutput) -> None:
         self.metrics.stale()
         if output.HasField("terminal"):
-            message = pb.GatewayMessage(
-                acknowledge=pb.Acknowledge(request_id=output.request_id, attempt=output.attempt)
-            )
+            worker.send_later(_acknowledge(output.request_id, output.attempt))
         else:
-            message = _cancel(output.request_id, output.attempt)
-        worker.send(message)
+            worker.send(_cancel(output.request_id, output.attempt))
 
     # bookkeeping
 
@@ -411,5 +409,5 @@ def _cancel(request_id: str, attempt: int) -> pb.GatewayMessage:
     return pb.GatewayMessage(cancel=pb.Cancel(request_id=request_id, attempt=attempt))
 
 
-def _acknowledge(active: ActiveRequest) -> pb.GatewayMessage:
-    return pb.GatewayMessage(acknowledge=pb.Acknowledge(request_id=active.request_id, attempt=active.attempt))
+def _acknowledge(request_id: str, attempt: int) -> pb.GatewayMessage:
+    return pb.GatewayMessage(acknowledge=pb.Acknowledge(request_id=request_id, attempt=attempt))

@@ -117,11 +117,10 @@ class RedisJournal:
     async def run(self) -> None:
         while True:
             await self._has_pending.wait()
-            await asyncio.sleep(self._flush_s)
-            while self._pending:
-                if not await self._write():
-                    await asyncio.sleep(RETRY_S)
-            self._has_pending.clear()
+            await asyncio.sleep(self._flush_s if self._reachable else RETRY_S)
+            await self._write()
+            if not self._pending:
+                self._has_pending.clear()
 
     async def flush(self) -> None:
         while self._pending and await self._write():

@@ -25,9 +25,6 @@ class StepShape(NamedTuple):
     decode_context: float = 0.0
 
 
-NOTHING = StepShape()
-
-
 def prompt_shape(num_tokens: int, context_before: int = 0) -> StepShape:
     """The shape of computing `num_tokens` prompt tokens after `context_before` cached ones."""
     return StepShape(num_tokens, num_tokens * (context_before + num_tokens / 2))
@@ -99,28 +96,23 @@ class LatencyModel:
             self._fit()
         return Coefficients(*self._theta)
 
-    def step_s(self, shape: StepShape) -> float:
-        """Predicted duration of one step, seconds."""
-        base, token, context, sequence, decode_context = self._current()
-        return (
-            base
-            + token * shape.prefill_tokens
-            + context * shape.prefill_context
-            + sequence * shape.decode_batch
-            + decode_context * shape.decode_context
-        )
-
-    def prompt_s(self, num_tokens: float, context: float, steps: float, beside: StepShape = NOTHING) -> float:
-        """Seconds to compute `num_tokens` prompt tokens of prompt context `context` in `steps` steps, each of
-        which also decodes what `beside` says."""
-        base, token, per_context, sequence, decode_context = self._current()
-        each = base + sequence * beside.decode_batch + decode_context * beside.decode_context
-        return steps * each + token * num_tokens + per_context * context
-
-    def _current(self) -> tuple[float, ...]:
+    @property
+    def terms(self) -> tuple[float, ...]:
+        """The coefficients in order, from a fit that may lack the last few samples."""
         if self._unfitted >= REFIT_EVERY or (self._unfitted and self.num_samples <= REFIT_EVERY):
             self._fit()
         return self._theta
+
+    def step_s(self, shape: StepShape) -> float:
+        """Predicted duration of one step, seconds."""
+        base, per_token, per_prefill_context, per_sequence, per_decode_context = self.terms
+        return (
+            base
+            + per_token * shape.prefill_tokens
+            + per_prefill_context * shape.prefill_context
+            + per_sequence * shape.decode_batch
+            + per_decode_context * shape.decode_context
+        )
 
     def _fit(self) -> None:
         """Non-negative least squares by an active set: negative coefficients become 0, the others are fitted

@@ -31,6 +31,14 @@ class Link(Protocol):
         """Queues a message; never blocks. After the end of the stream it goes nowhere."""
         ...
 
+    def send_later(self, message: pb.GatewayMessage) -> None:
+        """Queues a message that nobody waits for: it leaves with the next one, or at flush()."""
+        ...
+
+    def flush(self) -> None:
+        """Lets what is queued leave."""
+        ...
+
     async def run(self, on_frame: FrameSink) -> None:
         """Dials, says hello, and calls `on_frame` with every frame, in order, until the stream ends. Once it
         has returned, raised or been cancelled, nothing is delivered any more.
@@ -57,6 +65,13 @@ class GrpcLink:
     def send(self, message: pb.GatewayMessage) -> None:
         self._outgoing.append(message)
         self._has_outgoing.set()
+
+    def send_later(self, message: pb.GatewayMessage) -> None:
+        self._outgoing.append(message)
+
+    def flush(self) -> None:
+        if self._outgoing:
+            self._has_outgoing.set()
 
     async def run(self, on_frame: FrameSink) -> None:
         async with grpc.aio.insecure_channel(self._address, options=INTERNAL_OPTIONS) as channel:

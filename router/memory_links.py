@@ -172,24 +172,27 @@ class _MemoryLink:
 
     def send(self, message: pb.GatewayMessage) -> None:
         self._outgoing.append(message)
-        self._schedule()
+        self.flush()
+
+    def send_later(self, message: pb.GatewayMessage) -> None:
+        self._outgoing.append(message)
 
     async def run(self, on_frame: FrameSink) -> None:
         ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         self._stream = self._network.open(self._address, on_frame, ended)
-        self._schedule()
+        self.flush()
         try:
             reason = await ended
         finally:
             self._stream.end("the gateway closed it")
         raise WorkerLost(f"the stream to the worker at {self._address} ended: {reason}")
 
-    def _schedule(self) -> None:
-        if self._stream is not None and not self._flushing:
+    def flush(self) -> None:
+        if self._outgoing and self._stream is not None and not self._flushing:
             self._flushing = True
-            asyncio.get_running_loop().call_soon(self._flush)
+            asyncio.get_running_loop().call_soon(self._send_frame)
 
-    def _flush(self) -> None:
+    def _send_frame(self) -> None:
         self._flushing = False
         messages, self._outgoing = self._outgoing, []
         assert self._stream is not None

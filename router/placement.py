@@ -15,12 +15,11 @@ Conductor (FAST 2025); judging by both objectives at once follows DistServe's go
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..proto.slo import Slo
-from .latency_model import NOTHING, StepShape, prompt_shape
 from .prefix_index import PrefixIndex
 from .worker_handle import WorkerHandle
 
@@ -28,8 +27,7 @@ SMOOTHING = 0.02
 """Weight of the newest completion length and hand-off time in their running means."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Demand:
+class Demand(NamedTuple):
     """What is to be placed: one attempt at one request."""
 
     num_tokens: int
@@ -68,20 +66,25 @@ class Placement:
         return self.ttft_ms <= slo.ttft_ms and (self.tpot_ms is None or self.tpot_ms <= slo.tpot_ms)
 
 
-@dataclass(slots=True)
-class _PrefillSide:
-    worker: WorkerHandle
-    uncached: int
-    ttft_s: float
+class _DecodeSide(NamedTuple):
+    """What a decode worker offers, whoever computes the prompt."""
 
-
-@dataclass(slots=True)
-class _DecodeSide:
     worker: WorkerHandle
-    step_s: float
-    """A token with this sequence in the batch, without the hand-off."""
+    token_s: float
+    """A token with this sequence in the batch, without a hand-off."""
     memory: float
     """Share of the KV pool that stays free."""
+    batch_s: float
+    """What decoding its present batch adds to each step."""
+
+
+class _Candidate(NamedTuple):
+    slacks: tuple[float, ...]
+    prefill: WorkerHandle | None
+    decode: WorkerHandle
+    uncached: int
+    ttft_s: float
+    token_s: float
 
 
 class PlacementPolicy:
@@ -109,21 +112,30 @@ class PlacementPolicy:
         output = max(1.0, min(float(demand.max_new_tokens), self._output_tokens))
         prefills = _prefer([worker for worker in workers if worker.role == "prefill"], avoid)
         decodes = _prefer([worker for worker in workers if worker.role != "prefill"], avoid)
-        best: Placement | None = None
-        for worker in decodes:
-            if self._may_compute(worker, demand, prefills):
-                best = _better(best, self._local(worker, demand, output))
-        if prefills:
-            for layout in {worker.layout_hash: None for worker in decodes}:
-                best = _better(best, self._pair(layout, prefills, decodes, demand, output))
-        return best
-
-    def _may_compute(self, worker: WorkerHandle, demand: Demand, prefills: Sequence[WorkerHandle]) -> bool:
-        """Whether a worker may take the whole request: it is colocated, the prefill pool is dead, or what it
-        has to compute is short."""
-        if worker.role == "colocated" or not prefills:
-            return True
-        return self._uncached(worker, demand) <= self._local_prefill_tokens
+        sides = [_decode_side(worker, demand.num_tokens, output) for worker in decodes]
+        candidates = []
+        for side in sides:
+            uncached = self._uncached(side.worker, demand)
+            # Both phases on one worker: it is colocated, the prefill pool is dead, or little is to compute.
+            if side.worker.role == "colocated" or not prefills or uncached <= self._local_prefill_tokens:
+                candidates.append(self._local(side, uncached, demand, output))
+        for layout in {worker.layout_hash: None for worker in decodes} if prefills else ():
+            first = [worker for worker in prefills if worker.layout_hash == layout]
+            then = [side for side in sides if side.worker.layout_hash == layout]
+            if first:
+                candidates.append(self._pair(first, then, demand, output))
+        if not candidates:
+            return None
+        best = max(candidates, key=_slacks)  # the first of equals
+        return Placement(
+            prefill=best.prefill,
+            decode=best.decode,
+            uncached_tokens=best.uncached,
+            ttft_ms=best.ttft_s * 1000.0,
+            tpot_ms=best.token_s * 1000.0 if demand.max_new_tokens > 1 else None,
+            slacks=best.slacks,
+            informed=best.decode.model.informed and (best.prefill is None or best.prefill.model.informed),
+        )
 
     def _uncached(self, worker: WorkerHandle, demand: Demand) -> int:
         """Tokens to compute there; the last one always is, for its logits."""
@@ -133,114 +145,81 @@ class PlacementPolicy:
         return demand.num_tokens - min(cached * worker.block_size, demand.num_tokens - 1)
 
     def _pair(
-        self,
-        layout: str,
-        prefills: Sequence[WorkerHandle],
-        decodes: Sequence[WorkerHandle],
-        demand: Demand,
-        output: float,
-    ) -> Placement | None:
-        sides = [self._prefill_side(worker, demand) for worker in prefills if worker.layout_hash == layout]
-        if not sides:
-            return None
-        prefill = min(sides, key=lambda side: side.ttft_s)
-        tpot_slo_s = demand.slo.tpot_ms / 1000.0
-        decode = max(
-            (self._decode_side(worker, demand, output) for worker in decodes if worker.layout_hash == layout),
-            key=lambda side: min(1.0 - side.step_s / tpot_slo_s, side.memory),
-        )
-        tpot_s = decode.step_s + self._handoff_s / output
-        return self._placement(prefill, decode, tpot_s, demand, pair=True)
+        self, prefills: Sequence[WorkerHandle], sides: Sequence[_DecodeSide], demand: Demand, output: float
+    ) -> _Candidate:
+        """The best of each, among workers of one layout."""
+        ttft_s, uncached, prefill = float("inf"), 0, prefills[0]
+        for worker in prefills:
+            worker_uncached = self._uncached(worker, demand)
+            worker_s = _prompt_s(worker, demand.num_tokens, worker_uncached, worker.chunk_budget, 0.0)
+            if worker_s < ttft_s:
+                ttft_s, uncached, prefill = worker_s, worker_uncached, worker
+        decode = sides[0]
+        if len(sides) > 1:
+            per_objective = 1000.0 / demand.slo.tpot_ms
+            decode = max(sides, key=lambda side: min(1.0 - side.token_s * per_objective, side.memory))
+        token_s = decode.token_s + self._handoff_s / output
+        ttft_s += demand.elapsed_s
+        slacks = _slacks_of(demand, ttft_s, token_s, decode.memory)
+        return _Candidate(slacks, prefill, decode.worker, uncached, ttft_s, token_s)
 
-    def _local(self, worker: WorkerHandle, demand: Demand, output: float) -> Placement:
-        """One worker does both: chunks of the prompt ride on its decode steps and lengthen them."""
-        decode = self._decode_side(worker, demand, output)
-        uncached = self._uncached(worker, demand)
-        batch, context = _batch(worker)
-        beside = StepShape(decode_batch=batch, decode_context=context)
-        chunk = max(_chunk(worker), self._local_prefill_tokens)
-        ttft_s = demand.elapsed_s + _queue_and_prompt_s(worker, demand, uncached, chunk, beside)
+    def _local(self, side: _DecodeSide, uncached: int, demand: Demand, output: float) -> _Candidate:
+        """Chunks of the prompt ride on the worker's decode steps and lengthen them."""
+        worker = side.worker
+        chunk = max(worker.chunk_budget, self._local_prefill_tokens)
+        ttft_s = demand.elapsed_s + _prompt_s(worker, demand.num_tokens, uncached, chunk, side.batch_s)
         # What the chunks cost is spread over the tokens that everybody in the batch waits for meanwhile.
-        model = worker.model
-        chunks_s = model.prompt_s(uncached, prompt_shape(uncached).prefill_context, 0.0)
-        prefill = _PrefillSide(worker, uncached, ttft_s)
-        return self._placement(prefill, decode, decode.step_s + chunks_s / output, demand, pair=False)
+        token_s = side.token_s + worker.model.terms[1] * uncached / output
+        slacks = _slacks_of(demand, ttft_s, token_s, side.memory)
+        return _Candidate(slacks, None, worker, uncached, ttft_s, token_s)
 
-    def _prefill_side(self, worker: WorkerHandle, demand: Demand) -> _PrefillSide:
-        uncached = self._uncached(worker, demand)
-        ttft_s = demand.elapsed_s + _queue_and_prompt_s(worker, demand, uncached, _chunk(worker), NOTHING)
-        return _PrefillSide(worker, uncached, ttft_s)
 
-    def _decode_side(self, worker: WorkerHandle, demand: Demand, output: float) -> _DecodeSide:
-        load, model = worker.load, worker.model
-        batch, context = _batch(worker)
-        step_s = model.step_s(
-            StepShape(decode_batch=batch + 1, decode_context=context + demand.num_tokens + output / 2)
-        )
-        extra = model.prompt_s(load.waiting_tokens, 0.0, 0.0) / output  # prompts that it computes itself
-        # Without a free place in the batch or enough blocks the sequence waits for a share of the others to
-        # end.
-        max_running = worker.hello.max_running if worker.hello is not None else 0
-        excess = max(0, batch + 1 - max_running) / max_running if max_running else 0.0
-        block_size = worker.block_size
-        incoming_tokens = context - load.running_context
-        needed = (demand.num_tokens + output + incoming_tokens) / block_size
-        free = worker.usable_blocks - needed
-        shortage = max(0.0, -free) / max(1, load.blocks_running)
-        memory = free / load.blocks_total if load.blocks_total else 1.0
-        return _DecodeSide(worker, step_s * (1.0 + excess + shortage) + extra, memory)
+def _decode_side(worker: WorkerHandle, num_tokens: int, output: float) -> _DecodeSide:
+    """The prediction for one more sequence of `num_tokens` that will grow by `output`."""
+    load = worker.load
+    base, per_token, _, per_sequence, per_context = worker.model.terms
+    incoming, incoming_tokens = worker.incoming
+    batch, context = load.running + incoming, load.running_context + incoming_tokens
+    batch_s = per_sequence * batch + per_context * context
+    step_s = base + batch_s + per_sequence + per_context * (num_tokens + output / 2)
+    # Without a place in the batch or enough blocks, it waits for a share of the others to end.
+    waits = 0.0
+    if batch >= worker.max_running > 0:
+        waits = (batch + 1 - worker.max_running) / worker.max_running
+    free = worker.usable_blocks - (num_tokens + output + incoming_tokens) / worker.block_size
+    if free < 0.0:
+        waits -= free / max(1, load.blocks_running)
+    memory = free / load.blocks_total if load.blocks_total else 1.0
+    own_prompts_s = per_token * load.waiting_tokens / output
+    return _DecodeSide(worker, step_s * (1.0 + waits) + own_prompts_s, memory, batch_s)
 
-    def _placement(
-        self, prefill: _PrefillSide, decode: _DecodeSide, tpot_s: float, demand: Demand, *, pair: bool
-    ) -> Placement:
-        ttft_ms = prefill.ttft_s * 1000.0
-        tpot_ms = tpot_s * 1000.0 if demand.max_new_tokens > 1 else None
-        slacks = [1.0 - ttft_ms / demand.slo.ttft_ms, decode.memory]
-        if tpot_ms is not None:
-            slacks.append(1.0 - tpot_ms / demand.slo.tpot_ms)
-        return Placement(
-            prefill=prefill.worker if pair else None,
-            decode=decode.worker,
-            uncached_tokens=prefill.uncached,
-            ttft_ms=ttft_ms,
-            tpot_ms=tpot_ms,
-            slacks=tuple(sorted(slacks)),
-            informed=prefill.worker.model.informed and decode.worker.model.informed,
-        )
+
+def _prompt_s(worker: WorkerHandle, num_tokens: int, uncached: int, chunk: int, batch_s: float) -> float:
+    """Seconds until the worker has computed what waits there and then the `uncached` last tokens of a prompt;
+    `batch_s` is added to each step by the sequences that it decodes."""
+    base, per_token, per_context, _, _ = worker.model.terms
+    waiting = worker.waiting_tokens
+    context = uncached * (num_tokens - uncached / 2)
+    if waiting:
+        context += waiting * waiting / (2.0 * max(1, worker.waiting_requests))  # prompts of equal length
+    todo = waiting + uncached
+    steps = -(-todo // chunk) if chunk else 1
+    return worker.clock.round_trip_s / 2 + steps * (base + batch_s) + per_token * todo + per_context * context
+
+
+def _slacks_of(demand: Demand, ttft_s: float, token_s: float, memory: float) -> tuple[float, ...]:
+    """Shares of the objectives and of memory that are left, ascending. One token has no TPOT."""
+    slacks = [1.0 - ttft_s * 1000.0 / demand.slo.ttft_ms, memory]
+    if demand.max_new_tokens > 1:
+        slacks.append(1.0 - token_s * 1000.0 / demand.slo.tpot_ms)
+    slacks.sort()
+    return tuple(slacks)
+
+
+def _slacks(candidate: _Candidate) -> tuple[float, ...]:
+    return candidate.slacks
 
 
 def _prefer(workers: list[WorkerHandle], avoid: Collection[str]) -> list[WorkerHandle]:
     """Those that are not to be avoided, or all where that leaves none."""
     return [worker for worker in workers if worker.worker_id not in avoid] or workers
-
-
-def _better(best: Placement | None, other: Placement | None) -> Placement | None:
-    """The one with more slack; the earlier one where they are equal."""
-    if best is None or (other is not None and other.slacks > best.slacks):
-        return other
-    return best
-
-
-def _chunk(worker: WorkerHandle) -> int:
-    """Prompt tokens a step."""
-    return worker.hello.chunk_budget if worker.hello is not None else 0
-
-
-def _batch(worker: WorkerHandle) -> tuple[int, float]:
-    """Sequences that decode there soon, and their context tokens."""
-    incoming, incoming_tokens = worker.incoming
-    return worker.load.running + incoming, float(worker.load.running_context + incoming_tokens)
-
-
-def _queue_and_prompt_s(
-    worker: WorkerHandle, demand: Demand, uncached: int, chunk: int, beside: StepShape
-) -> float:
-    """Seconds until the worker has computed what waits there and then this prompt; each step also decodes
-    what `beside` says."""
-    waiting = worker.waiting_tokens
-    queued_context = waiting * waiting / (2.0 * max(1, worker.waiting_requests))  # prompts of equal length
-    own_context = prompt_shape(uncached, demand.num_tokens - uncached).prefill_context
-    steps = math.ceil((waiting + uncached) / chunk) if chunk else 1
-    return worker.clock.round_trip_s / 2 + worker.model.prompt_s(
-        waiting + uncached, queued_context + own_context, steps, beside
-    )

@@ -1,5 +1,7 @@
-"""Finds a running request that another gateway accepted: asks the journal where it is, and the workers for
-it."""
+"""Finds a running request that another gateway accepted: asks the journal where it is, and the workers for it.
+
+A decode worker that is asked before its hand-off came remembers who asked, and sends what follows there.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +22,27 @@ from .workers import WorkerPool
 
 logger = logging.getLogger(__name__)
 
-ASK_AGAIN_S = 0.1
+ROUNDS = 2
+"""Times that every worker is asked: in the first the request may be on its way from one to the other."""
+BETWEEN_ROUNDS_S = 0.2
 
 
 class _Search:
     """One request that is being looked for."""
 
-    def __init__(self, workers: list[WorkerHandle]) -> None:
-        self.silent = {worker.worker_id for worker in workers}
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def __init__(self) -> None:
+        self.silent: set[str] = set()
+        self.answers = asyncio.Event()
 
     def answered(self, worker: WorkerHandle) -> None:
         self.silent.discard(worker.worker_id)
-        if not self.silent and not self.over.done():
-            self.over.set_result(None)
+        if not self.silent:
+            self.answers.set()
 
 
 class Reattacher:
-    """Searches under way. A request that is found is in `active` from the moment of the first worker's
-    answer, since its tokens follow on the same stream."""
+    """Searches under way. A request that is found is in `active` from the first worker's answer on, since its
+    tokens follow on the same stream."""
 
     def __init__(
         self,
@@ -53,9 +57,9 @@ class Reattacher:
         self._pool = pool
         self._journal = journal
         self._timeout_s = timeout_s
-        self._clock = clock
         self._active = active
         self._adopt = adopt
+        self._clock = clock
         self._searches: dict[str, _Search] = {}
 
     async def find(self, request_id: str) -> ActiveRequest:
@@ -67,13 +71,15 @@ class Reattacher:
         workers = await self._candidates(request_id)
         if request_id in self._searches:
             raise InvalidRequest(f"another call is re-attaching to request {request_id!r}; keep that one")
-        search = self._searches[request_id] = _Search(workers)
+        search = self._searches[request_id] = _Search()
         try:
-            for worker in workers:
-                worker.send(_resume(request_id))
-            if workers:
-                async with asyncio.timeout(self._timeout_s):
-                    await search.over
+            async with asyncio.timeout(self._timeout_s):
+                for round_ in range(ROUNDS):
+                    if round_:
+                        await asyncio.sleep(BETWEEN_ROUNDS_S)
+                    await self._ask(request_id, search, workers)
+                    if request_id in self._active:
+                        break
         except TimeoutError:
             logger.warning("resume_unanswered request_id=%s workers=%s", request_id, sorted(search.silent))
         finally:
@@ -91,14 +97,11 @@ class Reattacher:
         search = self._searches.get(message.request_id)
         active = self._active.get(message.request_id)
         if message.known and (search is not None or active is not None):
+            known = active or _rebuild(message.submit, self._clock.now())
+            if message.submit.attempt == known.attempt:
+                self._merge(known, worker, message)
             if active is None:
-                active = _rebuild(message.submit, self._clock.now())
-                self._assign(active, worker, message.submit)
-                self._adopt(active)
-            if message.submit.attempt == active.attempt:
-                self._merge(active, worker, message)
-        elif active is not None and active.decode is worker and not active.decoding:
-            self._ask_again(active, worker)
+                self._adopt(known)
         if search is not None:
             search.answered(worker)
 
@@ -107,41 +110,42 @@ class Reattacher:
         for search in self._searches.values():
             search.answered(worker)
 
+    async def _ask(self, request_id: str, search: _Search, workers: list[WorkerHandle]) -> None:
+        """Returns when each has answered or is lost."""
+        asked = [worker for worker in workers if worker.usable]
+        search.answers.clear()
+        search.silent = {worker.worker_id for worker in asked}
+        for worker in asked:
+            worker.send(worker_pb2.GatewayMessage(resume=worker_pb2.Resume(request_id=request_id)))
+        if asked:
+            await search.answers.wait()
+
     async def _candidates(self, request_id: str) -> list[WorkerHandle]:
         """The workers that the journal names; every one while the journal is away."""
         try:
             record = await self._journal.lookup(request_id)
         except JournalUnavailable as exc:
             logger.warning("resume_without_journal request_id=%s error=%s", request_id, exc)
-            return [worker for worker in self._pool.handles() if worker.usable]
+            return self._pool.handles()
         if record is None:
             raise NotFound(f"no request {request_id!r} is known; start it without resume_from")
         if record.ended:
             raise NotFound(f"request {request_id!r} is over ({record.state}); start a new one")
         named = [self._pool.get(worker_id) for worker_id in (record.prefill, record.decode)]
-        return [worker for worker in named if worker is not None and worker.usable]
-
-    def _assign(self, active: ActiveRequest, worker: WorkerHandle, submit: worker_pb2.Submit) -> None:
-        """Who has the request, as the worker that answered knows it."""
-        if worker.role == "prefill":
-            active.prefill = worker
-            active.decode = self._pool.get(submit.decode.worker_id)
-        else:
-            active.decode = worker
-        active.times.attempts = submit.attempt + 1
-        active.times.decode_worker = active.decode.worker_id if active.decode is not None else ""
-        active.times.prefill_worker = worker.worker_id
+        return [worker for worker in named if worker is not None]
 
     def _merge(self, active: ActiveRequest, worker: WorkerHandle, message: worker_pb2.Resumed) -> None:
+        """Takes in what one of its workers knows."""
+        times = active.times
+        times.attempts = message.submit.attempt + 1
         if worker.role == "prefill":
             active.prefill = worker
-            active.times.prefill_worker = worker.worker_id
-            # A decode worker knows the request from its reservation on, which may still be to come.
-            if active.decode is not None and not active.decoding:
-                self._ask_again(active, active.decode)
+            active.decode = active.decode or self._pool.get(message.submit.decode.worker_id)
         else:
             active.decode = worker
             active.decoding = True
+        times.prefill_worker = (active.prefill or worker).worker_id
+        times.decode_worker = active.decode.worker_id if active.decode is not None else ""
         token_ids = list(message.token_ids)
         missing = len(token_ids) - len(message.logprobs) if message.logprobs else 0
         logprobs = [inference_pb2.TokenLogprobs()] * missing + list(message.logprobs)
@@ -150,17 +154,10 @@ class Reattacher:
             return
         terminal = message.terminal
         if terminal.finish_reason:
+            active.finisher = worker
             active.take_terminal(len(token_ids), terminal.finish_reason)
         elif worker is active.decode or active.needs_prefill:
-            active.fail(from_wire(terminal.error.code or "worker_lost", terminal.error.message))
-
-    def _ask_again(self, active: ActiveRequest, worker: WorkerHandle) -> None:
-        asyncio.get_running_loop().call_later(ASK_AGAIN_S, self._ask, active, worker, active.attempt)
-
-    def _ask(self, active: ActiveRequest, worker: WorkerHandle, attempt: int) -> None:
-        current = self._active.get(active.request_id) is active and active.attempt == attempt
-        if current and not active.decoding and not active.ended:
-            worker.send(_resume(active.request_id))
+            active.fail(from_wire(terminal.error.code or WorkerLost.code, terminal.error.message))
 
 
 def _rebuild(submit: worker_pb2.Submit, now: float) -> ActiveRequest:
@@ -176,7 +173,3 @@ def _rebuild(submit: worker_pb2.Submit, now: float) -> ActiveRequest:
         tokenised_at=now,
     )
     return ActiveRequest(request, submit.attempt)
-
-
-def _resume(request_id: str) -> worker_pb2.GatewayMessage:
-    return worker_pb2.GatewayMessage(resume=worker_pb2.Resume(request_id=request_id))

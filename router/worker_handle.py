@@ -44,6 +44,11 @@ class WorkerHandle:
         self.state = WorkerState.CONNECTING
         self.link: Link | None = None
         self.hello: pb.WorkerHello | None = None
+        self.layout_hash = ""
+        """Of its model and KV layout; workers pair only when equal. As the next three, what its hello said."""
+        self.block_size = 1
+        self.chunk_budget = 0
+        self.max_running = 0
         self.load = pb.Load()
         self.clock = ClockOffset()
         self.last_frame_at = 0.0
@@ -89,9 +94,22 @@ class WorkerHandle:
         if self.link is not None:
             self.link.send(message)
 
+    def send_later(self, message: pb.GatewayMessage) -> None:
+        """As send(), for what nobody waits for."""
+        if self.link is not None:
+            self.link.send_later(message)
+
+    def flush(self) -> None:
+        if self.link is not None:
+            self.link.flush()
+
     def on_hello(self, hello: pb.WorkerHello) -> None:
         self.hello = hello
         self.incarnation = hello.incarnation
+        self.layout_hash = hello.layout_hash
+        self.block_size = max(1, hello.block_size)
+        self.chunk_budget = hello.chunk_budget
+        self.max_running = hello.max_running
 
     def on_heartbeat(self, heartbeat: pb.Heartbeat, now: float) -> None:
         self.step_age_s = heartbeat.step_age_s
@@ -173,6 +191,8 @@ class WorkerHandle:
         """Sequences that will join the batch, and their context tokens; other gateways' hand-offs
         included."""
         own = len(self._incoming)
+        if not own and not self.load.handoffs:
+            return 0, 0
         others = max(0, self.load.handoffs - own)
         mean = self._incoming_tokens / own if own else self._mean_context
         return own + others, self._incoming_tokens + round(others * mean)
@@ -180,15 +200,6 @@ class WorkerHandle:
     @property
     def _mean_context(self) -> float:
         return self.load.running_context / self.load.running if self.load.running else 0.0
-
-    @property
-    def layout_hash(self) -> str:
-        """Of its model and KV layout; workers pair only when equal."""
-        return self.hello.layout_hash if self.hello is not None else ""
-
-    @property
-    def block_size(self) -> int:
-        return self.hello.block_size if self.hello is not None and self.hello.block_size else 1
 
     @property
     def usable_blocks(self) -> int:

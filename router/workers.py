@@ -236,6 +236,7 @@ class WorkerPool:
             now = self._clock.now()
             for handle in list(self._handles.values()):
                 if handle.attached:
+                    handle.flush()
                     self._judge(handle, now)
                     if handle.usable and now - handle.last_ping_at >= PING_EVERY_S:
                         self._ping(handle, now)
