@@ -28,7 +28,7 @@ from .service import WorkerService
 
 logger = logging.getLogger(__name__)
 
-STOP_GRACE_S = 0.5
+STOP_GRACE_S = 0.1
 """Seconds that open streams have to end when the server stops."""
 
 Progress = Callable[[str, float], None]
@@ -74,9 +74,10 @@ class RunningWorker:
     def __init__(
         self,
         host: WorkerHost,
-        config: HostConfig,
         server: grpc.aio.Server,
+        *,
         address: str,
+        metrics_address: str,
         parts: ExitStack,
     ) -> None:
         self.host = host
@@ -84,19 +85,10 @@ class RunningWorker:
         self.incarnation = host.hello.incarnation
         self.address = address
         """host:port of the gRPC server."""
+        self.metrics_address = metrics_address
+        """host:port of /metrics."""
         self._server = server
         self._parts = parts
-        try:
-            self._metrics_server, self._metrics_thread = start_http_server(
-                config.metrics_port, config.host, host.metrics.registry
-            )
-        except OSError as exc:
-            raise ConfigError(
-                f"host.metrics_port = {config.metrics_port} cannot be used ({exc.strerror}); "
-                "choose another, or 0 for any free one"
-            ) from exc
-        self.metrics_address = f"{config.host}:{self._metrics_server.server_port}"
-        """host:port of /metrics."""
         self._running = asyncio.create_task(host.run(), name=f"worker {host.hello.worker_id}")
 
     async def wait_closed(self) -> None:
@@ -119,13 +111,7 @@ class RunningWorker:
         self._running.cancel()
         await asyncio.wait((self._running,))
         await self._server.stop(STOP_GRACE_S)
-        await asyncio.get_running_loop().run_in_executor(None, self._close_threads)
-
-    def _close_threads(self) -> None:
-        self._metrics_server.shutdown()
-        self._metrics_server.server_close()
-        self._metrics_thread.join()
-        self._parts.close()
+        await asyncio.get_running_loop().run_in_executor(None, self._parts.close)
 
 
 async def load_engine(
@@ -171,11 +157,14 @@ async def serve(
         for add in role.servicers():
             add(server)
         address = f"{config.host}:{_bind(server, config)}"
+        metrics_address = _serve_metrics(host, config, parts)
         await server.start()
-        running = RunningWorker(host, config, server, address, parts.pop_all())
     except BaseException:
         await server.stop(None)
         raise
+    running = RunningWorker(
+        host, server, address=address, metrics_address=metrics_address, parts=parts.pop_all()
+    )
     logger.info("worker_started worker_id=%s role=%s address=%s", hello.worker_id, hello.role, address)
     return running
 
@@ -188,3 +177,18 @@ def _bind(server: grpc.aio.Server, config: HostConfig) -> int:
         raise ConfigError(
             f"cannot listen on {wanted}: it is in use or not an address of this machine"
         ) from exc
+
+
+def _serve_metrics(host: WorkerHost, config: HostConfig, parts: ExitStack) -> str:
+    """Starts /metrics on a thread that `parts` ends; returns its host:port."""
+    try:
+        server, thread = start_http_server(config.metrics_port, config.host, host.metrics.registry)
+    except OSError as exc:
+        raise ConfigError(
+            f"host.metrics_port = {config.metrics_port} cannot be used ({exc.strerror}); "
+            "choose another, or 0 for any free one"
+        ) from exc
+    parts.callback(thread.join)
+    parts.callback(server.server_close)
+    parts.callback(server.shutdown)
+    return f"{config.host}:{server.server_port}"

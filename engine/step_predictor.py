@@ -1,7 +1,8 @@
 """How long a step will take, learned from the steps so far: what tells a long step from a hung worker.
 
-Recursive least squares with forgetting (Haykin, Adaptive Filter Theory, chapter 10) over what a StepSample
-says of a step. It judges only this worker's liveness; placement uses the router's latency model.
+A Kalman filter whose state, what each part of a step costs, wanders slowly (Bar-Shalom, Estimation with
+Applications to Tracking and Navigation, chapter 5). It judges only this worker's liveness; placement uses
+the router's latency model.
 """
 
 from __future__ import annotations
@@ -12,7 +13,10 @@ from numpy.typing import NDArray
 from ..proto.worker_pb2 import StepSample
 from .base import StepPlan
 
-FORGETTING = 0.995
+NOISE_S2 = 1e-4
+"""Variance of a step's time around its prediction: ten milliseconds, squared."""
+WANDER_S2 = 1e-8
+"""Variance that each step adds to what is known of the costs: the last hundred steps or so count."""
 _SCALES = np.array([1.0, 1e-3, 1e-6, 1e-1, 1e-4])
 """Bring the features near 1: constant, prompt tokens, prompt context, batch, batch context."""
 
@@ -38,7 +42,7 @@ class StepPredictor:
 
     def __init__(self) -> None:
         self._weights = np.zeros(len(_SCALES))
-        self._covariance = np.eye(len(_SCALES)) * 1e3
+        self._covariance = np.eye(len(_SCALES))
 
     def predict(self, sample: StepSample) -> float:
         """Seconds; 0 while nothing is known."""
@@ -47,12 +51,9 @@ class StepPredictor:
     def observe(self, sample: StepSample) -> None:
         x = self._features(sample)
         px = self._covariance @ x
-        gain = px / (FORGETTING + x @ px)
+        gain = px / (NOISE_S2 + x @ px)
         self._weights += gain * (sample.duration_s - self._weights @ x)
-        self._covariance = (self._covariance - np.outer(gain, px)) / FORGETTING
-        # Forgetting inflates what is never seen (a decode worker without prompts); keep it bounded and
-        # symmetric.
-        self._covariance = np.clip((self._covariance + self._covariance.T) / 2, -1e6, 1e6)
+        self._covariance += WANDER_S2 * np.eye(len(x)) - np.outer(gain, px)
 
     @staticmethod
     def _features(sample: StepSample) -> NDArray[np.float64]:
