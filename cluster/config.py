@@ -198,7 +198,7 @@ class ClusterConfig:
     start."""
     model: ModelConfig = field(default_factory=ModelConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
-    worker: HostConfig = field(default_factory=HostConfig)
+    host: HostConfig = field(default_factory=HostConfig)
     pools: PoolsConfig = field(default_factory=PoolsConfig)
     kv_transfer: KvTransferConfig = field(default_factory=KvTransferConfig)
     gateway: GatewayConfig = field(default_factory=GatewayConfig)
@@ -214,7 +214,7 @@ class ClusterConfig:
             raise ConfigError(f'name = "{self.name}" must be up to 64 letters, digits and - _ .')
 
 
-GIVEN = ("engine.model", "engine.dtype", "worker.cluster_token", "worker.port", "worker.metrics_port")
+GIVEN = ("engine.model", "engine.dtype", "host.cluster_token", "host.port", "host.metrics_port")
 """Values that the composition sets and a file may not: the engine's model is [model]'s, every process has the
 cluster's token, and each takes ports of its own."""
 

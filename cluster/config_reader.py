@@ -122,7 +122,7 @@ def build(cls: type[T], table: Mapping[str, Any], source: Source, path: str = ""
     try:
         return cls(**values)
     except ConfigError as exc:
-        raise ConfigError(f"{source.of(path)}: {_place(path, exc.message)}") from exc
+        raise ConfigError(_placed(source, path, exc.message)) from exc
 
 
 def section(cls: type[T], table: Mapping[str, Any], name: str, source: Source) -> T:
@@ -155,9 +155,13 @@ def _unknown(path: str, key: str, known: Iterable[str]) -> str:
     )
 
 
-def _place(path: str, message: str) -> str:
-    """The message of a dataclass that may not know in which section it stands."""
-    return message if not path or path in message else f"[{path}] {message}"
+def _placed(source: Source, path: str, message: str) -> str:
+    """The message of a dataclass, which may name the key's whole path or not know in which section it
+    stands."""
+    named = message.partition(" ")[0]
+    if "." in named or not path:
+        return f"{source.of(named)}: {message}"
+    return f"{source.of(path)}: [{path}] {message}"
 
 
 def _join(path: str, key: str) -> str:

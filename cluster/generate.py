@@ -11,6 +11,7 @@ import grpc
 import grpc.aio
 
 from ..proto import inference_pb2 as pb
+from ..proto.errors import InvalidRequest
 from ..proto.inference_pb2_grpc import InferenceStub
 from .endpoint import credentials, from_rpc, open_channel
 
@@ -36,11 +37,16 @@ def request_from(args: argparse.Namespace) -> pb.GenerateRequest:
     """The request that the options describe.
 
     Raises:
-        ValueError: a number does not fit its field.
+        InvalidRequest: a number that no request can carry; the gateway judges the others.
     """
-    names = ("max_tokens", "temperature", "top_p", "top_k", "seed")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    request = pb.GenerateRequest(sampling=pb.Sampling(stop=args.stop, **given))
+    sampling = pb.Sampling(stop=args.stop)
+    for name in ("max_tokens", "temperature", "top_p", "top_k", "seed"):
+        if (value := getattr(args, name)) is not None:
+            try:
+                setattr(sampling, name, value)
+            except ValueError as exc:
+                raise InvalidRequest(f"{name} = {value} is out of range: {exc}") from exc
+    request = pb.GenerateRequest(sampling=sampling)
     if args.chat:
         messages = [pb.ChatMessage(role="system", content=args.system)] if args.system else []
         messages.append(pb.ChatMessage(role="user", content=args.prompt))

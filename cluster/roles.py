@@ -172,15 +172,14 @@ def _worker_config(assignment: Assignment, node_ip: str) -> PrefillWorkerConfig 
     if assignment.role == "prefill":
         return PrefillWorkerConfig(
             engine=config.engine,
-            host=config.worker,
+            host=config.host,
             scheduler=config.pools.prefill.scheduler,
             kv_transfer=transfer,
         )
     pool = config.pools.decode if assignment.role == "decode" else config.pools.colocated
     return DecodeWorkerConfig(
-        role=assignment.role,
         engine=config.engine,
-        host=config.worker,
+        host=config.host,
         scheduler=pool.scheduler,
         kv_transfer=transfer,
     )

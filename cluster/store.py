@@ -104,7 +104,8 @@ class PrivateServer:
         """
         command = [str(get_binary_path()), "--port", "0", "--unixsocket", str(self._socket)]
         command += ["--unixsocketperm", "700", "--save", "", "--appendonly", "no"]
-        command += ["--dir", str(self._folder), "--loglevel", "warning"]
+        # A process title would be written over the environment, and the mark with it.
+        command += ["--dir", str(self._folder), "--loglevel", "warning", "--set-proc-title", "no"]
         log = self._folder / "store.log"
         with log.open("wb") as output:
             # In a session of its own: Ctrl-C in the terminal stops the supervisor, which still needs the

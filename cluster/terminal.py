@@ -51,27 +51,21 @@ def status_table(status: cluster_pb2.GetStatusResponse) -> Table:
         f"({status.queued_tokens} tokens)",
         caption=f"requests since start: {verdicts or 'none'} · seen by {status.gateway_id}",
     )
-    table.add_column("worker")
-    table.add_column("role")
-    table.add_column("state")
-    for name in ("waiting", "running", "KV used", "held", "reserved", "hand-offs", "preempted", "heard"):
+    table.add_column("worker", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    for name in ("waiting", "running", "KV blocks used", "for hand-offs", "in flight", "heard"):
         table.add_column(name, justify="right")
-    table.add_column("address")
     for worker in sorted(status.workers, key=lambda worker: worker.worker_id):
         load = worker.load
         table.add_row(
             worker.worker_id,
-            worker.role,
             f"[{'green' if worker.state == 'ready' else 'yellow'}]{worker.state}[/]",
-            f"{load.waiting_requests} ({load.waiting_tokens} tok)",
+            f"{load.waiting_requests}" + (f" ({load.waiting_tokens} tok)" if load.waiting_tokens else ""),
             str(load.running),
             _used(load.blocks_total, load.blocks_free + load.blocks_cached),
-            str(load.blocks_held),
-            str(load.blocks_reserved),
+            str(load.blocks_held + load.blocks_reserved + load.blocks_quarantined),
             str(load.handoffs),
-            str(load.preemptions),
             f"{worker.heartbeat_age_s:.1f} s",
-            worker.address,
         )
     return table
 

@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import argparse
+import tomllib
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+from diphase.cluster import generate
+from diphase.cluster.cli import main
+from diphase.cluster.endpoint import StatusClient, credentials, from_rpc
+from diphase.proto import inference_pb2 as pb
+from diphase.proto.errors import ConfigError, InvalidRequest, Overloaded
+from diphase.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+
+
+class FakeGateway(InferenceServicer):
+    """Answers every prompt with three words; refuses the empty one."""
+
+    def __init__(self) -> None:
+        self.requests: list[pb.GenerateRequest] = []
+        self.metadata: list[dict[str, object]] = []
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[pb.GenerateResponse]:
+        self.requests.append(request)
+        self.metadata.append(dict(context.invocation_metadata() or ()))
+        if not request.prompt and not request.HasField("chat"):
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "the prompt is empty")
+        for word in ("one ", "two ", "three"):
+            yield pb.GenerateResponse(text=word)
+        yield pb.GenerateResponse(finish_reason=pb.FINISH_REASON_STOP, usage=pb.Usage(completion_tokens=3))
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[tuple[str, FakeGateway]]:
+    fake = FakeGateway()
+    server = grpc.aio.server()
+    add_InferenceServicer_to_server(fake, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield f"127.0.0.1:{port}", fake
+    await server.stop(None)
+
+
+def arguments(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    generate.add_arguments(parser)
+    return parser.parse_args(words)
+
+
+async def test_text_is_written_as_it_comes_and_the_last_response_returned(
+    gateway: tuple[str, FakeGateway],
+) -> None:
+    address, _fake = gateway
+    written: list[str] = []
+    request = generate.request_from(arguments("hello"))
+    last = await generate.print_stream(generate.stream(address, "", request), written.append)
+    assert written[:3] == ["one ", "two ", "three"]
+    assert last.usage.completion_tokens == 3
+
+
+async def test_the_token_is_shown_to_the_gateway(gateway: tuple[str, FakeGateway]) -> None:
+    address, fake = gateway
+    async for _ in generate.stream(address, "secret", pb.GenerateRequest(prompt="x")):
+        pass
+    assert fake.metadata[0]["authorization"] == "Bearer secret"
+    assert credentials("") == ()
+
+
+async def test_a_refusal_is_an_error_with_the_gateways_sentence(gateway: tuple[str, FakeGateway]) -> None:
+    address, _fake = gateway
+    with pytest.raises(InvalidRequest, match="the prompt is empty"):
+        async for _ in generate.stream(address, "", pb.GenerateRequest()):
+            pass
+
+
+async def test_nobody_there_is_an_error_that_says_so() -> None:
+    with pytest.raises(ConfigError, match=r"no gateway answers at 127\.0\.0\.1:1"):
+        async for _ in generate.stream("127.0.0.1:1", "", pb.GenerateRequest()):
+            pass
+    client = StatusClient("")
+    with pytest.raises(ConfigError, match="no gateway answers"):
+        await client.ask("127.0.0.1:1", 5.0)
+    await client.close()
+
+
+def test_options_become_the_request() -> None:
+    request = generate.request_from(
+        arguments("hi", "--chat", "--system", "be kind", "--max-tokens", "7", "--stop", "a", "--stop", "b")
+    )
+    assert [(message.role, message.content) for message in request.chat.messages] == [
+        ("system", "be kind"),
+        ("user", "hi"),
+    ]
+    assert request.sampling.max_tokens == 7
+    assert list(request.sampling.stop) == ["a", "b"]
+    assert not request.sampling.HasField("temperature")
+
+
+def test_a_number_that_no_request_can_carry_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="max_tokens"):
+        generate.request_from(arguments("hi", "--max-tokens", "-1"))
+
+
+def test_statuses_of_the_gateway_map_to_errors() -> None:
+    refusal = grpc.aio.AioRpcError(
+        grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), grpc.aio.Metadata(), "queue is full"
+    )
+    error = from_rpc(refusal, "here:1")
+    assert isinstance(error, Overloaded)
+    assert error.message == "queue is full"
+
+
+def test_config_prints_toml_with_comments(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "--set", "pools.prefill.workers=3"]) == 0
+    text = capsys.readouterr().out
+    assert tomllib.loads(text)["pools"]["prefill"]["workers"] == 3
+    assert "# Worker processes of the pool." in text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["config", "--set", "pools.prefil.workers=1"], "did you mean pools.prefill?"),
+        (["serve", "--set", "gateway.port=high"], "gateway.port must be an integer"),
+        (["generate", "hi", "--address", "127.0.0.1:1"], "no gateway answers at 127.0.0.1:1"),
+        (["status", "--address", "127.0.0.1:1"], "no gateway answers at 127.0.0.1:1"),
+        (["generate", "hi", "--max-tokens", "-4"], "max_tokens"),
+    ],
+)
+def test_mistakes_are_one_sentence_and_status_2(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(f"diphase {words[0]}: ")
+    assert sentence in errors
+    assert errors.count("\n") == 1
+
+
+def test_a_configuration_file_is_named_in_its_mistakes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "c.toml"
+    file.write_text("[model]\nnme = 1\n")
+    assert main(["config", "--config", str(file)]) == 2
+    assert f"{file}: unknown key model.nme; did you mean model.name?" in capsys.readouterr().err
