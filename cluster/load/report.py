@@ -246,15 +246,14 @@ def run_table(report: LoadReport, slo: Slo) -> Table:
 def sweep_table(reports: Iterable[LoadReport]) -> Table:
     """One line a rate."""
     table = Table(
-        "requests/s", "attainment", "TTFT p50", "p90", "p99", "TPOT p50", "p90", "p99", "out tokens/s"
+        "rate", "met both", "TTFT ms", "TPOT ms", "tokens/s out", caption="latencies: p50 / p90 / p99"
     )
     for report in sorted(reports, key=lambda r: r.rate):
-        spreads = (report.ttft_ms, report.tpot_ms)
-        cells = [
-            f"{v:.1f}" if s else "–" for s in spreads for v in ((s.p50, s.p90, s.p99) if s else (0, 0, 0))
+        latencies = [
+            f"{s.p50:.0f} / {s.p90:.0f} / {s.p99:.0f}" if s else "–" for s in (report.ttft_ms, report.tpot_ms)
         ]
         table.add_row(
-            f"{report.rate:.3g}", f"{report.attainment:.1%}", *cells, f"{report.output_tokens_per_s:.0f}"
+            f"{report.rate:.3g}", f"{report.attainment:.1%}", *latencies, f"{report.output_tokens_per_s:.0f}"
         )
     return table
 
