@@ -25,7 +25,9 @@ class RoleActor:
     module = ""
     """Where the role lives."""
 
-    def __init__(self) -> None:
+    def __init__(self, mark: str) -> None:
+        """`mark`: of the cluster's processes, see processes.py."""
+        self._mark = processes.bear(mark)
         # At once, not when told to: importing torch takes seconds, which a restart can save.
         self._import = asyncio.get_running_loop().run_in_executor(None, importlib.import_module, self.module)
         self._running: roles.Running | None = None

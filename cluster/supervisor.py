@@ -25,7 +25,6 @@ from .config import ClusterConfig
 from .endpoint import StatusClient
 from .foundation import Foundation, foundation
 from .liveness import LivenessWatch
-from .processes import MARK
 from .ray_process import NodeAgents, RayProcess
 from .roles import Assignment, Started
 from .slot import Slot
@@ -90,7 +89,7 @@ class Cluster:
         self.slots: list[Slot] = []
         self._base = base
         self._report = report
-        self._agents = NodeAgents(base.mark)
+        self._agents = NodeAgents(base.folder.name)
         self._groups: list[Any] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._status = StatusClient(config.security.cluster_token)
@@ -106,17 +105,20 @@ class Cluster:
 
     async def start(self) -> None:
         """Returns once every process serves."""
+        mark = self._base.folder.name
+        # Read when torch is imported, which is before any code of ours could set it.
+        environment = {"OMP_NUM_THREADS": str(self.config.engine.threads)}
         for role, placement in self.config.pools.placements().items():
             if not placement.workers:
                 continue
             group = await ray_process.reserve(role, placement, self.config.ray.placement_timeout_s)
             self._groups.append(group)
             for index in range(placement.workers):
-                actor = ray_process.create_worker(role, placement, (group, index), self._environment(role))
+                actor = ray_process.create_worker(role, placement, (group, index), mark, environment)
                 self._add(self._assignment(role, index), actor)
         node_id = None if self.config.store.url else self._base.runtime.node_id
         for index in range(self.config.gateway.replicas):
-            actor = ray_process.create_gateway(node_id, self._environment("gateway"))
+            actor = ray_process.create_gateway(node_id, mark, {})
             self._add(self._assignment("gateway", index), actor)
         await self._all_started()
         self._own(self._keep_store())
@@ -174,11 +176,6 @@ class Cluster:
             metrics_port=gateway.metrics_port + index if role == "gateway" and gateway.metrics_port else 0,
             cores=placement.cores_of(index) if placement is not None else [],
         )
-
-    def _environment(self, role: str) -> dict[str, str]:
-        # Read when torch is imported, which is before any code of ours could set it.
-        threads = {} if role == "gateway" else {"OMP_NUM_THREADS": str(self.config.engine.threads)}
-        return {MARK: self._base.mark, **threads}
 
     def _add(self, assignment: Assignment, actor: Any) -> None:
         slot = Slot(

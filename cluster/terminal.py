@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -76,27 +76,34 @@ def _used(total: int, available: int) -> str:
     return f"{total - available}/{total} ({100 * (total - available) / total:.0f} %)"
 
 
-def stages_table(responses: Iterable[pb.GenerateResponse]) -> Table:
-    """The measured stages of finished requests (their last responses), one a row; milliseconds."""
-    table = Table(title="Where the time went, ms")
-    numbers = "prompt tokens TTFT TPOT tokenise place queue prefill deliver hand-off KV"
-    for name in numbers.split():
-        table.add_column(name, justify="right")
-    table.add_column("prefilled by → decoded by")
-    for response in responses:
-        stages = response.stages
-        table.add_row(
-            f"{response.usage.prompt_tokens}",
-            f"{response.usage.completion_tokens}",
-            f"{stages.ttft_ms:.1f}",
-            f"{stages.tpot_ms:.1f}" if stages.HasField("tpot_ms") else "-",
-            f"{stages.tokenise_ms:.1f}",
-            f"{stages.placement_ms:.1f}",
-            f"{stages.prefill_queue_ms:.1f}",
-            f"{stages.prefill_ms:.1f}",
-            f"{stages.delivery_ms:.1f}",
-            f"{stages.handoff_ms:.1f}" if stages.HasField("handoff_ms") else "-",
-            f"{stages.handoff_bytes / 1024:.0f} KiB",
-            f"{stages.prefill_worker} → {stages.decode_worker}",
-        )
+def stages_table(responses: Sequence[pb.GenerateResponse]) -> Table:
+    """Finished requests (their last responses), one a column: what was measured, milliseconds where not
+    said."""
+    table = Table(title="Measured, ms")
+    table.add_column("prompt", no_wrap=True)
+    for number in range(1, len(responses) + 1):
+        table.add_column(str(number), justify="right")
+    for name, value in _MEASURED:
+        table.add_row(name, *(value(response) for response in responses), end_section=name.startswith("TPOT"))
     return table
+
+
+_MEASURED: tuple[tuple[str, Callable[[pb.GenerateResponse], str]], ...] = (
+    ("tokens in / out", lambda r: f"{r.usage.prompt_tokens} / {r.usage.completion_tokens}"),
+    ("TTFT", lambda r: f"{r.stages.ttft_ms:.1f}"),
+    (
+        "TPOT, mean of tokens 1 on",
+        lambda r: f"{r.stages.tpot_ms:.1f}" if r.stages.HasField("tpot_ms") else "-",
+    ),
+    ("TTFT: tokenise", lambda r: f"{r.stages.tokenise_ms:.1f}"),
+    ("  placement", lambda r: f"{r.stages.placement_ms:.1f}"),
+    ("  prefill queue", lambda r: f"{r.stages.prefill_queue_ms:.1f}"),
+    ("  prefill", lambda r: f"{r.stages.prefill_ms:.1f}"),
+    ("  delivery", lambda r: f"{r.stages.delivery_ms:.1f}"),
+    ("token 1: hand-off", lambda r: f"{r.stages.handoff_ms:.1f}"),
+    ("  decode queue", lambda r: f"{r.stages.decode_queue_ms:.1f}"),
+    ("  first decode step", lambda r: f"{r.stages.first_decode_ms:.1f}"),
+    ("KV moved", lambda r: f"{r.stages.handoff_bytes / 1024:.0f} KiB"),
+    ("prefilled by", lambda r: r.stages.prefill_worker),
+    ("decoded by", lambda r: r.stages.decode_worker),
+)

@@ -1,7 +1,7 @@
 """The process that ends a cluster's processes when its supervisor is gone, however it went.
 
 It reads a pipe that only the supervisor holds. The pipe's end means that the supervisor has stopped or was
-killed: whatever still carries the cluster's mark gets SIGKILL, and the cluster's folder is removed. A clean
+killed: whatever still bears the cluster's mark gets SIGKILL, and the cluster's folder is removed. A clean
 stop and a `kill -9` of the supervisor take the same path; after a clean stop there is nothing left to end.
 """
 
@@ -22,11 +22,11 @@ SWEEP_S = 5.0
 """Processes that a raylet was just about to start may appear while others are ended."""
 
 
-def sweep(cluster: str) -> int:
-    """SIGKILL to every process of the cluster until none is left; how many there were."""
+def sweep(mark: str, spare: int = 0) -> int:
+    """SIGKILL to every process of the cluster, `spare` excepted, until none is left; how many there were."""
     killed: set[int] = set()
     deadline = time.monotonic() + SWEEP_S
-    while (left := marked(cluster)) and time.monotonic() < deadline:
+    while (left := [pid for pid in marked(mark) if pid != spare]) and time.monotonic() < deadline:
         for pid in left:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, signal.SIGKILL)
@@ -38,11 +38,12 @@ def sweep(cluster: str) -> int:
 class Watchdog:
     """The supervisor's end of the pipe."""
 
-    def __init__(self, cluster: str, folder: Path) -> None:
-        """Starts the process. It ends `cluster` and removes `folder` once this process is gone."""
+    def __init__(self, folder: Path) -> None:
+        """Starts the process. Once this one is gone it ends the processes that bear the mark `folder.name`,
+        and removes the folder."""
         # In a session of its own: a Ctrl-C in the terminal must not end it before the supervisor.
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "diphase.cluster.watchdog", cluster, str(folder)],
+            [sys.executable, "-P", "-m", "diphase.cluster.watchdog", str(folder)],
             stdin=subprocess.PIPE,
             start_new_session=True,
         )
@@ -55,10 +56,12 @@ class Watchdog:
 
 
 def main() -> None:
-    cluster, folder = sys.argv[1:3]
+    folder = Path(sys.argv[1])
+    supervisor = os.getppid()
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sys.stdin.buffer.read()
-    killed = sweep(cluster)
+    # In a clean stop the supervisor is still there, with the logs that Ray opened in its process.
+    killed = sweep(folder.name, spare=supervisor)
     shutil.rmtree(folder, ignore_errors=True)
     sys.exit(min(killed, 100))
 

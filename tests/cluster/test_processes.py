@@ -11,20 +11,16 @@ from pathlib import Path
 
 import pytest
 from diphase.cluster import processes
-from diphase.cluster.processes import MARK
 from diphase.cluster.watchdog import Watchdog, sweep
 
-WAIT = "import sys; print('up', flush=True); sys.stdin.read()"
+WAIT = "import os, sys; f = os.memfd_create(sys.argv[1]); print('up', flush=True); sys.stdin.read()"
 
 
 @contextmanager
-def child(cluster: str) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that carries the mark, waits, and ends with the test."""
+def child(mark: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that bears the mark, waits, and ends with the test."""
     process = subprocess.Popen(
-        [sys.executable, "-c", WAIT],
-        env={**os.environ, MARK: cluster},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
+        [sys.executable, "-c", WAIT, mark], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     try:
         assert process.stdout is not None
@@ -36,19 +32,39 @@ def child(cluster: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.fixture
-def cluster(tmp_path: Path) -> str:
-    """A name that no other process has."""
+def mark(tmp_path: Path) -> str:
+    """A mark that no other process bears; also the name of `folder`."""
     return f"test-{tmp_path.name}-{os.getpid()}"
 
 
-def test_only_processes_with_the_mark_are_found(cluster: str) -> None:
-    with child(cluster) as mine, child(cluster + "x"):
-        assert processes.marked(cluster) == [mine.pid]
-    assert processes.marked(cluster) == []
+@pytest.fixture
+def folder(tmp_path: Path, mark: str) -> Path:
+    folder = tmp_path / mark
+    folder.mkdir()
+    return folder
 
 
-def test_a_process_is_named_by_pid_and_start(cluster: str) -> None:
-    with child(cluster) as process:
+def test_only_processes_with_the_mark_are_found(mark: str) -> None:
+    with child(mark) as mine, child(mark + "x"):
+        assert processes.marked(mark) == [mine.pid]
+    assert processes.marked(mark) == []
+
+
+def test_a_process_that_writes_in_the_folder_belongs_and_one_that_reads_does_not(
+    mark: str, folder: Path
+) -> None:
+    with (folder / "log").open("wb") as log:
+        writer = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stdout=log)
+    with (folder / "log").open("rb") as log:
+        reader = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, stderr=log)
+    assert processes.marked(mark) == [writer.pid]
+    for process in (writer, reader):
+        process.kill()
+        process.communicate()
+
+
+def test_a_process_is_named_by_pid_and_start(mark: str) -> None:
+    with child(mark) as process:
         ticks = processes.started_at(process.pid)
         assert ticks is not None
         assert not processes.kill(process.pid, ticks + 1)
@@ -59,15 +75,15 @@ def test_a_process_is_named_by_pid_and_start(cluster: str) -> None:
     assert not processes.kill(process.pid, ticks)
 
 
-def test_a_stopped_process_can_be_killed(cluster: str) -> None:
-    with child(cluster) as process:
+def test_a_stopped_process_can_be_killed(mark: str) -> None:
+    with child(mark) as process:
         process.send_signal(signal.SIGSTOP)
         assert processes.kill(process.pid, processes.started_at(process.pid) or 0)
         assert process.wait(timeout=10) == -signal.SIGKILL
 
 
-async def test_the_end_of_a_process_is_noticed(cluster: str) -> None:
-    with child(cluster) as process:
+async def test_the_end_of_a_process_is_noticed(mark: str) -> None:
+    with child(mark) as process:
         waiting = asyncio.create_task(
             processes.wait_exit(process.pid, processes.started_at(process.pid) or 0)
         )
@@ -78,8 +94,8 @@ async def test_the_end_of_a_process_is_noticed(cluster: str) -> None:
             await waiting
 
 
-async def test_a_process_that_is_already_gone_or_another_one_is_not_waited_for(cluster: str) -> None:
-    with child(cluster) as process:
+async def test_a_process_that_is_already_gone_or_another_one_is_not_waited_for(mark: str) -> None:
+    with child(mark) as process:
         ticks = processes.started_at(process.pid) or 0
         async with asyncio.timeout(10):
             await processes.wait_exit(process.pid, ticks + 1)
@@ -87,41 +103,37 @@ async def test_a_process_that_is_already_gone_or_another_one_is_not_waited_for(c
         await processes.wait_exit(process.pid, ticks)
 
 
-def test_a_sweep_ends_stopped_processes_too_and_leaves_other_clusters_alone(cluster: str) -> None:
-    with child(cluster) as first, child(cluster) as second, child(cluster + "x") as other:
+def test_a_sweep_ends_stopped_processes_too_and_leaves_other_clusters_alone(mark: str) -> None:
+    with child(mark) as first, child(mark) as second, child(mark + "x") as other:
         second.send_signal(signal.SIGSTOP)
         # Zombies of this process are not counted as alive, or the sweep would wait for them.
-        assert sweep(cluster) == 2
+        assert sweep(mark) == 2
         assert (first.wait(timeout=10), second.wait(timeout=10)) == (-signal.SIGKILL, -signal.SIGKILL)
         assert other.poll() is None
 
 
-def test_a_watchdog_that_is_finished_has_swept_and_removed_the_folder(cluster: str, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
-    watchdog = Watchdog(cluster, folder)
-    with child(cluster) as process:
+def test_a_watchdog_that_is_finished_has_swept_and_removed_the_folder(mark: str, folder: Path) -> None:
+    watchdog = Watchdog(folder)
+    with child(mark) as process:
         assert watchdog.finish() == 1
         assert process.wait(timeout=10) == -signal.SIGKILL
     assert not folder.exists()
     assert watchdog.finish() == 1
 
 
-def test_a_watchdog_sweeps_when_its_supervisor_is_killed(cluster: str, tmp_path: Path) -> None:
-    folder = tmp_path / "run"
-    folder.mkdir()
+def test_a_watchdog_sweeps_when_its_supervisor_is_killed(mark: str, folder: Path) -> None:
     supervisor = subprocess.Popen(
         [
             sys.executable, "-P", "-c",
             "import sys, pathlib; from diphase.cluster.watchdog import Watchdog\n"
-            "w = Watchdog(sys.argv[1], pathlib.Path(sys.argv[2])); print('up', flush=True); sys.stdin.read()",
-            cluster, str(folder),
+            "w = Watchdog(pathlib.Path(sys.argv[1])); print('up', flush=True); sys.stdin.read()",
+            str(folder),
         ],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
     )  # fmt: skip
     assert supervisor.stdout is not None
     supervisor.stdout.readline()
-    with child(cluster) as process:
+    with child(mark) as process:
         supervisor.kill()
         assert process.wait(timeout=10) == -signal.SIGKILL
     supervisor.communicate()

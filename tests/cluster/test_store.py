@@ -16,12 +16,12 @@ from diphase.proto.errors import ConfigError, InternalError
 @pytest.fixture
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Short: unix socket paths have at most 107 bytes.
-    return tmp_path_factory.mktemp("s")
+    return tmp_path_factory.mktemp(f"s{os.getpid()}-")
 
 
 @pytest.fixture
 def store(folder: Path) -> Iterator[Store]:
-    store = open_store(StoreConfig(), f"store-{os.getpid()}", folder)
+    store = open_store(StoreConfig(), folder)
     yield store
     store.stop()
 
@@ -33,9 +33,9 @@ async def test_the_private_server_answers_on_its_socket(store: Store) -> None:
     await client.aclose()
 
 
-async def test_the_private_server_is_started_anew_after_it_died(store: Store) -> None:
+async def test_the_private_server_is_started_anew_after_it_died(store: Store, folder: Path) -> None:
     assert not store.restart_if_dead()
-    [pid] = processes.marked(f"store-{os.getpid()}")
+    [pid] = processes.marked(folder.name)
     os.kill(pid, signal.SIGKILL)
     # Reaped by the check itself.
     while not store.restart_if_dead():
@@ -45,9 +45,9 @@ async def test_the_private_server_is_started_anew_after_it_died(store: Store) ->
     await client.aclose()
 
 
-def test_the_private_server_ends_with_stop(store: Store) -> None:
+def test_the_private_server_ends_with_stop(store: Store, folder: Path) -> None:
     store.stop()
-    assert processes.marked(f"store-{os.getpid()}") == []
+    assert processes.marked(folder.name) == []
     store.stop()
 
 
@@ -55,7 +55,7 @@ def test_a_private_server_that_cannot_start_says_why(folder: Path) -> None:
     long = folder / ("x" * 100)
     long.mkdir()
     with pytest.raises(InternalError, match="private Valkey server did not start"):
-        open_store(StoreConfig(), "none", long)
+        open_store(StoreConfig(), long)
 
 
 def test_a_server_that_does_not_answer_is_named_without_its_password(folder: Path) -> None:
@@ -63,11 +63,11 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(folder: Pat
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with pytest.raises(ConfigError) as caught:
-        open_store(StoreConfig(url=f"redis://me:secret@127.0.0.1:{port}/0"), "none", folder)
+        open_store(StoreConfig(url=f"redis://me:secret@127.0.0.1:{port}/0"), folder)
     assert caught.value.message.startswith(f"store.url: no Redis server at 127.0.0.1:{port}")
     assert "secret" not in caught.value.message
 
 
 def test_a_url_of_another_kind_is_refused(folder: Path) -> None:
     with pytest.raises(ConfigError, match=r"store\.url is no address of a Redis server"):
-        open_store(StoreConfig(url="http://127.0.0.1"), "none", folder)
+        open_store(StoreConfig(url="http://127.0.0.1"), folder)
