@@ -22,11 +22,12 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from diphase.cluster.endpoint import open_channel
-from diphase.cluster.load.client import LoadClient, LoopTimer, RequestResult, fetch_model
+from diphase.cluster.load.client import LoadClient, LoopTimer, Outcome, RequestResult, fetch_model
 from diphase.cluster.load.comparison import (
     Regime,
     Run,
@@ -44,7 +45,7 @@ from diphase.cluster.load.search import TARGET, RateSearch
 from diphase.cluster.load.served import serving
 from diphase.cluster.load.traces import TraceRecord, data_folder, load_trace
 from diphase.cluster.load.workload import ModelShape, PlannedRequest, WorkloadConfig, plan_load
-from diphase.proto.errors import ConfigError, DiphaseError
+from diphase.proto.errors import ConfigError, DiphaseError, InternalError
 from diphase.proto.inference_pb2_grpc import InferenceStub
 from diphase.proto.slo import Slo
 from rich.console import Console
@@ -98,6 +99,18 @@ def settings(cores: list[int]) -> dict[str, list[str]]:
     }
 
 
+def check_whole(results: list[RequestResult], rate: float) -> None:
+    """A run is a measurement only when every request was answered, be it late.
+
+    Raises:
+        InternalError: some failed; the message counts them by reason.
+    """
+    reasons = Counter(r.detail for r in results if r.outcome is Outcome.FAILED)
+    if reasons:
+        counts = "; ".join(f"{count} × {reason}" for reason, count in reasons.items())
+        raise InternalError(f"the run at {rate:.2f}/s does not count, requests failed: {counts}")
+
+
 @dataclass(kw_only=True)
 class Comparison:
     """The whole measurement and what it knows so far."""
@@ -108,6 +121,8 @@ class Comparison:
     log: Path
     unloaded: dict[str, Unloaded] = field(default_factory=dict)
     runs: list[Run] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+    """Turns that a failure cut short; what they had measured before it stands."""
     sent_plans: int = 0
 
     @property
@@ -127,8 +142,14 @@ class Comparison:
             until = time.monotonic() + (end - time.monotonic()) / (len(turns) - i)
             self.console.print(f"round {round_index + 1}: {name}", style="bold", highlight=False)
             values = [*arrangements[name], 'router.admission="queue"', f'model.name="{self.options.model}"']
-            async with serving([*values, *self.options.set], self.log) as address:
-                await self._take_turn(address, name, round_index, until - STOP_S)
+            try:
+                async with serving([*values, *self.options.set], self.log) as address:
+                    await self._take_turn(address, name, round_index, until - STOP_S)
+            except DiphaseError as exc:
+                # A broken cluster ends its turn, not the comparison: the next one starts afresh.
+                self._note_fault(f"{name}, round {round_index + 1}: {exc.message}")
+                if REFERENCE not in self.unloaded:
+                    raise
 
     async def _take_turn(self, address: str, name: str, round_index: int, until: float) -> None:
         async with open_channel(address) as channel:
@@ -154,6 +175,7 @@ class Comparison:
                 if rate is None:
                     break
                 results = await self._client(stub).run_open_loop(self._plan(shape, rate, round_index))
+                check_whole(results, rate)
                 run = judge_run(
                     results,
                     arrangement=name,
@@ -192,6 +214,10 @@ class Comparison:
     def _client(self, stub: InferenceStub) -> LoadClient:
         return LoadClient(stub, slo=self._carried(), timeout_s=REQUEST_S, timer=LoopTimer())
 
+    def _note_fault(self, fault: str) -> None:
+        self.faults.append(fault)
+        self.console.print(fault, style="red", markup=False, highlight=False)
+
     def _note(self, run: Run) -> None:
         self.runs.append(run)
         report = run.report
@@ -206,8 +232,6 @@ class Comparison:
         self.console.print(
             f"  {report.rate:6.2f}/s  {shares}; {details}{lateness}", highlight=False, soft_wrap=True
         )
-        for error, count in report.errors.items():
-            self.console.print(f"  {count} × {error}", style="red", markup=False, highlight=False)
 
     def conclude(self) -> None:
         """Prints the table and writes the files."""
@@ -226,6 +250,7 @@ class Comparison:
             "target": TARGET,
             "goodput": found,
             "ratio": {regime: ratio(by_name, OURS) for regime, by_name in found.items()},
+            "faults": self.faults,
             "runs": self.runs,
         }
         write_json(output.with_name(output.name + ".json"), content)
@@ -267,7 +292,8 @@ def parse() -> argparse.Namespace:
     return options
 
 
-async def compare(options: argparse.Namespace, console: Console) -> None:
+async def compare(options: argparse.Namespace, console: Console) -> int:
+    """The exit status: 1 when a turn failed."""
     records = load_trace("azure-conv", data_folder(options.data, os.environ))
     with tempfile.TemporaryDirectory(prefix="diphase-goodput-") as folder:
         comparison = Comparison(
@@ -282,18 +308,18 @@ async def compare(options: argparse.Namespace, console: Console) -> None:
         finally:
             if comparison.runs:
                 comparison.conclude()
+        return 1 if comparison.faults else 0
 
 
 def main() -> int:
     console = Console()
     try:
-        asyncio.run(compare(parse(), console))
+        return asyncio.run(compare(parse(), console))
     except DiphaseError as exc:
         console.print(exc.message, style="red", markup=False, highlight=False)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
         return 130
-    return 0
 
 
 if __name__ == "__main__":
