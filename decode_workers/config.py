@@ -25,7 +25,7 @@ class DecodeSchedulerConfig:
     def __post_init__(self) -> None:
         for name in ("max_running", "prefill_budget", "max_waiting"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"pools.decode.{name} = {getattr(self, name)} must be at least 1")
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -174,11 +174,6 @@ class DecodeScheduler:
     def running_context(self) -> int:
         return sum(s.num_computed for s in self._batch())
 
-    @property
-    def running_blocks(self) -> int:
-        """Blocks in the tables of all sequences that have some."""
-        return sum(len(s.block_table) for s in (*self._batch(), *self._ready.sequences()))
-
     def _batch(self) -> Iterable[Sequence]:
         return (*self._running.values(), *self._prefilling.values())
 

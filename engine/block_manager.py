@@ -100,15 +100,6 @@ class BlockManager:
         self.acquire(found)
         return found
 
-    def count_prefix(self, hashes: Sequence[bytes]) -> int:
-        """How many leading `hashes` are known, without taking references."""
-        count = 0
-        for block_hash in hashes:
-            if block_hash not in self._block_of:
-                break
-            count += 1
-        return count
-
     def seal(self, block_id: int, block_hash: bytes) -> None:
         """The block is full and computed: from now on others may find it under its hash. A hash that is known
         already keeps its first block."""

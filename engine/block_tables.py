@@ -27,11 +27,6 @@ class BlockTables:
                 sequence.block_hashes, sequence.token_ids, self.blocks.block_size, self._root
             )
 
-    def count_cached(self, sequence: Sequence) -> int:
-        """Tokens of the sequence that `start` would find now; takes no reference."""
-        self.hash_blocks(sequence)
-        return self.blocks.count_prefix(self._usable_hashes(sequence)) * self.blocks.block_size
-
     def start(self, sequence: Sequence) -> None:
         """Gives a sequence that has nothing the longest prefix that the cache knows. At least one token stays
         to be computed: the next one is sampled from its logits."""

@@ -12,11 +12,9 @@ import asyncio
 import hmac
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 
 from ..proto.clock import Clock
 from ..proto.errors import (
-    Cancelled,
     ConfigError,
     DiphaseError,
     Draining,
@@ -46,6 +44,7 @@ from ..proto.worker_pb2 import (
 )
 from .base import LayerHook, StepPlan, StepResult
 from .gateway_link import GatewayLink
+from .gateways import Gateways
 from .host_config import HostConfig
 from .host_metrics import HostMetrics
 from .requests import cancelled_output, failed_output, key_of
@@ -82,10 +81,10 @@ class WorkerHost:
         self._clock = clock
         self._retention = Retention(config.max_retained, config.retain_s)
         self._predictor = StepPredictor()
-        self._links: dict[str, GatewayLink] = {}
-        self._gone_since: dict[str, float] = {}  # gateways with live requests and no stream
+        self._gateways = Gateways(clock)
         self._work = asyncio.Event()
         self._draining = False
+        self._stopped = False
         self._step_started_at: float | None = None
         self._step_predicted_s = 0.0
         self._heartbeats = 0
@@ -106,8 +105,8 @@ class WorkerHost:
             steps.cancel()
             beats.cancel()
             results = await asyncio.gather(steps, beats, return_exceptions=True)
-            for link in list(self._links.values()):
-                link.close(Draining("the worker has stopped"))
+            self._stopped = True
+            self._gateways.close(Draining("the worker has stopped"))
             await self._role.close()
         for result in results:
             if isinstance(result, Exception):
@@ -117,12 +116,9 @@ class WorkerHost:
         """Refuses new requests and returns when nothing is left and the gateways have read it, or flush_s has
         passed. Cancelling it leaves the worker draining."""
         self._draining = True
-        self._send_all(self._heartbeat())
+        self._gateways.send_all(WorkerMessage(heartbeat=self._heartbeat()))
         await self._role.drain()
-        with suppress(TimeoutError):
-            async with asyncio.timeout(self._config.flush_s):
-                for link in list(self._links.values()):
-                    await link.wait_empty()
+        await self._gateways.wait_empty(self._config.flush_s)
 
     # gateways
 
@@ -133,6 +129,7 @@ class WorkerHost:
             Unauthenticated: the cluster token is wrong.
             ConfigError: the gateway speaks another protocol version.
             InvalidRequest: it does not say who it is.
+            Draining: the worker has stopped.
         """
         if not hmac.compare_digest(hello.cluster_token.encode(), self._config.cluster_token.encode()):
             raise Unauthenticated("the cluster token is missing or wrong; give every process the same one")
@@ -143,26 +140,18 @@ class WorkerHost:
             )
         if not hello.gateway_id:
             raise InvalidRequest("the hello has no gateway_id")
-        if old := self._links.get(hello.gateway_id):
-            old.close(Cancelled("the gateway opened a newer stream"))
+        if self._stopped:
+            raise Draining("the worker has stopped")
         link = GatewayLink(
             hello.gateway_id,
             max_queued=self._config.max_queued_messages,
             on_message=self._receive,
-            on_close=self._detached,
+            on_close=self._gateways.closed,
         )
-        self._links[hello.gateway_id] = link
-        self._gone_since.pop(hello.gateway_id, None)
+        self._gateways.add(link)
         link.send(WorkerMessage(hello=self.hello))
         link.send(WorkerMessage(heartbeat=self._heartbeat()))
-        logger.info("gateway_attached gateway_id=%s", hello.gateway_id)
         return link
-
-    def _detached(self, link: GatewayLink) -> None:
-        if self._links.get(link.gateway_id) is link:
-            del self._links[link.gateway_id]
-            self._gone_since[link.gateway_id] = self._clock.now()
-            logger.info("gateway_detached gateway_id=%s reason=%s", link.gateway_id, link.error or "closed")
 
     def _receive(self, link: GatewayLink, message: GatewayMessage) -> None:
         try:
@@ -234,9 +223,9 @@ class WorkerHost:
             self._retention.redirect(request_id, link.gateway_id, now)
             link.send(WorkerMessage(resumed=Resumed(request_id=request_id, known=False)))
             return
-        old = self._links.get(known.gateway_id)
-        if old is not None and old is not link:
-            old.send(WorkerMessage(moved=Moved(request_id=request_id, attempt=known.submit.attempt)))
+        if known.gateway_id != link.gateway_id:
+            moved = Moved(request_id=request_id, attempt=known.submit.attempt)
+            self._gateways.send(known.gateway_id, WorkerMessage(moved=moved))
         known.gateway_id = link.gateway_id
         self._role.resume(request_id, link.gateway_id)
         link.send(WorkerMessage(resumed=known.to_resumed(now)))
@@ -259,14 +248,12 @@ class WorkerHost:
         retained = self._retention.open(submit, gateway_id, now)
         retained.token_ids += token_ids
         retained.logprobs += logprobs
-        if gateway_id not in self._links:
-            self._gone_since.setdefault(gateway_id, now)
+        self._gateways.expect(gateway_id)
         return True
 
     def emit(self, outputs: Sequence[SequenceOutput]) -> None:
         for gateway_id, group in self._by_gateway(outputs).items():
-            if link := self._links.get(gateway_id):
-                link.send(WorkerMessage(step=StepOutput(outputs=group)))
+            self._gateways.send(gateway_id, WorkerMessage(step=StepOutput(outputs=group)))
 
     def retire(self, key: HandoffKey) -> None:
         self._retention.retire(key)
@@ -314,8 +301,8 @@ class WorkerHost:
     def _send_step(self, outputs: Sequence[SequenceOutput], sample: StepSample) -> None:
         """One message a gateway: its own tokens, and what every gateway's latency model needs."""
         groups, load = self._by_gateway(outputs), self._load()
-        for gateway_id, link in list(self._links.items()):
-            step = StepOutput(outputs=groups.get(gateway_id, ()), sample=sample, load=load)
+        for link in self._gateways:
+            step = StepOutput(outputs=groups.get(link.gateway_id, ()), sample=sample, load=load)
             link.send(WorkerMessage(step=step))
         self._send_prefix_delta()
 
@@ -340,8 +327,8 @@ class WorkerHost:
             await asyncio.sleep(self._config.heartbeat_s)
             self._heartbeats += 1
             heartbeat = self._heartbeat()
-            self._send_all(heartbeat)
-            self.metrics.state(heartbeat.load, len(self._retention), len(self._links))
+            self._gateways.send_all(WorkerMessage(heartbeat=heartbeat))
+            self.metrics.state(heartbeat.load, len(self._retention), len(self._gateways))
             self._retention.expire(self._clock.now())
             self._cancel_orphans()
             # Blocks may have come out of quarantine or a lease without anyone saying so.
@@ -363,28 +350,18 @@ class WorkerHost:
         load.draining = self._draining
         return load
 
-    def _send_all(self, heartbeat: Heartbeat) -> None:
-        for link in list(self._links.values()):
-            link.send(WorkerMessage(heartbeat=heartbeat))
-
     def _cancel_orphans(self) -> None:
-        before = self._clock.now() - self._config.orphan_s
-        lost = [gateway_id for gateway_id, since in self._gone_since.items() if since <= before]
-        for retained in self._retention.live_of(lost):
-            logger.info(
-                "orphan_cancelled request_id=%s gateway_id=%s", retained.key.request_id, retained.gateway_id
-            )
-            self._cancel(Cancel(request_id=retained.key.request_id, attempt=retained.key.attempt))
-        for gateway_id in lost:
-            del self._gone_since[gateway_id]
+        for retained in self._retention.live_of(self._gateways.take_lost(self._config.orphan_s)):
+            request_id, attempt = retained.key
+            logger.info("orphan_cancelled request_id=%s gateway_id=%s", request_id, retained.gateway_id)
+            self._cancel(Cancel(request_id=request_id, attempt=attempt))
 
     def _send_prefix_delta(self) -> None:
         stored, evicted = self._role.prefix_events()
         if stored or evicted:
             self._prefix_sequence += 1
             delta = PrefixDelta(sequence=self._prefix_sequence, stored=stored, evicted=evicted)
-            for link in list(self._links.values()):
-                link.send(WorkerMessage(prefix_delta=delta))
+            self._gateways.send_all(WorkerMessage(prefix_delta=delta))
 
     def _send_snapshot(self, link: GatewayLink) -> None:
         self._send_prefix_delta()  # what the others lack of it

@@ -62,10 +62,6 @@ class Retention:
     def __len__(self) -> int:
         return len(self._live) + len(self._ended)
 
-    @property
-    def num_live(self) -> int:
-        return len(self._live)
-
     def get(self, request_id: str) -> Retained | None:
         return self._live.get(request_id) or self._ended.get(request_id)
 
@@ -128,7 +124,3 @@ class Retention:
         """Live requests whose tokens go to these gateways."""
         wanted = set(gateway_ids)
         return [retained for retained in self._live.values() if retained.gateway_id in wanted]
-
-    def gateways(self) -> set[str]:
-        """Who has live requests here."""
-        return {retained.gateway_id for retained in self._live.values()}

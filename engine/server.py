@@ -89,7 +89,15 @@ class RunningWorker:
         """host:port of /metrics."""
         self._server = server
         self._parts = parts
-        self._running = asyncio.create_task(host.run(), name=f"worker {host.hello.worker_id}")
+        self._closing = False
+        self._running = asyncio.create_task(self._run(), name=f"worker {host.hello.worker_id}")
+
+    async def _run(self) -> None:
+        try:
+            await self.host.run()
+        finally:
+            # Also when the engine is broken: nobody should find a worker here that serves nothing.
+            await self._server.stop(STOP_GRACE_S)
 
     async def wait_closed(self) -> None:
         """Returns when the worker has been closed.
@@ -108,9 +116,10 @@ class RunningWorker:
 
     async def close(self) -> None:
         """Ends everything at once. Idempotent."""
-        self._running.cancel()
+        if not self._closing:
+            self._closing = True
+            self._running.cancel()
         await asyncio.wait((self._running,))
-        await self._server.stop(STOP_GRACE_S)
         await asyncio.get_running_loop().run_in_executor(None, self._parts.close)
 
 

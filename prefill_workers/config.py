@@ -26,7 +26,7 @@ class PrefillSchedulerConfig:
     def __post_init__(self) -> None:
         for name in ("chunk_budget", "saturation_tokens", "max_waiting"):
             if getattr(self, name) < 1:
-                raise ConfigError(f"pools.prefill.{name} = {getattr(self, name)} must be at least 1")
+                raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -130,7 +130,7 @@ def test_a_prefix_ends_at_the_first_unknown_block() -> None:
     (block,) = manager.allocate(1)
     manager.seal(block, content(1))
     assert manager.match_prefix([content(0), content(1)]) == []
-    assert manager.count_prefix([content(1), content(2)]) == 1
+    assert manager.match_prefix([content(1), content(2)]) == [block]
 
 
 def test_the_least_recently_used_prefix_is_evicted_and_its_tail_first() -> None:

@@ -104,7 +104,7 @@ async def test_requests_are_served_and_a_client_that_hangs_up_harms_nobody(worke
 async def test_a_malformed_frame_ends_only_its_own_stream(worker: RunningWorker) -> None:
     async with grpc.aio.insecure_channel(worker.address) as channel:
         attach = channel.stream_stream("/diphase.v1.Worker/Attach", bytes, bytes)
-        call: grpc.aio.StreamStreamCall[bytes, bytes] = attach(None)  # type: ignore[arg-type]
+        call: grpc.aio.StreamStreamCall[bytes, bytes] = attach(None)
         await call.write(b"\xff\xff\xff not a frame")
         with pytest.raises(grpc.aio.AioRpcError):
             async with asyncio.timeout(LIMIT_S):
