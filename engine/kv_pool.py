@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import os
+from pathlib import Path
 
 import torch
 
@@ -14,6 +15,22 @@ from ..proto.errors import ConfigError
 from ..proto.kv_layout import KvLayout
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_MEMINFO = Path("/proc/meminfo")
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
+_CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
+
+
+def available_bytes() -> int:
+    """Memory that this process could still take: of the machine and, in a container, of its limit."""
+    lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+    available = int(lines["MemAvailable"].split()[0]) << 10
+    try:
+        limit = _CGROUP_LIMIT.read_text().strip()
+        used = int(_CGROUP_USED.read_text())
+    except OSError:  # no cgroup, or the root one, which has no limit
+        return available
+    return available if limit == "max" else min(available, int(limit) - used)
 
 
 class KvPool:
@@ -23,7 +40,7 @@ class KvPool:
     def __init__(self, layout: KvLayout, num_blocks: int) -> None:
         """
         Raises:
-            ConfigError: not one block fits, or the machine does not have the memory.
+            ConfigError: not one block fits, or more than the memory that is available.
         """
         if num_blocks < 1:
             raise ConfigError(
@@ -33,16 +50,15 @@ class KvPool:
         self.layout = layout
         self.num_blocks = num_blocks
         size_bytes = num_blocks * layout.block_bytes
-        self._fd: int | None = os.memfd_create("diphase-kv", os.MFD_CLOEXEC)
-        try:
-            os.posix_fallocate(self._fd, 0, size_bytes)
-            self._map = mmap.mmap(self._fd, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-        except OSError as error:
-            os.close(self._fd)
+        # A memfd is never refused: without this check, taking the pages would end in the kernel's killer.
+        if size_bytes > (available := available_bytes()):
             raise ConfigError(
-                f"the machine has no {size_bytes >> 20} MiB for the KV pool ({error.strerror}); "
-                "lower engine.kv_cache_mib"
-            ) from error
+                f"the KV pool of {size_bytes >> 20} MiB does not fit the {available >> 20} MiB of memory "
+                "that are available; lower engine.kv_cache_mib"
+            )
+        self._fd: int | None = os.memfd_create("diphase-kv", os.MFD_CLOEXEC)
+        os.ftruncate(self._fd, size_bytes)
+        self._map = mmap.mmap(self._fd, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
         self.buffer = memoryview(self._map)
         # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self.tensor = torch.frombuffer(self._map, dtype=TORCH_DTYPES[layout.dtype]).view(
@@ -62,3 +78,5 @@ class KvPool:
         os.close(self._fd)
         self._fd = None
         self.tensor = torch.empty(0)
+        self.buffer = memoryview(b"")
+        del self._map

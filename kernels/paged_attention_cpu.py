@@ -36,8 +36,8 @@ _GATHER_BYTES = 1 << 20
 
 
 def padded_length(num_positions: int) -> int:
-    """The smallest allowed context length that holds `num_positions`: steps of an eighth to a quarter, so
-    that few lengths exist and little is wasted."""
+    """The smallest allowed context length that holds `num_positions`: multiples of 64 up to 512, of 128 up to
+    1,024 and so on, so that few lengths exist and at most a fifth is waste beyond the first 256."""
     step = _ALIGN
     while num_positions > 8 * step:
         step *= 2
