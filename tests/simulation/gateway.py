@@ -74,6 +74,8 @@ class Gateway:
         self.resumed: dict[str, pb.Resumed] = {}
         self.moved: list[str] = []
         self.frames = 0
+        self.heard = asyncio.Event()
+        """Set at every frame."""
         self._link_factory = link_factory
         self._token = token
         self._max_attempts = max_attempts
@@ -197,6 +199,7 @@ class Gateway:
 
     def _on_frame(self, address: str, link: Link, frame: pb.WorkerFrame) -> None:
         self.frames += 1
+        self.heard.set()
         for message in frame.messages:
             match message.WhichOneof("kind"):
                 case "hello":
