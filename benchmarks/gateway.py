@@ -235,7 +235,7 @@ def make_prompts(files: ModelFiles) -> list[str]:
     """Texts of exactly PROMPT_TOKENS tokens; every second one shares its first block with the others of its
     kind."""
     tokenizer = load_tokenizer(files)
-    words = "river stone light paper orange winter music garden silver window ocean bridge candle".split()
+    words = ["river", "stone", "light", "paper", "orange", "winter", "music", "garden", "silver", "window", "ocean", "bridge", "candle"]
     prompts: list[str] = []
     number = 0
     while len(prompts) < NUM_PROMPTS:

@@ -102,7 +102,8 @@ class RedisMembership:
                     while True:
                         members = await self.members()
                         reachable = _log_change(reachable, True)
-                        if members != known:
+                        # An empty store has lost its data: whether workers live is said by their streams.
+                        if members != known and (members or not known):
                             known = members
                             yield list(members)
                         await _wait_for_message(pubsub)

@@ -4,8 +4,8 @@ For every candidate it predicts TTFT (queue and uncached prompt on the worker th
 step with one more sequence, the hand-off, memory for the expected output) from the workers' loads and fitted
 step times. What is left of the objectives is a candidate's *slack*: the shares of the TTFT objective, of the
 TPOT objective and of the KV pool that remain free after the placement. Goodput is lost where the tightest of
-them runs out first, so the candidate with the largest smallest slack is taken (ties: the next smallest, then
-the fixed order of workers). TTFT depends on the prefill worker alone and TPOT and memory on the decode worker
+them runs out first, so the candidate with the largest smallest slack is taken (within a hundredth: the one
+with the next smallest; then the fixed order of workers). TTFT depends on the prefill worker alone and TPOT and memory on the decode worker
 alone, so the best pair is the best of each, and a placement costs one look at every worker instead of one at
 every pair.
 
@@ -24,7 +24,7 @@ from .prefix_index import PrefixIndex
 from .worker_handle import WorkerHandle
 
 SMOOTHING = 0.02
-"""Weight of the newest completion length and hand-off time in their running means."""
+"""Least weight of the newest completion length and hand-off time in their running means."""
 
 
 class Demand(NamedTuple):
@@ -87,29 +87,44 @@ class _Candidate(NamedTuple):
     token_s: float
 
 
+class _RunningMean:
+    """The mean of everything while that is little, then an exponential one. `value` counts as `weight`
+    observations at the start."""
+
+    __slots__ = ("_count", "value")
+
+    def __init__(self, value: float, weight: int) -> None:
+        self.value = value
+        self._count = weight
+
+    def observe(self, value: float) -> None:
+        self._count += 1
+        self.value += max(SMOOTHING, 1.0 / self._count) * (value - self.value)
+
+
 class PlacementPolicy:
     """Chooses; remembers only the running means of completion lengths and hand-off times."""
 
     def __init__(self, prefixes: PrefixIndex, local_prefill_tokens: int, expected_output_tokens: int) -> None:
         self._prefixes = prefixes
         self._local_prefill_tokens = local_prefill_tokens
-        self._output_tokens = float(expected_output_tokens)
-        self._handoff_s = 0.0
+        self._output_tokens = _RunningMean(float(expected_output_tokens), weight=10)
+        self._handoff_s = _RunningMean(0.0, weight=0)
 
     def observe_completion(self, num_tokens: int) -> None:
         """A request finished with so many tokens."""
-        self._output_tokens += SMOOTHING * (num_tokens - self._output_tokens)
+        self._output_tokens.observe(num_tokens)
 
     def observe_handoff(self, seconds: float) -> None:
         """A hand-off took so long, from token 0 to verified."""
-        self._handoff_s += SMOOTHING * (seconds - self._handoff_s)
+        self._handoff_s.observe(seconds)
 
     def place(
         self, demand: Demand, workers: Sequence[WorkerHandle], avoid: Collection[str] = ()
     ) -> Placement | None:
         """The best placement on the ready `workers`; those named in `avoid` only where their role has no
         other. None: nothing is possible now."""
-        output = max(1.0, min(float(demand.max_new_tokens), self._output_tokens))
+        output = max(1.0, min(float(demand.max_new_tokens), self._output_tokens.value))
         prefills = _prefer([worker for worker in workers if worker.role == "prefill"], avoid)
         decodes = _prefer([worker for worker in workers if worker.role != "prefill"], avoid)
         sides = [_decode_side(worker, demand.num_tokens, output) for worker in decodes]
@@ -126,7 +141,7 @@ class PlacementPolicy:
                 candidates.append(self._pair(first, then, demand, output))
         if not candidates:
             return None
-        best = max(candidates, key=_slacks)  # the first of equals
+        best = max(candidates, key=_preference)  # the first of equals
         return Placement(
             prefill=best.prefill,
             decode=best.decode,
@@ -158,7 +173,7 @@ class PlacementPolicy:
         if len(sides) > 1:
             per_objective = 1000.0 / demand.slo.tpot_ms
             decode = max(sides, key=lambda side: min(1.0 - side.token_s * per_objective, side.memory))
-        token_s = decode.token_s + self._handoff_s / output
+        token_s = decode.token_s + self._handoff_s.value / output
         ttft_s += demand.elapsed_s
         slacks = _slacks_of(demand, ttft_s, token_s, decode.memory)
         return _Candidate(slacks, prefill, decode.worker, uncached, ttft_s, token_s)
@@ -216,8 +231,9 @@ def _slacks_of(demand: Demand, ttft_s: float, token_s: float, memory: float) -> 
     return tuple(slacks)
 
 
-def _slacks(candidate: _Candidate) -> tuple[float, ...]:
-    return candidate.slacks
+def _preference(candidate: _Candidate) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Predictions are not good to less than a hundredth: within it, the next smallest slack decides."""
+    return tuple([round(slack, 2) for slack in candidate.slacks]), candidate.slacks
 
 
 def _prefer(workers: list[WorkerHandle], avoid: Collection[str]) -> list[WorkerHandle]:

@@ -1,0 +1,320 @@
+"""A whole gateway on loopback: real gRPC and HTTP, fake workers behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import socket
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import grpc
+import grpc.aio
+import pytest
+from diphase.proto import cluster_pb2, inference_pb2
+from diphase.proto import inference_pb2 as pb
+from diphase.proto.cluster_pb2_grpc import ClusterStub
+from diphase.proto.errors import ConfigError
+from diphase.proto.inference_pb2_grpc import InferenceStub
+from diphase.router.config import GatewayConfig, RouterConfig, SloConfig
+from diphase.router.gateway import GatewayParts, RunningGateway, start_parts
+from diphase.router.membership import FixedMembership
+from diphase.router.services import RETRY_AFTER
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from .fakes import FakeCluster, LoopClock, expected_tokens, served_model
+
+PROMPT = list(range(100))
+
+
+def parts(cluster: FakeCluster, config: GatewayConfig | None = None, **options: object) -> GatewayParts:
+    token = str(options.pop("cluster_token", ""))
+    return GatewayParts(
+        gateway_id="g0",
+        model=served_model(),
+        membership=FixedMembership([worker.member for worker in cluster.workers.values()]),
+        journal=cluster.journal,
+        config=config or GatewayConfig(port=0),
+        router=RouterConfig(**options),  # type: ignore[arg-type]
+        slo=SloConfig(),
+        link_factory=cluster.network.link,
+        cluster_token=token,
+        clock=LoopClock(),
+        rng=random.Random(7),
+    )
+
+
+@asynccontextmanager
+async def running(
+    config: GatewayConfig | None = None, workers: tuple[int, int] = (1, 1), **options: object
+) -> AsyncIterator[tuple[FakeCluster, RunningGateway, grpc.aio.Channel]]:
+    cluster = FakeCluster(*workers, prompt_s=0.002, step_s=0.002, handoff_s=0.001)
+    gateway = await start_parts(parts(cluster, config, **options))
+    try:
+        async with asyncio.timeout(30), grpc.aio.insecure_channel(gateway.address) as channel:
+            while len(gateway.router.pool.ready()) < sum(workers):
+                await asyncio.sleep(0.005)
+            yield cluster, gateway, channel
+    finally:
+        await gateway.stop()
+        cluster.stop()
+
+
+def request(max_tokens: int = 5, **fields: object) -> pb.GenerateRequest:
+    return pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=PROMPT),
+        sampling=pb.Sampling(max_tokens=max_tokens),
+        **fields,  # type: ignore[arg-type]
+    )
+
+
+async def test_generate_streams_tokens_text_and_the_account() -> None:
+    async with running() as (_, gateway, channel):
+        responses = [r async for r in InferenceStub(channel).Generate(request(5, request_id="r"))]
+        assert [token for r in responses for token in r.token_ids] == expected_tokens(PROMPT, 5)
+        assert [r.index for r in responses] == list(range(5))
+        tokenizer = served_model().tokenizer
+        assert "".join(r.text for r in responses) == tokenizer.decode(expected_tokens(PROMPT, 5))
+        last = responses[-1]
+        assert last.finish_reason == pb.FINISH_REASON_LENGTH
+        assert last.slo == "met"
+        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (100, 5)
+        stages = last.stages
+        total = (
+            stages.tokenise_ms
+            + stages.placement_ms
+            + stages.prefill_queue_ms
+            + stages.prefill_ms
+            + stages.delivery_ms
+        )
+        assert total == pytest.approx(stages.ttft_ms, abs=1e-6)
+        assert all(not r.HasField("usage") for r in responses[:-1])
+
+
+async def test_a_stop_string_ends_the_request_and_its_work() -> None:
+    async with running() as (cluster, _, channel):
+        text = served_model().tokenizer.decode(expected_tokens(PROMPT, 40))
+        stop = text.split()[4]
+        message = request(40)
+        message.sampling.stop.append(stop)
+        responses = [r async for r in InferenceStub(channel).Generate(message)]
+        assert "".join(r.text for r in responses) == text[: text.index(stop)]
+        assert responses[-1].finish_reason == pb.FINISH_REASON_STOP
+        assert responses[-1].usage.completion_tokens < 40
+        while any(worker.live for worker in cluster.workers.values()):
+            await asyncio.sleep(0.005)
+
+
+async def status_of(
+    call: grpc.aio.UnaryStreamCall[bytes, bytes],
+) -> tuple[grpc.StatusCode, str, dict[str, str]]:
+    with pytest.raises(grpc.aio.AioRpcError) as caught:
+        _ = [r async for r in call]
+    trailing = {key: str(value) for key, value in caught.value.trailing_metadata() or ()}
+    return caught.value.code(), caught.value.details() or "", trailing
+
+
+@pytest.mark.parametrize(
+    ("message", "code", "hint"),
+    [
+        (pb.GenerateRequest(), grpc.StatusCode.INVALID_ARGUMENT, "set prompt"),
+        (pb.GenerateRequest(prompt=""), grpc.StatusCode.INVALID_ARGUMENT, "empty"),
+        (pb.GenerateRequest(prompt="x", model="m"), grpc.StatusCode.NOT_FOUND, "dummy:tiny"),
+        (pb.GenerateRequest(prompt="x" * 9000), grpc.StatusCode.INVALID_ARGUMENT, "shorten"),
+        (pb.GenerateRequest(request_id="r", resume_from=1), grpc.StatusCode.NOT_FOUND, "no request 'r'"),
+    ],
+)
+async def test_bad_requests_get_a_status_and_a_sentence(
+    message: pb.GenerateRequest, code: grpc.StatusCode, hint: str
+) -> None:
+    async with running() as (cluster, _, channel):
+        found, details, _ = await status_of(InferenceStub(channel).Generate(message))
+        assert found is code
+        assert hint in details
+        assert not any(worker.submits for worker in cluster.workers.values())
+
+
+async def test_invalid_utf8_and_garbage_are_invalid_arguments() -> None:
+    async with running() as (_, _, channel):
+        call = channel.unary_stream("/diphase.v1.Inference/Generate")
+        for data in (b"\x1a\x02\xff\xfe", b"\xff\xff\xff"):
+            code, details, _ = await status_of(call(data))
+            assert code is grpc.StatusCode.INVALID_ARGUMENT
+            assert "UTF-8" in details
+        good = [r async for r in InferenceStub(channel).Generate(request(1))]
+        assert len(good) == 1
+
+
+async def test_oversized_messages_are_refused() -> None:
+    async with running(GatewayConfig(port=0, max_message_bytes=10_000)) as (_, _, channel):
+        big = pb.GenerateRequest(prompt="x" * 20_000)
+        code, details, _ = await status_of(InferenceStub(channel).Generate(big))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "10000" in details
+
+
+async def test_overload_says_when_to_come_back() -> None:
+    async with running(max_queued_requests=1) as (cluster, _, channel):
+        cluster.workers["p0"].prompt_s = 0.3
+        stub = InferenceStub(channel)
+        first = stub.Generate(request(2))
+        while not cluster.workers["p0"].submits:
+            await asyncio.sleep(0.005)
+        code, details, trailing = await status_of(stub.Generate(request(2)))
+        assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "max_queued_requests" in details
+        assert int(trailing[RETRY_AFTER]) >= 50
+        assert len([r async for r in first]) == 2
+
+
+async def test_a_client_that_goes_away_frees_both_sides() -> None:
+    async with running() as (cluster, gateway, channel):
+        call = InferenceStub(channel).Generate(request(5000))
+        async for _ in call:
+            break
+        call.cancel()
+        while gateway.router.dispatcher.open_requests:
+            await asyncio.sleep(0.005)
+        while any(worker.live for worker in cluster.workers.values()):
+            await asyncio.sleep(0.005)
+        assert gateway.router.metrics.requests_by_slo["cancelled"] == 1
+
+
+async def test_health_follows_the_workers() -> None:
+    async with running(workers=(1, 1)) as (cluster, gateway, channel):
+        health = health_pb2_grpc.HealthStub(channel)
+        stub = InferenceStub(channel)
+        assert (await stub.Health(pb.HealthRequest())).ready
+        check = health_pb2.HealthCheckRequest(service="diphase.v1.Inference")
+        serving, not_serving = (
+            health_pb2.HealthCheckResponse.SERVING,
+            health_pb2.HealthCheckResponse.NOT_SERVING,
+        )
+        while (await health.Check(check)).status != serving:
+            await asyncio.sleep(0.01)
+        cluster.workers["d0"].kill()
+        while (await health.Check(check)).status != not_serving:
+            await asyncio.sleep(0.01)
+        answer = await stub.Health(pb.HealthRequest())
+        assert not answer.ready
+        assert "d0 is connecting" in answer.detail
+
+
+async def test_model_and_status_are_told() -> None:
+    async with running() as (_, _, channel):
+        model = await InferenceStub(channel).GetModel(inference_pb2.GetModelRequest())
+        assert (model.model, model.context_length, model.vocab_size, model.block_size) == (
+            "dummy:tiny",
+            8192,
+            512,
+            4,
+        )
+        assert model.has_chat_template
+        assert model.default_slo.ttft_ms == 2000.0
+        _ = [r async for r in InferenceStub(channel).Generate(request(2))]
+        status = await ClusterStub(channel).GetStatus(cluster_pb2.GetStatusRequest())
+        assert [(w.worker_id, w.role, w.state) for w in status.workers] == [
+            ("d0", "decode", "ready"),
+            ("p0", "prefill", "ready"),
+        ]
+        assert status.workers[0].load.blocks_total == 1000
+        assert status.gateway_id == "g0"
+        assert status.requests_by_slo["met"] == 1
+        assert (status.queued_requests, status.running_requests, status.queued_tokens) == (0, 0, 0)
+
+
+async def test_reflection_lists_the_services() -> None:
+    async with running() as (_, _, channel):
+        stub = reflection_pb2_grpc.ServerReflectionStub(channel)
+        call = stub.ServerReflectionInfo(iter([reflection_pb2.ServerReflectionRequest(list_services="")]))
+        answer = await call.read()
+        names = {service.name for service in answer.list_services_response.service}
+        assert {"diphase.v1.Inference", "diphase.v1.Cluster", "grpc.health.v1.Health"} <= names
+        call.cancel()
+
+
+async def test_metrics_are_served() -> None:
+    async with running() as (_, gateway, channel):
+        _ = [r async for r in InferenceStub(channel).Generate(request(3))]
+        url = f"http://{gateway.metrics_address}/metrics"
+        text = (await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read())).decode()
+        for line in (
+            'diphase_requests_total{slo="met"} 1.0',
+            'diphase_requests_total{slo="both"} 0.0',
+            'diphase_requests_ended_total{state="finished"} 1.0',
+            'diphase_placements_total{kind="pair"} 1.0',
+            "diphase_ttft_seconds_count 1.0",
+            "diphase_tpot_seconds_count 1.0",
+            "diphase_itl_seconds_count 2.0",
+            "diphase_prefill_queue_seconds_count 1.0",
+            "diphase_handoff_seconds_count 1.0",
+            "diphase_handoff_bytes_sum 4096.0",
+            "diphase_handoff_segments_sum 2.0",
+            'diphase_tokens_total{kind="completion"} 3.0',
+            "diphase_decode_workers_ready 1.0",
+            "diphase_open_requests 0.0",
+        ):
+            assert line in text.splitlines()
+
+
+async def test_a_taken_port_is_a_config_error_and_nothing_is_left_behind() -> None:
+    cluster = FakeCluster(0, 0)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"gateway.port = {port}"):
+            await start_parts(parts(cluster), port=port)
+        with pytest.raises(ConfigError, match=f"gateway.metrics_port = {port}"):
+            await start_parts(parts(cluster), metrics_port=port)
+
+
+async def test_beyond_loopback_everybody_needs_the_token() -> None:
+    cluster = FakeCluster(0, 0)
+    everywhere = GatewayConfig(host="0.0.0.0", port=0)
+    with pytest.raises(ConfigError, match="cluster_token"):
+        await start_parts(parts(cluster, everywhere))
+    gateway = await start_parts(parts(cluster, everywhere, cluster_token="secret"))
+    try:
+        port = gateway.address.rpartition(":")[2]
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            stub = InferenceStub(channel)
+            for metadata in ((), (("authorization", "Bearer wrong"),)):
+                with pytest.raises(grpc.aio.AioRpcError) as caught:
+                    await stub.GetModel(pb.GetModelRequest(), metadata=metadata)
+                assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+                assert (await status_of(stub.Generate(request(), metadata=metadata)))[
+                    0
+                ] is caught.value.code()
+            good = (("authorization", "Bearer secret"),)
+            assert (await stub.GetModel(pb.GetModelRequest(), metadata=good)).model == "dummy:tiny"
+    finally:
+        await gateway.stop()
+
+
+async def test_drain_lets_running_requests_finish() -> None:
+    async with running() as (_, gateway, channel):
+        stub = InferenceStub(channel)
+        call = stub.Generate(request(50))
+        responses = aiter(call)
+        first = await anext(responses)
+        drained = asyncio.create_task(gateway.drain())
+        await asyncio.sleep(0)
+        code, _, trailing = await status_of(stub.Generate(request(2)))
+        assert code is grpc.StatusCode.UNAVAILABLE
+        assert RETRY_AFTER in trailing
+        rest = [r async for r in responses]
+        assert len(first.token_ids) + sum(len(r.token_ids) for r in rest) == 50
+        await drained
+
+
+async def test_stopping_cancels_what_runs() -> None:
+    async with running() as (cluster, gateway, channel):
+        call = InferenceStub(channel).Generate(request(5000))
+        await call.read()
+        await gateway.stop()
+        while any(worker.live for worker in cluster.workers.values()):
+            await asyncio.sleep(0.005)
+        assert gateway.router.dispatcher.open_requests == 0

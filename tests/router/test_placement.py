@@ -1,0 +1,257 @@
+"""PlacementPolicy: which workers a request goes to."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import pytest
+from diphase.proto import worker_pb2 as wpb
+from diphase.proto.block_hash import block_hashes, root_hash
+from diphase.proto.slo import Slo
+from diphase.router.latency_model import LatencyModel, StepShape, prompt_shape
+from diphase.router.membership import Member
+from diphase.router.placement import Demand, Placement, PlacementPolicy
+from diphase.router.prefix_index import PrefixIndex
+from diphase.router.prompt_hashes import PromptHashes
+from diphase.router.worker_handle import WorkerHandle, WorkerState
+
+PROMPT = list(range(400))
+MAX_PREFIX_BLOCKS = 10_000
+
+
+def step_times() -> LatencyModel:
+    """0.5 ms a prompt token; decode 10 ms + 1 ms a sequence + 5 us a token of context."""
+    model = LatencyModel()
+    rng = random.Random(0)
+    for _ in range(200):
+        tokens, batch = rng.randrange(1, 400), rng.randrange(1, 16)
+        context = batch * rng.uniform(50, 1000)
+        model.observe(StepShape(tokens, prompt_shape(tokens).prefill_context), 0.01 + 5e-4 * tokens)
+        model.observe(
+            StepShape(decode_batch=batch, decode_context=context), 0.01 + 1e-3 * batch + 5e-6 * context
+        )
+    return model
+
+
+MODEL = step_times()
+
+
+def worker(name: str, role: str, *, layout: str = "L", max_running: int = 16, **load: int) -> WorkerHandle:
+    handle = WorkerHandle(Member(worker_id=name, role=role, address=f"{name}:1", incarnation="1"), MODEL)
+    chunk = {"prefill": 512, "decode": 0, "colocated": 128}[role]
+    handle.on_hello(
+        wpb.WorkerHello(
+            worker_id=name,
+            incarnation="1",
+            role=role,
+            block_size=16,
+            layout_hash=layout,
+            max_running=max_running,
+            chunk_budget=chunk,
+        )
+    )
+    handle.load = wpb.Load(**({"blocks_total": 1000, "blocks_free": 1000} | load))
+    handle.clock.observe(0.0, 0.0, 0.0)
+    handle.state = WorkerState.READY
+    return handle
+
+
+def demand(tokens: Sequence[int] = PROMPT, new: int = 64, slo: Slo | None = None) -> Demand:
+    return Demand(
+        num_tokens=len(tokens),
+        max_new_tokens=new,
+        slo=slo or Slo(),
+        elapsed_s=0.0,
+        block_hashes=PromptHashes(tokens, {}),
+    )
+
+
+def policy(prefixes: PrefixIndex | None = None, local: int = 64) -> PlacementPolicy:
+    return PlacementPolicy(prefixes or PrefixIndex(MAX_PREFIX_BLOCKS), local, 64)
+
+
+def place(workers: Sequence[WorkerHandle], request: Demand | None = None, **options: object) -> Placement:
+    placement = policy(**options).place(request or demand(), workers)  # type: ignore[arg-type]
+    assert placement is not None
+    return placement
+
+
+def names(placement: Placement) -> tuple[str | None, str]:
+    return placement.prefill and placement.prefill.worker_id, placement.decode.worker_id
+
+
+def test_the_prefill_worker_with_the_shorter_queue_is_taken() -> None:
+    workers = [
+        worker("p0", "prefill", waiting_requests=2, waiting_tokens=800),
+        worker("p1", "prefill", waiting_requests=1, waiting_tokens=100),
+        worker("d0", "decode"),
+    ]
+    assert names(place(workers)) == ("p1", "d0")
+
+
+def test_the_decode_worker_with_the_shorter_step_is_taken() -> None:
+    workers = [
+        worker("p0", "prefill"),
+        worker("d0", "decode", running=12, running_context=9000),
+        worker("d1", "decode", running=3, running_context=1000),
+    ]
+    assert names(place(workers)) == ("p0", "d1")
+
+
+def test_a_full_kv_pool_is_avoided() -> None:
+    workers = [
+        worker("p0", "prefill"),
+        worker("d0", "decode", blocks_free=5, blocks_running=995),
+        worker("d1", "decode", running=6, running_context=3000, blocks_free=600, blocks_running=400),
+    ]
+    assert names(place(workers)) == ("p0", "d1")
+
+
+def test_cached_blocks_count_as_free() -> None:
+    workers = [
+        worker("p0", "prefill"),
+        worker("d0", "decode", blocks_free=0, blocks_cached=900, blocks_running=100),
+        worker("d1", "decode", blocks_free=300, blocks_running=700),
+    ]
+    assert names(place(workers)) == ("p0", "d0")
+
+
+def test_a_cached_prefix_outweighs_a_short_queue_but_not_a_long_one() -> None:
+    prefixes = PrefixIndex(MAX_PREFIX_BLOCKS)
+    hashes = block_hashes(PROMPT, 16, root_hash("L"))
+    prefixes.snapshot("p1", 0, hashes)
+    idle = [worker("p0", "prefill"), worker("p1", "prefill"), worker("d0", "decode")]
+    placement = place(idle, prefixes=prefixes)
+    assert names(placement) == ("p1", "d0")
+    assert placement.uncached_tokens == 1  # the last token is always computed
+    busy = worker("p1", "prefill", waiting_requests=1, waiting_tokens=200)
+    assert names(place([idle[0], busy, idle[2]], prefixes=prefixes)) == ("p1", "d0")
+    buried = worker("p1", "prefill", waiting_requests=4, waiting_tokens=2000)
+    assert names(place([idle[0], buried, idle[2]], prefixes=prefixes)) == ("p0", "d0")
+
+
+def test_the_prediction_is_the_models() -> None:
+    request = demand(slo=Slo(ttft_ms=1000, tpot_ms=100))
+    workers = [
+        worker("p0", "prefill", waiting_requests=1, waiting_tokens=100),
+        worker("d0", "decode", running=4, running_context=2000),
+    ]
+    placement = place(workers, request)
+    assert placement.ttft_ms == pytest.approx(10 + 0.5 * 500, rel=0.03)
+    context = 2000 + 400 + 32
+    assert placement.tpot_ms == pytest.approx(10 + 5 + 5e-3 * context, rel=0.03)
+    assert placement.informed
+
+
+def test_a_short_prompt_may_stay_on_the_decode_worker_and_a_long_one_not() -> None:
+    prefill = worker("p0", "prefill", waiting_requests=3, waiting_tokens=1200)
+    workers = [prefill, worker("d0", "decode")]
+    assert names(place(workers, demand(PROMPT[:64]))) == (None, "d0")
+    assert names(place(workers, demand(PROMPT[:65]))) == ("p0", "d0")
+
+
+def test_a_mostly_cached_prompt_may_stay_on_the_decode_worker() -> None:
+    prefixes = PrefixIndex(MAX_PREFIX_BLOCKS)
+    prefixes.snapshot("d0", 0, block_hashes(PROMPT, 16, root_hash("L")))
+    workers = [worker("p0", "prefill"), worker("d0", "decode")]
+    assert names(place(workers, prefixes=prefixes)) == (None, "d0")
+
+
+def test_without_a_prefill_pool_decode_workers_compute_prompts() -> None:
+    assert names(place([worker("d0", "decode")])) == (None, "d0")
+
+
+def test_without_a_decode_worker_nothing_is_possible() -> None:
+    assert policy().place(demand(), [worker("p0", "prefill")]) is None
+    assert policy().place(demand(), []) is None
+
+
+def test_a_colocated_worker_takes_whole_requests() -> None:
+    workers = [
+        worker("c0", "colocated", running=8, running_context=4000, waiting_requests=1, waiting_tokens=300),
+        worker("c1", "colocated", running=2, running_context=500),
+    ]
+    placement = place(workers)
+    assert names(placement) == (None, "c1")
+    assert placement.ttft_ms > 4 * 12  # four chunks, each beside a decode step
+
+
+def test_workers_of_different_layouts_never_pair() -> None:
+    workers = [
+        worker("p0", "prefill", layout="old"),
+        worker("p1", "prefill", layout="new", waiting_requests=9, waiting_tokens=3000),
+        worker("d0", "decode", layout="new"),
+    ]
+    assert names(place(workers)) == ("p1", "d0")
+
+
+def test_workers_to_avoid_are_used_only_without_others() -> None:
+    workers = [worker("p0", "prefill"), worker("p1", "prefill"), worker("d0", "decode")]
+    placement = policy().place(demand(), workers, {"p0", "d0"})
+    assert placement is not None
+    assert names(placement) == ("p1", "d0")
+
+
+def test_equal_workers_are_taken_in_their_fixed_order() -> None:
+    workers = [worker(name, "prefill") for name in ("p0", "p1", "p2")] + [
+        worker(name, "decode") for name in ("d0", "d1")
+    ]
+    assert {names(place(workers)) for _ in range(5)} == {("p0", "d0")}
+
+
+def test_placements_that_no_report_includes_yet_count_as_load() -> None:
+    chooser = policy()
+    workers = [worker(name, "prefill") for name in ("p0", "p1", "p2")] + [
+        worker(name, "decode") for name in ("d0", "d1")
+    ]
+    taken = []
+    for i in range(6):
+        placement = chooser.place(demand(), workers)
+        assert placement is not None
+        placement.first.expect_prompt(placement.uncached_tokens, now=0.0)
+        placement.decode.expect_sequence(f"r{i}", 400)
+        taken.append(names(placement))
+    assert sorted(prefill for prefill, _ in taken) == ["p0", "p0", "p1", "p1", "p2", "p2"]
+    assert sorted(decode for _, decode in taken) == ["d0", "d0", "d0", "d1", "d1", "d1"]
+
+
+def test_a_report_replaces_what_was_expected() -> None:
+    handle = worker("p0", "prefill")
+    handle.expect_prompt(100, now=1.0)
+    handle.expect_prompt(50, now=2.0)
+    assert (handle.waiting_requests, handle.waiting_tokens) == (2, 150)
+    handle.on_load(wpb.Load(waiting_requests=1, waiting_tokens=90), now=1.5)
+    assert (handle.waiting_requests, handle.waiting_tokens) == (2, 140)
+
+
+def test_a_full_batch_lengthens_the_prediction() -> None:
+    free = place([worker("p0", "prefill"), worker("d0", "decode", running=4, max_running=8)])
+    full = place([worker("p0", "prefill"), worker("d0", "decode", running=4, max_running=4)])
+    assert free.tpot_ms is not None
+    assert full.tpot_ms is not None
+    assert full.tpot_ms > free.tpot_ms
+
+
+def test_what_cannot_meet_the_slo_is_said_so() -> None:
+    workers = [worker("p0", "prefill"), worker("d0", "decode")]
+    assert place(workers).meets(Slo())
+    tight = place(workers, demand(slo=Slo(ttft_ms=50)))
+    assert not tight.meets(Slo(ttft_ms=50))
+    assert tight.slacks[0] < 0
+
+
+def test_one_token_has_no_tpot() -> None:
+    placement = place([worker("p0", "prefill"), worker("d0", "decode")], demand(new=1))
+    assert placement.tpot_ms is None
+
+
+def test_hand_offs_that_took_long_favour_one_worker() -> None:
+    chooser = policy()
+    workers = [worker("p0", "prefill"), worker("d0", "decode")]
+    for _ in range(20):
+        chooser.observe_handoff(2.0)
+        chooser.observe_completion(10)
+    placement = chooser.place(demand(PROMPT[:32]), workers)
+    assert placement is not None
+    assert names(placement) == (None, "d0")

@@ -1,0 +1,194 @@
+"""Re-attaching to a running request through the same or another gateway."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from diphase.proto import inference_pb2 as pb
+from diphase.proto.errors import Cancelled, InvalidRequest, NotFound, WorkerLost
+
+from ..simulation.virtual_loop import run_virtually
+from .fakes import Outcome, expected_tokens, fake_cluster, generate, read, start_generation, token_request
+
+PROMPT = list(range(100))
+
+
+def resume_request(request_id: str, resume_from: int) -> pb.GenerateRequest:
+    return pb.GenerateRequest(request_id=request_id, resume_from=resume_from)
+
+
+@pytest.mark.parametrize("taken", [0, 1, 5])
+def test_another_gateway_goes_on_where_the_lost_one_stopped(taken: int) -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                generation = await start_generation(first, token_request(PROMPT, 12, request_id="r"))
+                before = Outcome()
+                if taken:
+                    await read(generation, before, limit=taken)
+                else:
+                    await asyncio.sleep(0.001)  # submitted, no token yet
+                after = await generate(second, resume_request("r", taken))
+                assert after.error is None
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 12)
+                whole = await generate(first, token_request(PROMPT, 12))
+                assert before.text + after.text == whole.text
+                assert after.last.usage.completion_tokens == 12
+                assert after.terminals == 1
+
+    run_virtually(main())
+
+
+def test_a_request_on_its_way_between_the_workers_is_found() -> None:
+    async def main() -> None:
+        with fake_cluster(handoff_s=0.3) as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                generation = await start_generation(first, token_request(PROMPT, 12, request_id="r"))
+                before = await read(generation, Outcome(), limit=1)
+                after = await generate(second, resume_request("r", 1))
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 12)
+
+    run_virtually(main())
+
+
+def test_the_gateway_that_loses_a_request_neither_cancels_it_nor_counts_it() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                call = asyncio.create_task(generate(first, token_request(PROMPT, 12, request_id="r")))
+                await asyncio.sleep(0.1)
+                after = await generate(second, resume_request("r", 0))
+                before = await call
+                assert isinstance(before.error, WorkerLost)
+                assert after.token_ids == expected_tokens(PROMPT, 12)
+                assert sum(first.metrics.requests_by_slo.values()) == 0
+                assert sum(second.metrics.requests_by_slo.values()) == 1
+                assert not any(worker.cancels for worker in cluster.workers.values())
+
+    run_virtually(main())
+
+
+def test_the_same_gateway_hands_the_stream_over() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router() as router:
+                call = asyncio.create_task(generate(router, token_request(PROMPT, 12, request_id="r")))
+                await asyncio.sleep(0.1)
+                after = await generate(router, resume_request("r", 2))
+                before = await call
+                assert isinstance(before.error, Cancelled)
+                assert before.token_ids == expected_tokens(PROMPT, len(before.token_ids))
+                assert after.token_ids == expected_tokens(PROMPT, 12)[2:]
+                assert after.responses[0].index == 2
+                assert router.metrics.requests_by_slo["cancelled"] == 0
+
+    run_virtually(main())
+
+
+def test_a_re_attached_request_survives_the_next_loss() -> None:
+    async def main() -> None:
+        with fake_cluster(decode=2) as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                generation = await start_generation(first, token_request(PROMPT, 30, request_id="r"))
+                before = await read(generation, Outcome(), limit=3)
+                call = asyncio.create_task(generate(second, resume_request("r", 3)))
+                await asyncio.sleep(0.1)
+                (busy,) = [worker for worker in cluster.workers.values() if worker.live]
+                busy.kill()
+                after = await call
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 30)
+                assert after.last.stages.attempts == 2
+
+    run_virtually(main())
+
+
+def test_without_the_journal_every_worker_is_asked() -> None:
+    async def main() -> None:
+        with fake_cluster(decode=3) as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                generation = await start_generation(first, token_request(PROMPT, 12, request_id="r"))
+                await read(generation, Outcome(), limit=3)
+                cluster.journal.available = False
+                after = await generate(second, resume_request("r", 0))
+                assert after.token_ids == expected_tokens(PROMPT, 12)
+
+    run_virtually(main())
+
+
+def test_log_probabilities_are_replayed_with_their_tokens() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                sampling = pb.Sampling(max_tokens=8, logprobs=1)
+                generation = await start_generation(
+                    first, token_request(PROMPT, request_id="r", sampling=sampling)
+                )
+                before = await read(generation, Outcome(), limit=4)
+                first_half = [x.logprob for response in before.responses for x in response.logprobs]
+                assert first_half == [0.0, -1.0, -2.0, -3.0]
+                after = await generate(second, resume_request("r", 4))
+                assert len(after.token_ids) == 4
+
+    run_virtually(main())
+
+
+def test_what_nobody_knows_is_not_found() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router() as router:
+                outcome = await generate(router, resume_request("unheard-of", 0))
+                assert isinstance(outcome.error, NotFound)
+                await generate(router, token_request(PROMPT, 2, request_id="r"))
+                outcome = await generate(router, resume_request("r", 0))
+                assert isinstance(outcome.error, NotFound)
+                assert "finished" in outcome.error.message
+
+    run_virtually(main())
+
+
+def test_gateway_and_worker_lost_together_is_a_retryable_failure() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g1") as second:
+                async with cluster.router("g0") as first:
+                    generation = await start_generation(first, token_request(PROMPT, 12, request_id="r"))
+                    await read(generation, Outcome(), limit=3)
+                cluster.workers["d0"].kill()
+                cluster.workers["d0"].restarted().start()
+                await asyncio.sleep(1.0)
+                outcome = await generate(second, resume_request("r", 3))
+                assert isinstance(outcome.error, WorkerLost)
+                assert outcome.error.retryable
+
+    run_virtually(main())
+
+
+def test_a_gateway_that_died_is_replaced_by_another() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g1") as second:
+                async with cluster.router("g0") as first:
+                    generation = await start_generation(first, token_request(PROMPT, 12, request_id="r"))
+                    before = await read(generation, Outcome(), limit=3)
+                await asyncio.sleep(0.1)
+                after = await generate(second, resume_request("r", 3))
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 12)
+
+    run_virtually(main())
+
+
+def test_a_re_attach_must_bring_nothing_else() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router() as router:
+                for message in (
+                    pb.GenerateRequest(resume_from=0),
+                    pb.GenerateRequest(resume_from=0, request_id="r", prompt="x"),
+                    pb.GenerateRequest(resume_from=0, request_id="r", sampling=pb.Sampling(top_k=1)),
+                    pb.GenerateRequest(resume_from=0, request_id="r", slo=pb.Slo(ttft_ms=1)),
+                ):
+                    outcome = await generate(router, message)
+                    assert isinstance(outcome.error, InvalidRequest)
+
+    run_virtually(main())
