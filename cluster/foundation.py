@@ -44,6 +44,7 @@ def foundation(config: ClusterConfig) -> Iterator[Foundation]:
     """
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="diphase-", dir=TEMPORARY))
+        logger.info("foundation_begun folder=%s", folder)
         watchdog = Watchdog(folder)
         stack.callback(_finish, watchdog)
         store = open_store(config.store, folder)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 
 import grpc
 import grpc.aio
@@ -56,7 +56,9 @@ def request_from(args: argparse.Namespace) -> pb.GenerateRequest:
     return request
 
 
-async def stream(address: str, token: str, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateResponse]:
+async def stream(
+    address: str, token: str, request: pb.GenerateRequest
+) -> AsyncGenerator[pb.GenerateResponse, None]:
     """The responses to `request`. Leaving the iteration, or being cancelled, cancels the request.
 
     Raises:

@@ -1,0 +1,136 @@
+"""A disaggregated cluster of real processes: its output, its view of itself, what a client may do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import pytest
+from diphase.cluster.endpoint import open_channel
+from diphase.cluster.generate import stream
+from diphase.engine.config import EngineConfig
+from diphase.engine.engine import TorchEngine
+from diphase.engine.generate import generate
+from diphase.proto import cluster_pb2
+from diphase.proto import inference_pb2 as pb
+from diphase.proto.errors import InvalidRequest
+from diphase.proto.inference_pb2_grpc import InferenceStub
+from diphase.proto.sampling import SamplingParams
+from google.protobuf.json_format import ParseDict
+
+from .served import Completion, Served, complete, follow, prompt_request, run, wait_until
+
+
+def prompts(lengths: list[int], seed: int) -> list[list[int]]:
+    rng = random.Random(seed)
+    return [[rng.randrange(512) for _ in range(length)] for length in lengths]
+
+
+def idle(cluster: Served) -> bool:
+    """Whether no worker has a request or a block in use."""
+    status = ParseDict(cluster.status(), cluster_pb2.GetStatusResponse())
+    return status.running_requests == status.queued_requests == 0 and all(
+        worker.load.blocks_free + worker.load.blocks_cached == worker.load.blocks_total
+        for worker in status.workers
+    )
+
+
+def test_the_command_line_streams_text(cluster: Served) -> None:
+    done = run("generate", "hello", "--max-tokens", "8", "--address", cluster.addresses[0], "--stages")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert 'prefill_worker: "prefill-0"' in done.stderr
+    assert 'decode_worker: "decode-0"' in done.stderr
+
+
+async def test_a_prompt_is_computed_in_one_process_and_its_tokens_in_another(cluster: Served) -> None:
+    [prompt] = prompts([100], seed=1)
+    last = (await complete(cluster.addresses[0], prompt_request(prompt, 10))).last
+    assert last is not None
+    assert last.usage.prompt_tokens == 100
+    assert last.usage.completion_tokens == 10
+    stages = last.stages
+    assert cluster.pid(stages.prefill_worker) != cluster.pid(stages.decode_worker)
+    # 100 tokens are six full blocks and a part; a block of the model is 16 KiB.
+    assert stages.handoff_bytes == 7 * 16 * 1024
+    parts = (
+        stages.tokenise_ms
+        + stages.placement_ms
+        + stages.prefill_queue_ms
+        + stages.prefill_ms
+        + stages.delivery_ms
+    )
+    assert stages.ttft_ms == pytest.approx(parts, abs=0.01)
+
+
+async def test_output_equals_the_single_engine_token_for_token(cluster: Served) -> None:
+    batch = prompts([1, 2, 15, 16, 17, 64, 200, 511, 700], seed=2)
+    engine = TorchEngine.load(EngineConfig(model="dummy:tiny", kv_cache_mib=64))
+    try:
+        truth = generate(engine, batch, SamplingParams(max_tokens=24, ignore_eos=True))
+    finally:
+        engine.close()
+    async with asyncio.TaskGroup() as group:
+        running = [
+            group.create_task(complete(cluster.addresses[i % 2], prompt_request(prompt, 24)))
+            for i, prompt in enumerate(batch)
+        ]
+    assert [task.result().token_ids for task in running] == [[t.token_id for t in tokens] for tokens in truth]
+
+
+async def test_a_client_re_attaches_through_the_other_gateway(cluster: Served) -> None:
+    [prompt] = prompts([40], seed=3)
+    whole = await complete(cluster.addresses[0], prompt_request(prompt, 200))
+    request = prompt_request(prompt, 200, request_id="moved")
+    completion = Completion()
+    responses = stream(cluster.addresses[0], "", request)
+    async for response in responses:
+        completion.take(response)
+        if len(completion.token_ids) >= 20:
+            break
+    # The first stream stays open: a client that leaves cancels its request.
+    completion.attachments = 1
+    async with asyncio.timeout(30):
+        await follow(cluster.addresses, request, completion)
+    await responses.aclose()
+    assert completion.token_ids == whole.token_ids
+
+
+async def test_a_client_that_leaves_frees_everything(cluster: Served) -> None:
+    [prompt] = prompts([300], seed=4)
+    async for response in stream(cluster.addresses[0], "", prompt_request(prompt, 4000)):
+        if response.index > 5:
+            break
+    await asyncio.to_thread(wait_until, lambda: idle(cluster), "blocks of a cancelled request", 15)
+
+
+async def test_the_cluster_says_what_it_is(cluster: Served) -> None:
+    status = ParseDict(cluster.status(), cluster_pb2.GetStatusResponse())
+    assert {(worker.worker_id, worker.role, worker.state) for worker in status.workers} == {
+        ("prefill-0", "prefill", "ready"),
+        ("decode-0", "decode", "ready"),
+    }
+    async with open_channel(cluster.addresses[1]) as channel:
+        model = await InferenceStub(channel).GetModel(pb.GetModelRequest(), timeout=5)
+    assert model.model == "dummy:tiny"
+    assert model.has_chat_template
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        pb.GenerateRequest(prompt=""),
+        pb.GenerateRequest(token_ids=pb.TokenIds(ids=[512])),
+        pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 9000)),
+        pb.GenerateRequest(prompt="x", sampling=pb.Sampling(top_p=2.0)),
+        pb.GenerateRequest(prompt="x", slo=pb.Slo(ttft_ms=-1)),
+    ],
+    ids=["empty", "unknown token", "too long", "top_p", "slo"],
+)
+async def test_bad_requests_are_refused_and_cost_nothing(
+    cluster: Served, request_: pb.GenerateRequest
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await complete(cluster.addresses[0], request_)
+    assert caught.value.message
+    assert idle(cluster)
