@@ -1,12 +1,14 @@
-"""What gateway and router cost: one core, fake workers in another process, journal, metrics and prefix routing on.
+"""What gateway and router cost: one core, fake workers in another process, journal, metrics and prefix
+routing on.
 
     python -P benchmarks/gateway.py [--seconds 8] [--output docs/results/gateway.json]
 
 The gateway (or, for comparison, a bare gRPC server that streams the same messages back) has the first core to
-itself; the fake workers, the store and the load share the second. The workers answer over the real worker streams as
-soon as they are asked. Requests have 32-token text prompts, half of which share a cached prefix, and want one token.
-Reported are the unloaded latency, throughput, the CPU time a request costs in the gateway, the ratio to the bare
-echo, and stalls on kept-alive connections (Nagle against delayed ACK would show as 40 ms).
+itself; the fake workers, the store and the load share the second. The workers answer over the real worker
+streams as soon as they are asked. Requests have 32-token text prompts, half of which share a cached prefix,
+and want one token. Reported are the unloaded latency, throughput, the CPU time a request costs in the
+gateway, the ratio to the bare echo, and stalls on kept-alive connections (Nagle against delayed ACK would
+show as 40 ms).
 """
 
 from __future__ import annotations
@@ -157,7 +159,7 @@ async def run_workers(pipe: Connection, model: str) -> None:
     members = []
     for worker_id, role in ROLES.items():
         server = grpc.aio.server(options=server_options(16 << 20))
-        add_WorkerServicer_to_server(FakeWorker(worker_id, role, model), server)
+        add_WorkerServicer_to_server(FakeWorker(worker_id, role, model), server)  # type: ignore[no-untyped-call]
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         servers.append(server)
@@ -194,7 +196,8 @@ async def run_gateway(pipe: Connection, files: ModelFiles, store_url: str, profi
 
         with Profiler(async_mode="disabled") as profiler:
             await answer_cpu(pipe)
-        Path(profile).write_text(profiler.output_text(show_all=True), encoding="utf-8")
+        text = profiler.output_text(show_all=True)
+        await asyncio.to_thread(Path(profile).write_text, text, encoding="utf-8")
     else:
         await answer_cpu(pipe)
     await running.stop()
@@ -235,7 +238,7 @@ def make_prompts(files: ModelFiles) -> list[str]:
     """Texts of exactly PROMPT_TOKENS tokens; every second one shares its first block with the others of its
     kind."""
     tokenizer = load_tokenizer(files)
-    words = ["river", "stone", "light", "paper", "orange", "winter", "music", "garden", "silver", "window", "ocean", "bridge", "candle"]
+    words = sorted({word for word in __doc__.split() if word.isalpha()})
     prompts: list[str] = []
     number = 0
     while len(prompts) < NUM_PROMPTS:
@@ -255,7 +258,10 @@ class Load:
     def __init__(self, address: str, pipe: Connection, prompts: Sequence[str]) -> None:
         options = (("grpc.use_local_subchannel_pool", 1),)
         self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(8)]
-        self._calls = [InferenceStub(channel).Generate for channel in self._channels]
+        self._calls = [
+            InferenceStub(channel).Generate  # type: ignore[no-untyped-call]
+            for channel in self._channels
+        ]
         self._pipe = pipe
         self._requests = [
             pb.GenerateRequest(prompt=prompt, sampling=pb.Sampling(max_tokens=1)) for prompt in prompts
@@ -314,7 +320,7 @@ class Load:
 
     async def close(self) -> None:
         for channel in self._channels:
-            await channel.close()
+            await channel.close(None)
 
 
 async def measure(address: str, pipe: Connection, prompts: list[str], seconds: float) -> dict[str, Any]:
@@ -409,7 +415,7 @@ def benchmark(seconds: float, profile: str) -> dict[str, Any]:
 
 def summarise(model: str, bare: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     def best(result: dict[str, Any]) -> float:
-        return max(load["per_second"] for load in result["loads"])
+        return max(float(load["per_second"]) for load in result["loads"])
 
     return {
         "command": "python -P benchmarks/gateway.py",

@@ -149,6 +149,16 @@ class ActiveRequest:
         if worker.clock.known and self.times.submitted_at is not None:
             self.times.prefilled(times, worker.clock, now)
 
+    def observe_handoff(self, worker: WorkerHandle, output: worker_pb2.SequenceOutput, now: float) -> bool:
+        """The first token after a hand-off came; True when its time is known. A later attempt's hand-off is
+        no part of token 1's delay."""
+        self.times.handoff_bytes += output.decode.handoff_bytes
+        self.times.handoff_segments += output.decode.handoff_segments
+        if output.index != 1 or not worker.clock.known:
+            return False
+        self.times.handed_off(output.decode, worker.clock, now)
+        return self.times.token0_at is not None
+
     def _try_finish(self) -> None:
         if self._terminal is not None and len(self._order.token_ids) >= self._terminal[0]:
             self.finish_reason = self._terminal[1]

@@ -264,26 +264,13 @@ class Dispatcher:
         if worker is active.decode and not active.decoding:
             active.decoding = True
             worker.forget_sequence(active.request_id)
-            if output.HasField("decode"):
-                self._take_handoff(active, worker, output, now)
+            if output.HasField("decode") and active.observe_handoff(worker, output, now):
+                self._policy.observe_handoff(active.times.handoff_s)
+                self.metrics.handed_off(active.times)
         active.take(output.index, list(output.token_ids), output.logprobs)
         if active.queued and active.token_ids:
             active.queued = False
             self.admission.leave(len(active.request.prompt_token_ids), now)
-
-    def _take_handoff(
-        self, active: ActiveRequest, worker: WorkerHandle, output: pb.SequenceOutput, now: float
-    ) -> None:
-        times = active.times
-        times.handoff_bytes += output.decode.handoff_bytes
-        times.handoff_segments += output.decode.handoff_segments
-        if output.index != 1:
-            return  # of a later attempt: it is no part of token 1's delay
-        if worker.clock.known:
-            times.handed_off(output.decode, worker.clock, now)
-            if times.handoff_s is not None:
-                self._policy.observe_handoff(times.handoff_s)
-        self.metrics.handed_off(times)
 
     def _take_terminal(self, active: ActiveRequest, worker: WorkerHandle, output: pb.SequenceOutput) -> None:
         terminal = output.terminal

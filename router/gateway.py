@@ -129,7 +129,7 @@ class RunningGateway:
             client_stall_s=parts.config.client_stall_s,
             client_token="" if is_loopback(parts.config.host) else parts.cluster_token,
         )
-        self._health = health.aio.HealthServicer()
+        self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(options=server_options(parts.config.max_message_bytes))
         self._metrics_server: Any = None
         self._background: asyncio.Task[None] | None = None

@@ -90,10 +90,10 @@ class RequestTimes:
         return tpot_ms(self.first_written_at, self.last_written_at, self.num_written)
 
     @property
-    def handoff_s(self) -> float | None:
-        """Token 0 sampled to KV verified at the decode worker."""
+    def handoff_s(self) -> float:
+        """Token 0 sampled to KV verified at the decode worker; 0 without a hand-off."""
         if self.verified_at is None or self.token0_at is None:
-            return None
+            return 0.0
         return self.verified_at - self.token0_at
 
     def verdict(self, slo: Slo) -> Verdict:

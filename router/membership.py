@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, Iterable
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -50,7 +50,7 @@ class Member:
 class MembershipSource(Protocol):
     """Where a gateway learns of workers."""
 
-    def watch(self) -> AsyncIterator[list[Member]]:
+    def watch(self) -> AsyncGenerator[list[Member], None]:
         """The full list at once, and again at each change. Ends when its consumer is cancelled."""
         ...
 
@@ -61,7 +61,7 @@ class FixedMembership:
     def __init__(self, members: Iterable[Member]) -> None:
         self._members = list(members)
 
-    async def watch(self) -> AsyncIterator[list[Member]]:
+    async def watch(self) -> AsyncGenerator[list[Member], None]:
         yield list(self._members)
 
 
@@ -92,7 +92,7 @@ class RedisMembership:
         found = await self._client.hgetall(self._key)
         return sorted((Member.from_json(text) for text in found.values()), key=lambda m: m.worker_id)
 
-    async def watch(self) -> AsyncIterator[list[Member]]:
+    async def watch(self) -> AsyncGenerator[list[Member], None]:
         known: list[Member] | None = None
         reachable = True
         while True:

@@ -73,9 +73,7 @@ class GatewayMetrics:
 
     def handed_off(self, times: RequestTimes) -> None:
         """Token 1 came after a hand-off."""
-        seconds = times.handoff_s
-        if seconds is not None:
-            self._handoff.observe(seconds)
+        self._handoff.observe(times.handoff_s)
         self._handoff_bytes.observe(times.handoff_bytes)
         self._handoff_segments.observe(times.handoff_segments)
 

@@ -5,9 +5,9 @@ step with one more sequence, the hand-off, memory for the expected output) from 
 step times. What is left of the objectives is a candidate's *slack*: the shares of the TTFT objective, of the
 TPOT objective and of the KV pool that remain free after the placement. Goodput is lost where the tightest of
 them runs out first, so the candidate with the largest smallest slack is taken (within a hundredth: the one
-with the next smallest; then the fixed order of workers). TTFT depends on the prefill worker alone and TPOT and memory on the decode worker
-alone, so the best pair is the best of each, and a placement costs one look at every worker instead of one at
-every pair.
+with the next smallest; then the fixed order of workers). TTFT depends on the prefill worker alone and TPOT
+and memory on the decode worker alone, so the best pair is the best of each, and a placement costs one look at
+every worker instead of one at every pair.
 
 Predicting both latencies at placement and weighing cached prefixes against queues follows Mooncake's
 Conductor (FAST 2025); judging by both objectives at once follows DistServe's goodput (OSDI 2024).

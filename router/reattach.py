@@ -1,4 +1,4 @@
-"""Finds a running request that another gateway accepted: asks the journal where it is, and the workers for it.
+"""Finds a running request that another gateway accepted: asks the journal for its workers, and them for it.
 
 A decode worker that is asked before its hand-off came remembers who asked, and sends what follows there.
 """

@@ -45,7 +45,7 @@ class WorkerHandle:
         self.link: Link | None = None
         self.hello: pb.WorkerHello | None = None
         self.layout_hash = ""
-        """Of its model and KV layout; workers pair only when equal. As the next three, what its hello said."""
+        """Of its model and KV layout; workers pair only when equal. Said by its hello, as the next three."""
         self.block_size = 1
         self.chunk_budget = 0
         self.max_running = 0

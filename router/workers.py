@@ -102,7 +102,7 @@ class WorkerPool:
         """Keeps links to the members until cancelled; then every link is closed."""
         async with asyncio.TaskGroup() as group:
             group.create_task(self._watch_liveness())
-            async with aclosing(self._membership.watch()) as changes:  # type: ignore[type-var]
+            async with aclosing(self._membership.watch()) as changes:
                 async for members in changes:
                     self._update(group, members)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import pytest
 from diphase.proto import inference_pb2 as pb
@@ -10,15 +11,8 @@ from diphase.proto import worker_pb2 as wpb
 from diphase.proto.errors import DigestMismatch, Draining, InvalidRequest, Overloaded, WorkerLost
 
 from ..simulation.virtual_loop import run_virtually
-from .fakes import (
-    Outcome,
-    expected_tokens,
-    fake_cluster,
-    generate,
-    read,
-    start_generation,
-    token_request,
-)
+from .fake_workers import expected_tokens
+from .fakes import Outcome, fake_cluster, generate, read, start_generation, token_request
 
 PROMPT = list(range(100))
 """Long enough to be prefilled by a prefill worker."""
@@ -263,7 +257,7 @@ def test_a_running_request_id_is_not_taken_twice() -> None:
     ("limits", "accepted"),
     [({"max_queued_requests": 2}, 2), ({"max_queued_tokens": 350}, 3), ({"max_open_requests": 4}, 4)],
 )
-def test_hard_limits_reject_with_a_retry_after(limits: dict[str, int], accepted: int) -> None:
+def test_hard_limits_reject_with_a_retry_after(limits: dict[str, Any], accepted: int) -> None:
     async def main() -> None:
         with fake_cluster() as cluster:
             async with cluster.router(**limits) as router:
@@ -308,7 +302,7 @@ def test_the_finisher_is_acknowledged_and_stale_outputs_are_cancelled() -> None:
                 assert cluster.workers["d0"].acknowledged == ["r"]
                 assert not cluster.workers["d0"].attempts
                 stale = wpb.SequenceOutput(request_id="unheard-of", attempt=2, token_ids=[7])
-                router.dispatcher.outputs(router.pool.get("d0"), [stale])
+                router.dispatcher.outputs(router.pool.handles()[0], [stale])
                 await asyncio.sleep(0.01)
                 (cancel,) = cluster.workers["d0"].cancels
                 assert (cancel.request_id, cancel.attempt) == ("unheard-of", 2)

@@ -1,4 +1,5 @@
-"""Router under random deaths, silence, delays, repeated and overtaking outputs: every token once, one end each."""
+"""Router under random deaths, silence, delays, repeated and overtaking outputs: every token once, one end
+each."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ import pytest
 from diphase.router.gateway import Router
 
 from ..simulation.virtual_loop import run_virtually
+from .fake_workers import expected_tokens
 from .fakes import (
     FakeCluster,
     Members,
     Outcome,
-    expected_tokens,
     fake_cluster,
     generate,
     read,

@@ -8,6 +8,7 @@ import socket
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -24,12 +25,13 @@ from diphase.router.services import RETRY_AFTER
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
-from .fakes import FakeCluster, LoopClock, expected_tokens, served_model
+from .fake_workers import LoopClock, expected_tokens
+from .fakes import FakeCluster, served_model, until
 
 PROMPT = list(range(100))
 
 
-def parts(cluster: FakeCluster, config: GatewayConfig | None = None, **options: object) -> GatewayParts:
+def parts(cluster: FakeCluster, config: GatewayConfig | None = None, **options: Any) -> GatewayParts:
     token = str(options.pop("cluster_token", ""))
     return GatewayParts(
         gateway_id="g0",
@@ -37,7 +39,7 @@ def parts(cluster: FakeCluster, config: GatewayConfig | None = None, **options: 
         membership=FixedMembership([worker.member for worker in cluster.workers.values()]),
         journal=cluster.journal,
         config=config or GatewayConfig(port=0),
-        router=RouterConfig(**options),  # type: ignore[arg-type]
+        router=RouterConfig(**options),
         slo=SloConfig(),
         link_factory=cluster.network.link,
         cluster_token=token,
@@ -48,31 +50,34 @@ def parts(cluster: FakeCluster, config: GatewayConfig | None = None, **options: 
 
 @asynccontextmanager
 async def running(
-    config: GatewayConfig | None = None, workers: tuple[int, int] = (1, 1), **options: object
+    config: GatewayConfig | None = None, workers: tuple[int, int] = (1, 1), **options: Any
 ) -> AsyncIterator[tuple[FakeCluster, RunningGateway, grpc.aio.Channel]]:
     cluster = FakeCluster(*workers, prompt_s=0.002, step_s=0.002, handoff_s=0.001)
     gateway = await start_parts(parts(cluster, config, **options))
     try:
         async with asyncio.timeout(30), grpc.aio.insecure_channel(gateway.address) as channel:
-            while len(gateway.router.pool.ready()) < sum(workers):
-                await asyncio.sleep(0.005)
+            await until(lambda: len(gateway.router.pool.ready()) == sum(workers))
             yield cluster, gateway, channel
     finally:
         await gateway.stop()
         cluster.stop()
 
 
-def request(max_tokens: int = 5, **fields: object) -> pb.GenerateRequest:
+def request(max_tokens: int = 5, **fields: Any) -> pb.GenerateRequest:
     return pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=PROMPT),
         sampling=pb.Sampling(max_tokens=max_tokens),
-        **fields,  # type: ignore[arg-type]
+        **fields,
     )
 
 
+def inference(channel: grpc.aio.Channel) -> Any:
+    return InferenceStub(channel)  # type: ignore[no-untyped-call]
+
+
 async def test_generate_streams_tokens_text_and_the_account() -> None:
-    async with running() as (_, gateway, channel):
-        responses = [r async for r in InferenceStub(channel).Generate(request(5, request_id="r"))]
+    async with running() as (_, _, channel):
+        responses = [r async for r in inference(channel).Generate(request(5, request_id="r"))]
         assert [token for r in responses for token in r.token_ids] == expected_tokens(PROMPT, 5)
         assert [r.index for r in responses] == list(range(5))
         tokenizer = served_model().tokenizer
@@ -99,20 +104,20 @@ async def test_a_stop_string_ends_the_request_and_its_work() -> None:
         stop = text.split()[4]
         message = request(40)
         message.sampling.stop.append(stop)
-        responses = [r async for r in InferenceStub(channel).Generate(message)]
+        responses = [r async for r in inference(channel).Generate(message)]
         assert "".join(r.text for r in responses) == text[: text.index(stop)]
         assert responses[-1].finish_reason == pb.FINISH_REASON_STOP
         assert responses[-1].usage.completion_tokens < 40
-        while any(worker.live for worker in cluster.workers.values()):
-            await asyncio.sleep(0.005)
+        await until(lambda: not any(worker.live for worker in cluster.workers.values()))
 
 
 async def status_of(
-    call: grpc.aio.UnaryStreamCall[bytes, bytes],
+    call: Any,
 ) -> tuple[grpc.StatusCode, str, dict[str, str]]:
     with pytest.raises(grpc.aio.AioRpcError) as caught:
         _ = [r async for r in call]
-    trailing = {key: str(value) for key, value in caught.value.trailing_metadata() or ()}
+    metadata: Any = caught.value.trailing_metadata() or ()
+    trailing = {key: str(value) for key, value in metadata}
     return caught.value.code(), caught.value.details() or "", trailing
 
 
@@ -130,7 +135,7 @@ async def test_bad_requests_get_a_status_and_a_sentence(
     message: pb.GenerateRequest, code: grpc.StatusCode, hint: str
 ) -> None:
     async with running() as (cluster, _, channel):
-        found, details, _ = await status_of(InferenceStub(channel).Generate(message))
+        found, details, _ = await status_of(inference(channel).Generate(message))
         assert found is code
         assert hint in details
         assert not any(worker.submits for worker in cluster.workers.values())
@@ -138,19 +143,19 @@ async def test_bad_requests_get_a_status_and_a_sentence(
 
 async def test_invalid_utf8_and_garbage_are_invalid_arguments() -> None:
     async with running() as (_, _, channel):
-        call = channel.unary_stream("/diphase.v1.Inference/Generate")
+        call = channel.unary_stream("/diphase.v1.Inference/Generate")  # type: ignore[call-arg]
         for data in (b"\x1a\x02\xff\xfe", b"\xff\xff\xff"):
             code, details, _ = await status_of(call(data))
             assert code is grpc.StatusCode.INVALID_ARGUMENT
             assert "UTF-8" in details
-        good = [r async for r in InferenceStub(channel).Generate(request(1))]
+        good = [r async for r in inference(channel).Generate(request(1))]
         assert len(good) == 1
 
 
 async def test_oversized_messages_are_refused() -> None:
     async with running(GatewayConfig(port=0, max_message_bytes=10_000)) as (_, _, channel):
         big = pb.GenerateRequest(prompt="x" * 20_000)
-        code, details, _ = await status_of(InferenceStub(channel).Generate(big))
+        code, details, _ = await status_of(inference(channel).Generate(big))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "10000" in details
 
@@ -158,10 +163,9 @@ async def test_oversized_messages_are_refused() -> None:
 async def test_overload_says_when_to_come_back() -> None:
     async with running(max_queued_requests=1) as (cluster, _, channel):
         cluster.workers["p0"].prompt_s = 0.3
-        stub = InferenceStub(channel)
+        stub = inference(channel)
         first = stub.Generate(request(2))
-        while not cluster.workers["p0"].submits:
-            await asyncio.sleep(0.005)
+        await until(lambda: bool(cluster.workers["p0"].submits))
         code, details, trailing = await status_of(stub.Generate(request(2)))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "max_queued_requests" in details
@@ -171,32 +175,28 @@ async def test_overload_says_when_to_come_back() -> None:
 
 async def test_a_client_that_goes_away_frees_both_sides() -> None:
     async with running() as (cluster, gateway, channel):
-        call = InferenceStub(channel).Generate(request(5000))
+        call = inference(channel).Generate(request(5000))
         async for _ in call:
             break
         call.cancel()
-        while gateway.router.dispatcher.open_requests:
-            await asyncio.sleep(0.005)
-        while any(worker.live for worker in cluster.workers.values()):
-            await asyncio.sleep(0.005)
+        await until(lambda: gateway.router.dispatcher.open_requests == 0)
+        await until(lambda: not any(worker.live for worker in cluster.workers.values()))
         assert gateway.router.metrics.requests_by_slo["cancelled"] == 1
 
 
 async def test_health_follows_the_workers() -> None:
-    async with running(workers=(1, 1)) as (cluster, gateway, channel):
+    async with running(workers=(1, 1)) as (cluster, _, channel):
         health = health_pb2_grpc.HealthStub(channel)
-        stub = InferenceStub(channel)
+        stub = inference(channel)
         assert (await stub.Health(pb.HealthRequest())).ready
         check = health_pb2.HealthCheckRequest(service="diphase.v1.Inference")
-        serving, not_serving = (
-            health_pb2.HealthCheckResponse.SERVING,
-            health_pb2.HealthCheckResponse.NOT_SERVING,
-        )
-        while (await health.Check(check)).status != serving:
-            await asyncio.sleep(0.01)
+
+        async def reports(status: int) -> bool:
+            return bool((await health.Check(check)).status == status)
+
+        await until(lambda: reports(health_pb2.HealthCheckResponse.SERVING))
         cluster.workers["d0"].kill()
-        while (await health.Check(check)).status != not_serving:
-            await asyncio.sleep(0.01)
+        await until(lambda: reports(health_pb2.HealthCheckResponse.NOT_SERVING))
         answer = await stub.Health(pb.HealthRequest())
         assert not answer.ready
         assert "d0 is connecting" in answer.detail
@@ -204,7 +204,7 @@ async def test_health_follows_the_workers() -> None:
 
 async def test_model_and_status_are_told() -> None:
     async with running() as (_, _, channel):
-        model = await InferenceStub(channel).GetModel(inference_pb2.GetModelRequest())
+        model = await inference(channel).GetModel(inference_pb2.GetModelRequest())
         assert (model.model, model.context_length, model.vocab_size, model.block_size) == (
             "dummy:tiny",
             8192,
@@ -213,8 +213,10 @@ async def test_model_and_status_are_told() -> None:
         )
         assert model.has_chat_template
         assert model.default_slo.ttft_ms == 2000.0
-        _ = [r async for r in InferenceStub(channel).Generate(request(2))]
-        status = await ClusterStub(channel).GetStatus(cluster_pb2.GetStatusRequest())
+        _ = [r async for r in inference(channel).Generate(request(2))]
+        status = await ClusterStub(channel).GetStatus(  # type: ignore[no-untyped-call]
+            cluster_pb2.GetStatusRequest()
+        )
         assert [(w.worker_id, w.role, w.state) for w in status.workers] == [
             ("d0", "decode", "ready"),
             ("p0", "prefill", "ready"),
@@ -237,7 +239,7 @@ async def test_reflection_lists_the_services() -> None:
 
 async def test_metrics_are_served() -> None:
     async with running() as (_, gateway, channel):
-        _ = [r async for r in InferenceStub(channel).Generate(request(3))]
+        _ = [r async for r in inference(channel).Generate(request(3))]
         url = f"http://{gateway.metrics_address}/metrics"
         text = (await asyncio.to_thread(lambda: urllib.request.urlopen(url, timeout=5).read())).decode()
         for line in (
@@ -280,7 +282,7 @@ async def test_beyond_loopback_everybody_needs_the_token() -> None:
     try:
         port = gateway.address.rpartition(":")[2]
         async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
-            stub = InferenceStub(channel)
+            stub = inference(channel)
             for metadata in ((), (("authorization", "Bearer wrong"),)):
                 with pytest.raises(grpc.aio.AioRpcError) as caught:
                     await stub.GetModel(pb.GetModelRequest(), metadata=metadata)
@@ -296,7 +298,7 @@ async def test_beyond_loopback_everybody_needs_the_token() -> None:
 
 async def test_drain_lets_running_requests_finish() -> None:
     async with running() as (_, gateway, channel):
-        stub = InferenceStub(channel)
+        stub = inference(channel)
         call = stub.Generate(request(50))
         responses = aiter(call)
         first = await anext(responses)
@@ -312,9 +314,8 @@ async def test_drain_lets_running_requests_finish() -> None:
 
 async def test_stopping_cancels_what_runs() -> None:
     async with running() as (cluster, gateway, channel):
-        call = InferenceStub(channel).Generate(request(5000))
+        call = inference(channel).Generate(request(5000))
         await call.read()
         await gateway.stop()
-        while any(worker.live for worker in cluster.workers.values()):
-            await asyncio.sleep(0.005)
+        await until(lambda: not any(worker.live for worker in cluster.workers.values()))
         assert gateway.router.dispatcher.open_requests == 0

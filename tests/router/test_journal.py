@@ -9,6 +9,7 @@ import pytest
 import redis.asyncio
 from diphase.router.journal import JournalRecord, JournalUnavailable, RedisJournal
 
+from .fakes import until
 from .stores import client_of, private_store
 
 PLACED = JournalRecord("placed", "g0", 1, "p0", "d0", 2**64 - 1)
@@ -44,9 +45,12 @@ async def test_records_are_written_in_the_background(store_url: str) -> None:
         for i in range(1200):
             journal.record(f"r{i % 50}", PLACED._replace(attempt=i))
         other = journal_of(client, "background")
+
+        async def written() -> bool:
+            return await other.lookup("r49") == PLACED._replace(attempt=1199)
+
         async with asyncio.timeout(10):
-            while (await other.lookup("r49")) != PLACED._replace(attempt=1199):
-                await asyncio.sleep(0)
+            await until(written)
         task.cancel()
         await asyncio.wait([task])
         assert journal.dropped == 0

@@ -21,7 +21,7 @@ COEFFICIENTS = st.builds(
 
 
 def true_s(c: Coefficients, shape: StepShape) -> float:
-    return sum(a * b for a, b in zip(astuple(c), (1.0, *shape), strict=True))
+    return float(sum(a * b for a, b in zip(astuple(c), (1.0, *shape), strict=True)))
 
 
 def mixed_step(rng: random.Random) -> StepShape:

@@ -89,9 +89,12 @@ async def test_what_nobody_waits_for_leaves_with_the_next_message_or_at_a_flush(
     async with serving() as (peer, address), asyncio.timeout(10):
         link = GrpcLink(address, HELLO)
         pongs: asyncio.Queue[float] = asyncio.Queue()
-        task = asyncio.create_task(
-            link.run(lambda frame: [pongs.put_nowait(m.pong.sent_at) for m in frame.messages] and None)
-        )
+
+        def on_frame(frame: pb.WorkerFrame) -> None:
+            for message in frame.messages:
+                pongs.put_nowait(message.pong.sent_at)
+
+        task = asyncio.create_task(link.run(on_frame))
         link.send(ping(1))
         assert await pongs.get() == 1
         link.send_later(ping(2))

@@ -9,6 +9,7 @@ from contextlib import aclosing
 import pytest
 from diphase.router.membership import FixedMembership, Member, RedisMembership
 
+from .fakes import until
 from .stores import client_of, private_store
 
 
@@ -60,10 +61,12 @@ async def test_the_last_known_members_stay_while_the_store_is_away_or_empty() ->
                 server.stop()
                 server.start()  # it kept nothing
                 async with client_of(url) as client, asyncio.timeout(20):
-                    while await client.pubsub_numsub("diphase:c:members:changed") == [
-                        (b"diphase:c:members:changed", 0)
-                    ]:
-                        await asyncio.sleep(0.01)
+
+                    async def watched_again() -> bool:
+                        channel = b"diphase:c:members:changed"
+                        return await client.pubsub_numsub(channel) == [(channel, 1)]
+
+                    await until(watched_again)
                     assert not following.done()
                     await RedisMembership(client, "c").publish(member("b"))
                     assert await following == [member("b")]

@@ -51,7 +51,9 @@ def worker(name: str, role: str, *, layout: str = "L", max_running: int = 16, **
             chunk_budget=chunk,
         )
     )
-    handle.load = wpb.Load(**({"blocks_total": 1000, "blocks_free": 1000} | load))
+    handle.load = wpb.Load(blocks_total=1000, blocks_free=1000)
+    for field, value in load.items():
+        setattr(handle.load, field, value)
     handle.clock.observe(0.0, 0.0, 0.0)
     handle.state = WorkerState.READY
     return handle
@@ -77,8 +79,9 @@ def place(workers: Sequence[WorkerHandle], request: Demand | None = None, **opti
     return placement
 
 
-def names(placement: Placement) -> tuple[str | None, str]:
-    return placement.prefill and placement.prefill.worker_id, placement.decode.worker_id
+def names(placement: Placement) -> tuple[str, str]:
+    """Prefill and decode worker; no prefill worker is "-"."""
+    return placement.prefill.worker_id if placement.prefill else "-", placement.decode.worker_id
 
 
 def test_the_prefill_worker_with_the_shorter_queue_is_taken() -> None:
@@ -147,7 +150,7 @@ def test_the_prediction_is_the_models() -> None:
 def test_a_short_prompt_may_stay_on_the_decode_worker_and_a_long_one_not() -> None:
     prefill = worker("p0", "prefill", waiting_requests=3, waiting_tokens=1200)
     workers = [prefill, worker("d0", "decode")]
-    assert names(place(workers, demand(PROMPT[:64]))) == (None, "d0")
+    assert names(place(workers, demand(PROMPT[:64]))) == ("-", "d0")
     assert names(place(workers, demand(PROMPT[:65]))) == ("p0", "d0")
 
 
@@ -155,11 +158,11 @@ def test_a_mostly_cached_prompt_may_stay_on_the_decode_worker() -> None:
     prefixes = PrefixIndex(MAX_PREFIX_BLOCKS)
     prefixes.snapshot("d0", 0, block_hashes(PROMPT, 16, root_hash("L")))
     workers = [worker("p0", "prefill"), worker("d0", "decode")]
-    assert names(place(workers, prefixes=prefixes)) == (None, "d0")
+    assert names(place(workers, prefixes=prefixes)) == ("-", "d0")
 
 
 def test_without_a_prefill_pool_decode_workers_compute_prompts() -> None:
-    assert names(place([worker("d0", "decode")])) == (None, "d0")
+    assert names(place([worker("d0", "decode")])) == ("-", "d0")
 
 
 def test_without_a_decode_worker_nothing_is_possible() -> None:
@@ -173,7 +176,7 @@ def test_a_colocated_worker_takes_whole_requests() -> None:
         worker("c1", "colocated", running=2, running_context=500),
     ]
     placement = place(workers)
-    assert names(placement) == (None, "c1")
+    assert names(placement) == ("-", "c1")
     assert placement.ttft_ms > 4 * 12  # four chunks, each beside a decode step
 
 
@@ -254,4 +257,4 @@ def test_hand_offs_that_took_long_favour_one_worker() -> None:
         chooser.observe_completion(10)
     placement = chooser.place(demand(PROMPT[:32]), workers)
     assert placement is not None
-    assert names(placement) == (None, "d0")
+    assert names(placement) == ("-", "d0")

@@ -9,7 +9,8 @@ from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import Cancelled, InvalidRequest, NotFound, WorkerLost
 
 from ..simulation.virtual_loop import run_virtually
-from .fakes import Outcome, expected_tokens, fake_cluster, generate, read, start_generation, token_request
+from .fake_workers import expected_tokens
+from .fakes import Outcome, fake_cluster, generate, read, start_generation, token_request
 
 PROMPT = list(range(100))
 

@@ -11,7 +11,8 @@ from diphase.proto.sampling import SamplingParams
 from diphase.proto.slo import Priority, Slo
 from diphase.router.text import ENCODE_IN_THREAD_CHARS, PreparedRequest, TextProcessor, TextStream
 
-from .fakes import LoopClock, served_model
+from .fake_workers import LoopClock
+from .fakes import served_model
 
 MODEL = served_model()
 CONTEXT = MODEL.context_length

@@ -10,7 +10,8 @@ from diphase.router.latency_model import StepShape
 from diphase.router.worker_handle import WorkerHandle, WorkerState
 
 from ..simulation.virtual_loop import run_virtually
-from .fakes import BLOCK_SIZE, FakeCluster, Members, fake_cluster, generate, token_request
+from .fake_workers import BLOCK_SIZE
+from .fakes import FakeCluster, Members, fake_cluster, generate, token_request, until
 
 PROMPT = list(range(100))
 
@@ -24,8 +25,7 @@ def handle_of(router: Router, worker_id: str) -> WorkerHandle:
 async def seconds_until(router: Router, worker_id: str, state: WorkerState) -> float:
     loop = asyncio.get_running_loop()
     started = loop.time()
-    while handle_of(router, worker_id).state is not state:
-        await asyncio.sleep(0.01)
+    await until(lambda: handle_of(router, worker_id).state is state)
     return loop.time() - started
 
 
