@@ -6,7 +6,6 @@ that delays, holds or loses what goes from one peer to another.
 
 from __future__ import annotations
 
-import json
 import os
 import uuid
 from collections import deque
@@ -30,9 +29,9 @@ from .base import (
     Segments,
     TransportContext,
 )
+from .endpoint import read_endpoint, write_endpoint
 from .regions import check_segments, copy_segments
 
-VERSION = 1
 MAX_QUEUED = 4096
 MAX_UNREAD = 4096
 """Notices that a peer has not polled; further transfers to it wait."""
@@ -107,14 +106,7 @@ class LocalTransport:
         return len(self.regions) - 1
 
     def endpoint(self) -> bytes:
-        return json.dumps(
-            {
-                "transport": "local",
-                "version": VERSION,
-                "incarnation": self.incarnation,
-                "hub": self._hub.identity().decode(),
-            }
-        ).encode()
+        return write_endpoint("local", self.incarnation, hub=self._hub.identity().decode())
 
     def reaches(self, endpoint: bytes) -> str | None:
         try:
@@ -193,17 +185,10 @@ class LocalTransport:
         return self._admitted | set(self._lanes)
 
     def _parse(self, endpoint: bytes) -> str:
-        try:
-            fields = json.loads(endpoint)
-            kind, version, hub, incarnation = (
-                fields[k] for k in ("transport", "version", "hub", "incarnation")
-            )
-        except (ValueError, KeyError, TypeError) as error:
-            raise TransferError(f"malformed endpoint of transport local: {endpoint[:80]!r}") from error
-        if (kind, version) != ("local", VERSION) or not isinstance(incarnation, str):
-            raise TransferError(f"endpoint is of {kind} version {version}, not of local version {VERSION}")
-        if hub != self._hub.identity().decode():
+        fields = read_endpoint(endpoint, "local", {"hub": str})
+        if fields["hub"] != self._hub.identity().decode():
             raise TransferError("the peer is in another process")
+        incarnation: str = fields["incarnation"]
         return incarnation
 
     def _job(self, peer: str, segments: Segments, tag: bytes, deadline_s: float) -> _Job:

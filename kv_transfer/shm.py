@@ -1,0 +1,205 @@
+"""Transfers on one host without a GPU: the writer maps the peer's pool and copies into it.
+
+Each pool lives in a memfd that is passed over an abstract unix socket (SCM_RIGHTS): nothing has a name in the
+file system, nothing survives the processes. Tags and acknowledgements go over the same socket, after the
+copy. Since the writer writes into the destination's memory itself, the destination is safe only when the
+writer has answered a fence, or the socket has ended: the kernel closes it after the last thread of a killed
+process has left its memory.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import socket
+import struct
+import sys
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..proto.errors import TransferError
+from .base import CancelKind, Capabilities, Region, TransportContext
+from .framing import FrameError
+from .socket_peer import Job, Peer, commit
+from .socket_transport import SocketTransport
+
+SLICE_BYTES = 4 * 1024 * 1024
+"""Copied before commands, deadlines and other peers get their turn."""
+MAX_FRAMES = 64
+"""Tags that a peer has not taken from the socket before the next copy to it begins."""
+_CREDENTIALS = struct.Struct("3i")
+
+
+@dataclass(slots=True, eq=False)
+class _Copy:
+    """A job in progress."""
+
+    job: Job
+    segments: list[list[int]]
+    next_segment: int = 0
+    offset: int = 0
+    """Bytes of that segment that are done."""
+
+
+@dataclass(slots=True, eq=False)
+class _Attachment:
+    """The peer's regions as they are mapped here."""
+
+    regions: list[NDArray[np.uint8]]
+    copy: _Copy | None = None
+
+
+class ShmMedium:
+    """See socket_peer.Medium."""
+
+    name = "shm"
+    capabilities = Capabilities(name="shm", device_memory=False, same_host=True, cancel=CancelKind.FENCE)
+    fields: Mapping[str, type] = MappingProxyType({"path": str, "host": str, "uid": int})
+    severs = False
+
+    def __init__(self, regions: list[Region]) -> None:
+        """
+        Raises:
+            TransferError: this is not Linux.
+        """
+        if sys.platform != "linux":
+            raise TransferError("transport shm needs Linux (memfd and abstract sockets)")
+        self._host = _host()
+        self._regions = regions
+        self._sources: list[NDArray[np.uint8]] = []
+        self._copying: dict[str, Peer] = {}
+
+    def check(self, region: Region) -> None:
+        if region.fd is None:
+            raise TransferError("transport shm needs memory in a memfd")
+        size = os.fstat(region.fd).st_size
+        if size < len(region.buffer):
+            raise TransferError(f"the memfd has {size} bytes, the region {len(region.buffer)}")
+        self._sources.append(np.frombuffer(region.buffer, dtype=np.uint8))
+
+    def describe(self, address: Any) -> dict[str, Any]:
+        return {"path": address[1:].decode(), "host": self._host, "uid": os.getuid()}
+
+    def reaches(self, endpoint: dict[str, Any]) -> str | None:
+        if endpoint["host"] != self._host:
+            return "the peer is on another host or in another network namespace"
+        if endpoint["uid"] != os.getuid():
+            return f"the peer runs as user {endpoint['uid']}, this worker as {os.getuid()}"
+        return None
+
+    def listen(self) -> socket.socket:
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind(f"\0diphase-{uuid.uuid4().hex}")
+        listener.listen(128)
+        listener.setblocking(False)
+        return listener
+
+    def dial(self, endpoint: dict[str, Any]) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        try:
+            sock.connect(f"\0{endpoint['path']}")
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+    def greet(self, sock: socket.socket) -> str | None:
+        # An abstract socket has no permissions: any user of the host could connect.
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+        _, uid, _ = _CREDENTIALS.unpack(credentials)
+        return None if uid == os.getuid() else f"user {uid} may not connect"
+
+    def offer(self) -> list[int]:
+        return [region.fd for region in self._regions if region.fd is not None]
+
+    def attach(self, peer: Peer, sizes: list[int], fds: list[int]) -> None:
+        if len(fds) != len(sizes):
+            raise TransferError(f"{len(fds)} memfds came for {len(sizes)} regions")
+        arrays: list[NDArray[np.uint8]] = []
+        for fd, size in zip(fds, sizes, strict=True):
+            if os.fstat(fd).st_size < size:
+                raise TransferError(f"a memfd has {os.fstat(fd).st_size} bytes, not {size}")
+            # The mapping lives as long as an array looks at it; the descriptor is not needed for that.
+            arrays.append(np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))
+        peer.attachment = _Attachment(arrays)
+
+    def detach(self, peer: Peer) -> None:
+        self._copying.pop(peer.incarnation, None)
+        peer.attachment = None
+
+    def ready(self, peer: Peer) -> bool:
+        attachment: _Attachment = peer.attachment
+        return attachment.copy is None and peer.writer is not None and peer.writer.num_queued < MAX_FRAMES
+
+    def begin(self, peer: Peer, job: Job) -> None:
+        if job.num_bytes:
+            peer.attachment.copy = _Copy(job, job.segments.tolist())
+            self._copying[peer.incarnation] = peer
+        else:
+            commit(peer, job)
+
+    def abandon(self, peer: Peer, job: Job) -> None:
+        if peer.attachment.copy is not None and peer.attachment.copy.job is job:
+            self._stop_copy(peer)
+        elif peer.writer is not None:
+            peer.writer.retract(job)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._copying)
+
+    def work(self) -> list[Peer]:
+        finished = []
+        for peer in list(self._copying.values()):
+            copy: _Copy = peer.attachment.copy
+            if self._copy_slice(copy, peer.attachment.regions):
+                self._stop_copy(peer)
+                commit(peer, copy.job)
+                finished.append(peer)
+        return finished
+
+    def place(self, body: bytearray, bulk_bytes: int) -> Iterable[memoryview]:
+        raise FrameError("transport shm brings no bulk")
+
+    def _stop_copy(self, peer: Peer) -> None:
+        peer.attachment.copy = None
+        del self._copying[peer.incarnation]
+
+    def _copy_slice(self, copy: _Copy, targets: list[NDArray[np.uint8]]) -> bool:
+        """Copies some bytes; True when the job has none left. numpy lets go of the interpreter lock."""
+        left = SLICE_BYTES
+        while copy.next_segment < len(copy.segments) and left > 0:
+            region, offset, target, target_offset, length = copy.segments[copy.next_segment]
+            count = min(length - copy.offset, left)
+            begin, target_begin = offset + copy.offset, target_offset + copy.offset
+            targets[target][target_begin : target_begin + count] = self._sources[region][
+                begin : begin + count
+            ]
+            left -= count
+            copy.offset += count
+            if copy.offset == length:
+                copy.next_segment += 1
+                copy.offset = 0
+        return copy.next_segment == len(copy.segments)
+
+
+def _host() -> str:
+    """Names this machine's kernel and network namespace: where abstract unix sockets reach."""
+    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
+        boot = file.read().strip()
+    return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"
+
+
+class ShmTransport(SocketTransport):
+    """See base.Transport."""
+
+    def __init__(self, context: TransportContext) -> None:
+        regions: list[Region] = []
+        super().__init__(context, ShmMedium(regions), regions)
