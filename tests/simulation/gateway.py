@@ -64,7 +64,7 @@ class Gateway:
     """Run `run()` as a task; then generate()."""
 
     def __init__(
-        self, gateway_id: str, link_factory: LinkFactory, *, token: str = "", max_attempts: int = 8
+        self, gateway_id: str, link_factory: LinkFactory, *, token: str = "", max_attempts: int = 32
     ) -> None:
         self.gateway_id = gateway_id
         self.heartbeats: dict[str, pb.Heartbeat] = {}
@@ -176,7 +176,7 @@ class Gateway:
         del call.submit.emitted_token_ids[:]
         call.submit.emitted_token_ids.extend(emitted)
         call.placement = call.place(call.submit.attempt)
-        asyncio.get_running_loop().call_later(0.05 * 2**call.submit.attempt, self._submit, call)
+        asyncio.get_running_loop().call_later(min(2.0, 0.05 * 2**call.submit.attempt), self._submit, call)
 
     async def _keep(self, address: str) -> None:
         while True:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 
 import pytest
@@ -66,3 +67,17 @@ def test_callbacks_from_threads_functions_arrive() -> None:
         return seen
 
     assert run_virtually(main()) == [1]
+
+
+def test_what_is_due_at_a_time_runs_at_that_time_and_not_before() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        rng = random.Random(0)
+        due = [rng.random() * 1e6 for _ in range(2000)]
+        late: list[float] = []
+        for when in due:
+            loop.call_at(when, lambda when=when: late.append(loop.time() - when))
+        await asyncio.sleep(1e6)
+        assert late == [0.0] * len(due)
+
+    run_virtually(main(), limit_s=1e7)

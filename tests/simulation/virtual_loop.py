@@ -4,8 +4,9 @@ exactly."""
 from __future__ import annotations
 
 import asyncio
+import math
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -18,9 +19,10 @@ class NothingLeftToHappen(RuntimeError):
 class _JumpingSelector(selectors.SelectSelector):
     """Instead of waiting for a timeout, lets the loop's time pass."""
 
-    def __init__(self) -> None:
+    def __init__(self, next_timer: Callable[[], float | None]) -> None:
         super().__init__()
         self.now = 0.0
+        self._next_timer = next_timer
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
@@ -28,7 +30,10 @@ class _JumpingSelector(selectors.SelectSelector):
             return ready
         if timeout is None:
             raise NothingLeftToHappen("no timer is set and nothing is ready")
-        self.now += max(0.0, timeout)
+        if timeout > 0.0:
+            # Exactly the timer's own time: now + (when - now) may round to a moment before it.
+            when = self._next_timer()
+            self.now = self.now + timeout if when is None else max(self.now, when)
         return []
 
 
@@ -37,13 +42,24 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     here."""
 
     def __init__(self) -> None:
-        self._jumping = _JumpingSelector()
+        self._jumping = _JumpingSelector(self._next_timer)
         super().__init__(self._jumping)
-        # Timers may otherwise fire up to this much early, and rounding would make a loop spin at one instant.
-        self._clock_resolution = 1e-9
 
     def time(self) -> float:
         return self._jumping.now
+
+    @property
+    def _clock_resolution(self) -> float:
+        """How early timers may fire: not at all, so that what is due at t runs at t."""
+        return math.ulp(self.time())
+
+    @_clock_resolution.setter
+    def _clock_resolution(self, value: float) -> None:
+        """The base class sets the real clock's."""
+
+    def _next_timer(self) -> float | None:
+        scheduled: list[asyncio.TimerHandle] = self._scheduled  # type: ignore[attr-defined]
+        return scheduled[0].when() if scheduled else None
 
 
 class VirtualClock:
