@@ -53,6 +53,23 @@ def test_a_request_on_its_way_between_the_workers_is_found() -> None:
     run_virtually(main())
 
 
+def test_workers_are_asked_again_when_neither_knows_a_running_request() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                generation = await start_generation(first, token_request(PROMPT, 12, request_id="r"))
+                before = await read(generation, Outcome(), limit=2)
+                decode = cluster.workers["d0"]
+                between = decode.attempts.pop("r")  # prefill has let go, decode has not taken hold
+                call = asyncio.create_task(generate(second, resume_request("r", 2)))
+                await asyncio.sleep(0.1)
+                decode.attempts["r"] = between
+                after = await call
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 12)
+
+    run_virtually(main())
+
+
 def test_the_gateway_that_loses_a_request_neither_cancels_it_nor_counts_it() -> None:
     async def main() -> None:
         with fake_cluster() as cluster:
