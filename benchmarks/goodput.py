@@ -69,6 +69,9 @@ REQUEST_S = 900.0
 MARGIN = 1.1
 """A run's time over that of its arrivals alone, when it is judged whether it still fits."""
 
+BUSY = 0.5
+"""Load average above which something else is using the cores."""
+
 
 def settings(cores: list[int]) -> dict[str, list[str]]:
     """`--set` values of each arrangement, the one that measures the unloaded latency first."""
@@ -124,6 +127,8 @@ class Comparison:
     faults: list[str] = field(default_factory=list)
     """Turns that a failure cut short; what they had measured before it stands."""
     sent_plans: int = 0
+    load_before: float = field(default_factory=lambda: os.getloadavg()[0])
+    """Of the last minute: what else the machine was doing."""
 
     @property
     def objectives(self) -> dict[str, Slo]:
@@ -131,6 +136,9 @@ class Comparison:
 
     async def measure(self) -> None:
         """All rounds, within the minutes that were given."""
+        if self.load_before > BUSY:
+            warning = f"the machine is busy (load average {self.load_before:.1f}): the numbers will not be repeatable"
+            self.console.print(warning, style="yellow", highlight=False)
         arrangements = settings(self.options.cores)
         turns = [
             (round_index, name)
@@ -242,6 +250,7 @@ class Comparison:
         content = {
             "command": shlex.join(["python", "-P", "benchmarks/goodput.py", *sys.argv[1:]]),
             **environment(),
+            "load_average_before": self.load_before,
             "arrangements": settings(self.options.cores),
             "further_settings": self.options.set,
             "regimes": REGIMES,

@@ -157,7 +157,7 @@ class RateSearch:
         lowest = max(self.lowest, floor)
         brackets = [self._bracket(points) for points in curves.values() if points]
         if not brackets:
-            return self.start if self.start >= lowest else None
+            return max(self.start, lowest) if lowest <= self.highest else None
         tried = [point.rate for points in curves.values() for point in points]
         top, bottom = max(tried), min(tried)
         # High rates first: they cost the least time.

@@ -91,7 +91,8 @@ def test_what_takes_too_long_gives_way_to_what_fits() -> None:
     assert search.next_rate(points, floor=1.5) == 1.5
     assert search.next_rate(points, floor=1.9) == pytest.approx(math.sqrt(8.0))
     assert search.next_rate(points, floor=3.0) is None
-    assert search.next_rate({}, floor=3.0) is None
+    assert search.next_rate({}, floor=3.0) == 3.0
+    assert search.next_rate({}, floor=1e6) is None
 
 
 def test_goodput_interpolates_between_rates() -> None:
