@@ -53,9 +53,9 @@ class Llama:
         self._cos, self._sin = rope_table(config.rope_inv_freq(), max_context)
         self.attention = kernels.paged_attention(pool, config.num_q_heads, max_context)
 
-    def padded_rows(self, num_tokens: int) -> int:
-        """Rows that a step of `num_tokens` tokens is best given."""
-        return self._weights.layers[0].qkv.padded_rows(num_tokens)
+    def padded_rows(self, num_tokens: int, prompts: bool) -> int:
+        """Rows that a step of `num_tokens` tokens is best given; `prompts`: it does not only decode."""
+        return self._weights.layers[0].qkv.padded_rows(num_tokens, prompts)
 
     def forward(self, step: StepTensors, on_layer: LayerHook | None = None) -> torch.Tensor:
         """Writes the tokens' KV and returns their hidden states before the last norm, [num_tokens,
@@ -90,7 +90,7 @@ class Llama:
         """[num_tokens, hidden_size] as forward() gives -> [num_tokens, vocab_size], same dtype."""
         num_tokens = len(hidden)
         head = self._weights.lm_head
-        normed = hidden.new_zeros(head.padded_rows(num_tokens), self.config.hidden_size)
+        normed = hidden.new_zeros(head.padded_rows(num_tokens, prompts=False), self.config.hidden_size)
         self._norm(normed, hidden, self._weights.final_norm, num_tokens)
         return head(normed)[:num_tokens]
 

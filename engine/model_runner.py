@@ -67,6 +67,10 @@ class ModelRunner:
     def _tensors(self, pieces: list[_Piece]) -> StepTensors:
         attention = self._model.attention.plan([piece.segment for piece in pieces])
         num_tokens = sum(piece.segment.num_rows for piece in pieces)
+        prompts = any(
+            piece.segment.num_rows > 1 or piece.segment.first_position < piece.sequence.num_prompt_tokens
+            for piece in pieces
+        )
         # Rows: token ids, positions, block ids, slots.
         table: NDArray[np.int64] = np.empty((4, num_tokens), np.int64)
         row = 0
@@ -83,7 +87,7 @@ class ModelRunner:
         np.remainder(table[1], self._block_size, out=table[3])
         tensor = torch.from_numpy(table)
         return StepTensors(
-            num_rows=self._model.padded_rows(max(num_tokens, attention.num_rows)),
+            num_rows=self._model.padded_rows(max(num_tokens, attention.num_rows), prompts),
             token_ids=tensor[0],
             positions=tensor[1],
             block_ids=tensor[2],

@@ -41,8 +41,10 @@ class Linear(Protocol):
         """
         ...
 
-    def padded_rows(self, num_tokens: int) -> int:
-        """How many rows (at least num_tokens) the layer is best given; the further ones are ignored."""
+    def padded_rows(self, num_tokens: int, prompts: bool) -> int:
+        """How many rows (at least num_tokens) the layer is best given; the further ones are ignored.
+
+        `prompts`: whether the step computes prompts, not only one token a sequence."""
         ...
 
 
@@ -94,5 +96,5 @@ class DenseLinear:
         check_linear(x, self.in_features, self._weight.dtype)
         return apply_epilogue(F.linear(x, self._weight, self._bias), epilogue, other)
 
-    def padded_rows(self, num_tokens: int) -> int:
+    def padded_rows(self, num_tokens: int, prompts: bool) -> int:
         return num_tokens

@@ -49,5 +49,5 @@ class Int8Linear:
             y += self._bias
         return apply_epilogue(y, epilogue, other)
 
-    def padded_rows(self, num_tokens: int) -> int:
+    def padded_rows(self, num_tokens: int, prompts: bool) -> int:
         return num_tokens

@@ -18,7 +18,8 @@ from .linear import Epilogue, check_linear
 
 _PACK_ROWS = 16
 """Rows that the packing is told to expect: all of 1 to 1,024 gave the same layout."""
-_SMALL = 16
+_TILE = 16
+_SMALL = 32
 _LARGE = 48
 _ATTRIBUTE = {
     Epilogue.NONE: "none",
@@ -42,13 +43,14 @@ def can_pack(weight: torch.Tensor) -> bool:
     return weight.dtype is torch.bfloat16 and weight.device.type == "cpu" and _operators() is not None
 
 
-def padded_rows(num_tokens: int) -> int:
+def padded_rows(num_tokens: int, prompts: bool) -> int:
     """Row counts that are few, so that oneDNN's compiled kernels are reused (a new one takes milliseconds),
-    and that keep a row's bits apart from its company: up to 16 rows always run as 16, and from 48 on a row's
-    result no longer depended on their number for any measured shape."""
-    if num_tokens <= _SMALL:
-        return _SMALL
-    step = 16 if num_tokens <= 128 else 32 if num_tokens <= 512 else 64
+    and that keep a row's bits apart from its company. oneDNN sums in one order up to 32 rows and in another
+    from 48 on, whatever their number (measured for every shape of the default model's layers): steps that
+    only decode take the first kind as long as they fit, steps with prompts always the second."""
+    if num_tokens <= _SMALL and not prompts:
+        return -(-num_tokens // _TILE) * _TILE
+    step = _TILE if num_tokens <= 128 else 32 if num_tokens <= 512 else 64
     return max(_LARGE, -(-num_tokens // step) * step)
 
 
@@ -79,5 +81,5 @@ class PackedLinear:
             y = self._binary(x, other, self._packed, self._bias, attribute)
         return y
 
-    def padded_rows(self, num_tokens: int) -> int:
-        return padded_rows(num_tokens)
+    def padded_rows(self, num_tokens: int, prompts: bool) -> int:
+        return padded_rows(num_tokens, prompts)

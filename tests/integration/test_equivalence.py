@@ -1,40 +1,25 @@
-"""The disaggregated workers' output equals the single engine's, token for token: real engines (a tiny model of dummy
-weights), real gRPC, real transports, real KV bytes."""
+"""Disaggregated workers give the single engine's tokens, one for one, on a tiny model of dummy weights."""
 
 from __future__ import annotations
 
-import asyncio
 import random
 from collections.abc import Iterator
 
 import pytest
-from diphase.decode_workers.config import DecodeSchedulerConfig, DecodeWorkerConfig
-from diphase.decode_workers.worker import start as start_decode
 from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import WHOLE, generate
-from diphase.engine.host_config import HostConfig
-from diphase.engine.server import RunningWorker
-from diphase.kv_transfer.config import KvTransferConfig
-from diphase.prefill_workers.config import PrefillSchedulerConfig, PrefillWorkerConfig
-from diphase.prefill_workers.worker import start as start_prefill
 from diphase.proto.sampling import SamplingParams
 
-from ..decode_workers.test_worker_pair import attached, placement, until_idle
+from .pair import run_pair
 
-LIMIT_S = 120.0
-MODEL = "dummy:tiny"
 NUM_TOKENS = 24
 LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 130, 255, 511, 700, 1024, 1500, 2600, 4000)
 
 
-def config(kv_cache_mib: int = 64) -> EngineConfig:
-    return EngineConfig(model=MODEL, kv_cache_mib=kv_cache_mib)
-
-
 @pytest.fixture(scope="module")
 def single_engine() -> Iterator[TorchEngine]:
-    engine = TorchEngine.load(config())
+    engine = TorchEngine.load(EngineConfig(model="dummy:tiny", kv_cache_mib=64))
     yield engine
     engine.close()
 
@@ -46,69 +31,6 @@ def prompts(lengths: tuple[int, ...], vocab_size: int, seed: int) -> list[list[i
 
 def truth(engine: TorchEngine, of: list[list[int]], params: list[SamplingParams]) -> list[list[int]]:
     return [[token.token_id for token in tokens] for tokens in generate(engine, of, params)]
-
-
-async def run_pair(
-    of: list[list[int]],
-    params: list[SamplingParams],
-    *,
-    transport: str,
-    chunk_budget: int,
-    batch: int,
-    decode_kv_mib: int = 64,
-) -> tuple[list[list[int]], int]:
-    """The outputs of a prefill and a decode worker with `batch` requests at a time, and the preemptions."""
-    host = HostConfig(cluster_token="secret", heartbeat_s=0.05)
-    transfer = KvTransferConfig(transport=transport)
-    prefill = await start_prefill(
-        PrefillWorkerConfig(
-            engine=config(),
-            host=host,
-            kv_transfer=transfer,
-            scheduler=PrefillSchedulerConfig(chunk_budget=chunk_budget),
-        ),
-        worker_id="p0",
-        incarnation=f"p-{transport}-{chunk_budget}-{batch}-{decode_kv_mib}",
-    )
-    decode = await start_decode(
-        DecodeWorkerConfig(
-            engine=config(decode_kv_mib),
-            host=host,
-            kv_transfer=transfer,
-            scheduler=DecodeSchedulerConfig(max_running=16),
-        ),
-        worker_id="d0",
-        incarnation=f"d-{transport}-{chunk_budget}-{batch}-{decode_kv_mib}",
-    )
-    try:
-        return await run_requests(of, params, prefill, decode, batch)
-    finally:
-        await prefill.close()
-        await decode.close()
-
-
-async def run_requests(
-    of: list[list[int]],
-    params: list[SamplingParams],
-    prefill: RunningWorker,
-    decode: RunningWorker,
-    batch: int,
-) -> tuple[list[list[int]], int]:
-    place = placement(prefill, decode)
-    outputs: list[list[int]] = [[] for _ in of]
-    slots = asyncio.Semaphore(batch)
-
-    async with attached(prefill, decode) as gateway:
-
-        async def one(i: int) -> None:
-            async with slots:
-                outputs[i] = await gateway.generate(f"r{i}", of[i], params[i], lambda attempt: place)
-
-        async with asyncio.timeout(LIMIT_S), asyncio.TaskGroup() as group:
-            for i in range(len(of)):
-                group.create_task(one(i))
-        await until_idle(gateway, prefill, decode)
-        return outputs, gateway.heartbeats[decode.address].load.preemptions
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

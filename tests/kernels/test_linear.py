@@ -77,12 +77,13 @@ def test_rows_of_a_small_model_have_the_same_bits_at_any_padded_number() -> None
         layer, x = PackedLinear(numbers(out_features, in_features)), numbers(512, in_features, seed=1)
         whole = layer(x)
         for num_tokens in (16, 48, 64, 160, 352):
-            assert layer.padded_rows(num_tokens) == num_tokens
+            assert layer.padded_rows(num_tokens, prompts=False) == num_tokens
             assert torch.equal(layer(x[:num_tokens]), whole[:num_tokens])
 
 
-def test_padded_rows_hold_the_tokens_and_are_few() -> None:
-    sizes = [linear_packed.padded_rows(n) for n in range(1, 2049)]
+@pytest.mark.parametrize("prompts", [False, True])
+def test_padded_rows_hold_the_tokens_and_are_few(prompts: bool) -> None:
+    sizes = [linear_packed.padded_rows(n, prompts) for n in range(1, 2049)]
     assert all(size >= n for n, size in enumerate(sizes, 1))
     assert len(set(sizes)) < 50
 
