@@ -137,7 +137,7 @@ class Comparison:
     async def measure(self) -> None:
         """All rounds, within the minutes that were given."""
         if self.load_before > BUSY:
-            warning = f"the machine is busy (load average {self.load_before:.1f}): the numbers will not be repeatable"
+            warning = f"the machine is busy (load average {self.load_before:.1f}): numbers will not repeat"
             self.console.print(warning, style="yellow", highlight=False)
         arrangements = settings(self.options.cores)
         turns = [
