@@ -244,10 +244,14 @@ class WorkerHost:
         if known is not None:
             self._supersede(known)
         now = self._clock.now()
-        gateway_id = self._retention.redirected(submit.request_id) or submit.gateway_id
+        taker = self._retention.redirected(submit.request_id)
+        gateway_id = taker or submit.gateway_id
         retained = self._retention.open(submit, gateway_id, now)
         retained.token_ids += token_ids
         retained.logprobs += logprobs
+        if taker is not None:
+            # It asked before the request was here, and the prefill worker may have forgotten it meanwhile.
+            self._gateways.send(taker, WorkerMessage(resumed=retained.to_resumed(now)))
         self._gateways.expect(gateway_id)
         return True
 

@@ -61,6 +61,13 @@ class Client:
         assert len(found) <= 1
         return found[0] if found else None
 
+    def resumed(self) -> list[tuple[bool, list[int]]]:
+        return [
+            (m.resumed.known, list(m.resumed.token_ids))
+            for m in self.messages
+            if m.WhichOneof("kind") == "resumed"
+        ]
+
     def last(self, kind: str) -> object:
         return [getattr(m, kind) for m in self.messages if m.WhichOneof("kind") == kind][-1]
 
@@ -301,6 +308,35 @@ def test_another_gateway_takes_a_request_over_without_losing_a_token() -> None:
         assert list(resumed.token_ids) + new.tokens() == expected(50)
         assert len(old.tokens()) == before
         assert isinstance(old.last("moved"), pb.Moved)
+
+    with_worker(body)
+
+
+def test_a_takeover_that_comes_before_the_hand_off_gets_everything_of_it() -> None:
+    async def body(worker: SimWorker) -> None:
+        old, new = Client(worker, "old"), Client(worker, "new")
+        new.send(resume=pb.Resume(request_id="r"))
+        await asyncio.sleep(0.01)
+        assert new.resumed() == [(False, [])]
+        submit = make_submit("r", PROMPT, attempt=1, emitted=[4])
+        submit.gateway_id = "old"
+        assert worker.host.adopt(submit, [7])
+        worker.host.emit([pb.SequenceOutput(request_id="r", attempt=1, index=2, token_ids=[9])])
+        await asyncio.sleep(0.01)
+        assert new.resumed() == [(False, []), (True, [4, 7])]
+        assert new.tokens() == [9]
+        assert old.tokens() == []
+
+    with_worker(body)
+
+
+def test_a_hand_off_of_an_attempt_that_was_superseded_is_not_taken() -> None:
+    async def body(worker: SimWorker) -> None:
+        client = Client(worker)
+        client.send(submit=make_submit("r", PROMPT, attempt=2, max_tokens=3))
+        assert not worker.host.adopt(make_submit("r", PROMPT, attempt=1), [7])
+        await asyncio.sleep(1.0)
+        assert client.tokens() == expected(3)
 
     with_worker(body)
 

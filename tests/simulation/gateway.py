@@ -9,7 +9,7 @@ terminal event.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -71,7 +71,6 @@ class Gateway:
         self.hellos: dict[str, pb.WorkerHello] = {}
         self.samples: list[pb.StepSample] = []
         self.prefixes: dict[str, set[bytes]] = {}
-        self.resumed: dict[str, pb.Resumed] = {}
         self.moved: list[str] = []
         self.frames = 0
         self.heard = asyncio.Event()
@@ -80,7 +79,7 @@ class Gateway:
         self._token = token
         self._max_attempts = max_attempts
         self._links: dict[str, Link] = {}
-        self._calls: dict[str, Call] = {}
+        self.calls: dict[str, Call] = {}
         self._attached: dict[str, asyncio.Event] = {}
 
     async def run(self, addresses: list[str]) -> None:
@@ -99,6 +98,15 @@ class Gateway:
         if link := self._links.get(address):
             link.send(pb.GatewayMessage(**message))  # type: ignore[arg-type]
 
+    def take_over(self, request_id: str, other: Gateway, addresses: Iterable[str]) -> None:
+        """Goes on with a request of another gateway that is gone, and with it what that one had received."""
+        call = self.calls[request_id] = other.calls.pop(request_id)
+        call.tokens.clear()
+        call.fresh.clear()
+        call.total = None
+        for address in addresses:
+            self.send(address, resume=pb.Resume(request_id=request_id))
+
     async def generate(
         self,
         request_id: str,
@@ -116,12 +124,12 @@ class Gateway:
         )
         loop = asyncio.get_running_loop()
         call = Call(submit=submit, place=place, placement=place(0), done=loop.create_future())
-        self._calls[request_id] = call
+        self.calls[request_id] = call
         self._submit(call)
         try:
             return await call.done
         finally:
-            del self._calls[request_id]
+            self.calls.pop(request_id, None)
             for address in call.placement.addresses:
                 self.send(
                     address,
@@ -129,15 +137,11 @@ class Gateway:
                 )
 
     def call(self, request_id: str) -> Call:
-        return self._calls[request_id]
-
-    def adopt(self, request_id: str, call: Call) -> None:
-        """Takes over a request of another gateway."""
-        self._calls[request_id] = call
+        return self.calls[request_id]
 
     def cancel(self, request_id: str) -> None:
         """The client went away."""
-        call = self._calls.get(request_id)
+        call = self.calls.get(request_id)
         if call is not None and not call.done.done():
             self._cancel_attempt(call)
             call.done.set_exception(Cancelled("by the test"))
@@ -192,7 +196,7 @@ class Gateway:
                 await link.run(partial(self._on_frame, address, link))
             except WorkerLost as error:
                 self._links.pop(address, None)
-                for call in list(self._calls.values()):
+                for call in list(self.calls.values()):
                     if address in call.placement.addresses:
                         self._retry(call, error)
             await asyncio.sleep(REDIAL_S)
@@ -220,12 +224,22 @@ class Gateway:
                     known |= set(message.prefix_delta.stored)
                     known -= set(message.prefix_delta.evicted)
                 case "resumed":
-                    self.resumed[message.resumed.request_id] = message.resumed
+                    self._on_resumed(message.resumed)
                 case "moved":
                     self.moved.append(message.moved.request_id)
 
+    def _on_resumed(self, resumed: pb.Resumed) -> None:
+        call = self.calls.get(resumed.request_id)
+        if call is not None and resumed.known:
+            assert resumed.submit.attempt == call.submit.attempt
+            for index, token_id in enumerate(resumed.token_ids):
+                assert call.tokens.setdefault(index, token_id) == token_id
+            if resumed.HasField("terminal"):
+                call.total = len(resumed.token_ids)
+            self._finish(call)
+
     def _on_output(self, output: pb.SequenceOutput) -> None:
-        call = self._calls.get(output.request_id)
+        call = self.calls.get(output.request_id)
         if call is None or output.attempt != call.submit.attempt or call.done.done():
             return
         if output.terminal.HasField("error"):
@@ -248,6 +262,9 @@ class Gateway:
                 call.done.set_exception(Cancelled("by the worker"))
                 return
             call.total = output.index + len(output.token_ids)
+        self._finish(call)
+
+    def _finish(self, call: Call) -> None:
         tokens = call.contiguous()
         if call.total is not None and len(tokens) == call.total:
             call.done.set_result(tokens)

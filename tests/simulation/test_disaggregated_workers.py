@@ -390,3 +390,55 @@ def test_a_completion_that_outgrows_the_decode_pool_fails_clearly_and_alone() ->
         await until_idle(workers)
 
     simulate(0, make, body)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.12, 0.13, 0.14, 0.15, 0.3])
+def test_another_gateway_takes_over_at_any_moment_of_a_request(after_s: float, seed: int) -> None:
+    """Also while the prompt is computed and the decode worker has not heard of the request."""
+
+    async def body(world: World, gateway: Gateway, workers: list[SimWorker]) -> None:
+        world.faults.max_delay_s = 0.02  # what is under way meets what comes later
+        other = Gateway("other", world.gateways.link)
+        running = asyncio.create_task(other.run(["p0", "d0"]))
+        await other.attached("p0", "d0")
+        params = SamplingParams(max_tokens=60, ignore_eos=True)
+        placement = Placement(workers[0].peer, workers[1].peer)
+        calling = asyncio.create_task(gateway.generate("r", [3] * 200, params, lambda attempt: placement))
+        await asyncio.sleep(0.03 + after_s)
+        other.take_over("r", gateway, ["p0", "d0"])
+        assert await calling == expected([3] * 200, params)
+        await until_idle(workers)
+        running.cancel()
+        await asyncio.wait((running,))
+
+    simulate(seed, one_and_one, body)
+
+
+def test_a_seed_repeats_a_run_exactly() -> None:
+    rng = random.Random(5)
+    requests = [draw_request(rng) for _ in range(30)]
+
+    def run() -> list[tuple[float, int]]:
+        """When the gateway heard something, and how many steps it knew of."""
+        trace: list[tuple[float, int]] = []
+
+        async def body(world: World, gateway: Gateway, workers: list[SimWorker]) -> None:
+            placement = Placement(workers[0].peer, workers[1].peer)
+
+            async def watch() -> None:
+                while True:
+                    gateway.heard.clear()
+                    await gateway.heard.wait()
+                    trace.append((world.clock.now(), len(gateway.samples)))
+
+            watching = asyncio.create_task(watch())
+            await serve_all(gateway, requests, lambda i, attempt: placement, random.Random(6), cancels=0.2)
+            watching.cancel()
+
+        simulate(5, small_pools, body)
+        return trace
+
+    first = run()
+    assert len(first) > 100
+    assert run() == first

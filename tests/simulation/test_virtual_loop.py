@@ -75,8 +75,12 @@ def test_what_is_due_at_a_time_runs_at_that_time_and_not_before() -> None:
         rng = random.Random(0)
         due = [rng.random() * 1e6 for _ in range(2000)]
         late: list[float] = []
+
+        def arrive(when: float) -> None:
+            late.append(loop.time() - when)
+
         for when in due:
-            loop.call_at(when, lambda when=when: late.append(loop.time() - when))
+            loop.call_at(when, arrive, when)
         await asyncio.sleep(1e6)
         assert late == [0.0] * len(due)
 
