@@ -4,11 +4,15 @@ served."""
 from __future__ import annotations
 
 import heapq
+from itertools import count
 
 from ..proto.ids import HandoffKey
 from .sequence import Sequence
 
 Rank = tuple[int, float, HandoffKey]
+
+SLACK = 64
+"""Removed entries that the heap of an empty queue may hold."""
 
 
 def rank(sequence: Sequence) -> Rank:
@@ -17,10 +21,11 @@ def rank(sequence: Sequence) -> Rank:
 
 
 class WaitQueue:
-    """A heap with removal by key: removed entries stay in the heap until they come to its top."""
+    """A heap with removal by key: removed entries stay in it until they come to its top, or are too many."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[Rank, Sequence]] = []
+        self._heap: list[tuple[Rank, int, Sequence]] = []
+        self._entries = count()  # a sequence that comes back may have an old entry of the same rank
         self._waiting: dict[HandoffKey, Sequence] = {}
         self.num_tokens = 0
         """Tokens of all that wait."""
@@ -35,14 +40,17 @@ class WaitQueue:
         return list(self._waiting.values())
 
     def add(self, sequence: Sequence) -> None:
-        heapq.heappush(self._heap, (rank(sequence), sequence))
         self._waiting[sequence.key] = sequence
+        heapq.heappush(self._heap, (rank(sequence), next(self._entries), sequence))
+        if len(self._heap) > 2 * len(self._waiting) + SLACK:
+            self._heap = [(rank(s), next(self._entries), s) for s in self._waiting.values()]
+            heapq.heapify(self._heap)
         self.num_tokens += sequence.num_tokens
 
     def head(self) -> Sequence | None:
         """The next one, left in place."""
         while self._heap:
-            sequence = self._heap[0][1]
+            sequence = self._heap[0][2]
             if self._waiting.get(sequence.key) is sequence:
                 return sequence
             heapq.heappop(self._heap)
