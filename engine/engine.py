@@ -60,7 +60,9 @@ class TorchEngine:
                 progress=progress,
             )
             llama = Llama(model, weights, kernels, self._pool.tensor, self.limits.context_length)
-        self._runner: ModelRunner | None = ModelRunner(llama, config.block_size)
+        self._runner: ModelRunner | None = ModelRunner(
+            llama, config.block_size, batch_invariant=config.batch_invariant
+        )
 
     @classmethod
     def load(

@@ -18,6 +18,9 @@ from ..kernels.rope import rope_table
 from .base import LayerHook
 from .weights import LayerWeights, LlamaWeights
 
+_HEAD_ROWS = 32
+"""Rows that the output projection is given at once, so that their bits do not depend on how many sample."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTensors:
@@ -88,6 +91,9 @@ class Llama:
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """[num_tokens, hidden_size] as forward() gives -> [num_tokens, vocab_size], same dtype."""
+        return torch.cat([self._logits(rows) for rows in hidden.split(_HEAD_ROWS)])
+
+    def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         num_tokens = len(hidden)
         head = self._weights.lm_head
         normed = hidden.new_zeros(head.padded_rows(num_tokens, prompts=False), self.config.hidden_size)

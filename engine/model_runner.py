@@ -28,11 +28,13 @@ class _Piece:
 
 
 class ModelRunner:
-    """One model on one pool; one step at a time."""
+    """One model on one pool; one step at a time. With `batch_invariant`, every step is multiplied as one with
+    prompts."""
 
-    def __init__(self, model: Llama, block_size: int) -> None:
+    def __init__(self, model: Llama, block_size: int, *, batch_invariant: bool = False) -> None:
         self._model = model
         self._block_size = block_size
+        self._batch_invariant = batch_invariant
 
     def run(self, plan: StepPlan, on_layer: LayerHook | None = None) -> torch.Tensor:
         """Computes the plan's tokens. Returns the logits of its sampling chunks in their order,
@@ -67,7 +69,7 @@ class ModelRunner:
     def _tensors(self, pieces: list[_Piece]) -> StepTensors:
         attention = self._model.attention.plan([piece.segment for piece in pieces])
         num_tokens = sum(piece.segment.num_rows for piece in pieces)
-        prompts = any(
+        prompts = self._batch_invariant or any(
             piece.segment.num_rows > 1 or piece.segment.first_position < piece.sequence.num_prompt_tokens
             for piece in pieces
         )

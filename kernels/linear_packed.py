@@ -18,9 +18,11 @@ from .linear import Epilogue, check_linear
 
 _PACK_ROWS = 16
 """Rows that the packing is told to expect: all of 1 to 1,024 gave the same layout."""
-_TILE = 16
-_SMALL = 32
-_LARGE = 48
+_MAX_SMALL = 32
+_MIN_LARGE = 48
+_MAX_LARGE = 512
+"""A row's bits were the same at 1 to 32 rows, and again at 37 to 512, for every shape of the default model's
+layers with AMX: beyond each bound oneDNN sums in another order."""
 _ATTRIBUTE = {
     Epilogue.NONE: "none",
     Epilogue.SILU: "swish",
@@ -45,13 +47,12 @@ def can_pack(weight: torch.Tensor) -> bool:
 
 def padded_rows(num_tokens: int, prompts: bool) -> int:
     """Row counts that are few, so that oneDNN's compiled kernels are reused (a new one takes milliseconds),
-    and that keep a row's bits apart from its company. oneDNN sums in one order up to 32 rows and in another
-    from 48 on, whatever their number (measured for every shape of the default model's layers): steps that
-    only decode take the first kind as long as they fit, steps with prompts always the second."""
-    if num_tokens <= _SMALL and not prompts:
-        return -(-num_tokens // _TILE) * _TILE
-    step = _TILE if num_tokens <= 128 else 32 if num_tokens <= 512 else 64
-    return max(_LARGE, -(-num_tokens // step) * step)
+    and that keep a row's bits apart from its company: steps that only decode stay on the small side of the
+    bounds above as long as they fit, steps with prompts always on the large one."""
+    if num_tokens <= _MAX_SMALL and not prompts:
+        return num_tokens if num_tokens <= 8 else -(-num_tokens // 8) * 8
+    step = 16 if num_tokens <= 128 else 32 if num_tokens <= _MAX_LARGE else 64
+    return max(_MIN_LARGE, -(-num_tokens // step) * step)
 
 
 class PackedLinear:
@@ -71,15 +72,25 @@ class PackedLinear:
         self, x: torch.Tensor, epilogue: Epilogue = Epilogue.NONE, other: torch.Tensor | None = None
     ) -> torch.Tensor:
         check_linear(x, self.in_features, torch.bfloat16)
-        attribute = _ATTRIBUTE[epilogue]
-        y: torch.Tensor
-        if epilogue is Epilogue.NONE or epilogue is Epilogue.SILU:
-            y = self._unary(x, self._packed, self._bias, attribute, [], "")
-        elif other is None or other.shape != (x.shape[0], self.out_features):
-            raise KernelError(f"epilogue {epilogue} needs `other` of {[x.shape[0], self.out_features]}")
-        else:
-            y = self._binary(x, other, self._packed, self._bias, attribute)
+        if other is None and epilogue in {Epilogue.MUL, Epilogue.ADD}:
+            raise KernelError(f"epilogue {epilogue} needs `other`")
+        if other is not None and other.shape != (x.shape[0], self.out_features):
+            raise KernelError(f"`other` must be {[x.shape[0], self.out_features]}, not {list(other.shape)}")
+        if x.shape[0] <= _MAX_LARGE:
+            return self._product(x, epilogue, other)
+        y = x.new_empty(x.shape[0], self.out_features)
+        for begin in range(0, x.shape[0], _MAX_LARGE):
+            rows = slice(begin, begin + _MAX_LARGE)
+            y[rows] = self._product(x[rows], epilogue, None if other is None else other[rows])
         return y
 
     def padded_rows(self, num_tokens: int, prompts: bool) -> int:
         return padded_rows(num_tokens, prompts)
+
+    def _product(self, x: torch.Tensor, epilogue: Epilogue, other: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor
+        if epilogue is Epilogue.NONE or epilogue is Epilogue.SILU:
+            y = self._unary(x, self._packed, self._bias, _ATTRIBUTE[epilogue], [], "")
+        else:
+            y = self._binary(x, other, self._packed, self._bias, _ATTRIBUTE[epilogue])
+        return y

@@ -71,21 +71,30 @@ def test_int8_weights_are_within_half_a_step() -> None:
 
 
 @packs
-def test_rows_of_a_small_model_have_the_same_bits_at_any_padded_number() -> None:
+def test_rows_of_a_small_model_have_the_same_bits_at_any_number() -> None:
     """What makes the tiny dummy model's output independent of batching; its shapes."""
     for out_features, in_features in ((256, 128), (128, 128), (256, 128), (128, 256), (512, 128)):
-        layer, x = PackedLinear(numbers(out_features, in_features)), numbers(512, in_features, seed=1)
+        layer, x = PackedLinear(numbers(out_features, in_features)), numbers(600, in_features, seed=1)
         whole = layer(x)
-        for num_tokens in (16, 48, 64, 160, 352):
-            assert layer.padded_rows(num_tokens, prompts=False) == num_tokens
+        for num_tokens in (1, 2, 8, 16, 24, 32, 48, 64, 160, 352, 512):
             assert torch.equal(layer(x[:num_tokens]), whole[:num_tokens])
+
+
+@packs
+@pytest.mark.parametrize("epilogue", list(Epilogue))
+def test_many_rows_are_the_pieces_put_together(epilogue: Epilogue) -> None:
+    layer, x, other = PackedLinear(numbers(80, 96)), numbers(1100, 96), numbers(1100, 80, seed=3)
+    pieces = [layer(x[i : i + 512], epilogue, other[i : i + 512]) for i in range(0, 1100, 512)]
+    assert torch.equal(layer(x, epilogue, other), torch.cat(pieces))
 
 
 @pytest.mark.parametrize("prompts", [False, True])
 def test_padded_rows_hold_the_tokens_and_are_few(prompts: bool) -> None:
     sizes = [linear_packed.padded_rows(n, prompts) for n in range(1, 2049)]
     assert all(size >= n for n, size in enumerate(sizes, 1))
-    assert len(set(sizes)) < 50
+    assert len(set(sizes)) < 60
+    assert all(size <= 32 for size in sizes[:32]) != prompts
+    assert all(size % 512 == 0 or size % 512 >= 48 for size in sizes[32:])
 
 
 def test_the_registry_takes_the_path_that_the_weight_asks_for() -> None:
@@ -107,5 +116,6 @@ def test_wrong_shapes_and_dtypes_are_refused(layer: Linear) -> None:
     for bad in (numbers(3, 63), numbers(3, 64).float(), numbers(64)):
         with pytest.raises(KernelError, match="linear takes"):
             layer(bad)
-    with pytest.raises(KernelError, match="needs `other`"):
-        layer(numbers(3, 64), Epilogue.MUL)
+    for epilogue in (Epilogue.MUL, Epilogue.ADD):
+        with pytest.raises(KernelError, match="needs `other`"):
+            layer(numbers(3, 64), epilogue)

@@ -1,0 +1,280 @@
+"""How fast the engine is on one core, beside eager transformers in the same run, on the same weights.
+
+    python -P benchmarks/engine.py [--model smollm2] [--rounds 5] [--output docs/results/engine.json]
+
+Prefill of 512 tokens, and decode steps at several batch sizes and contexts; bf16 and int8. The engines take
+turns within each round, so that a disturbance of the machine meets all of them; reported are medians and the
+fastest. The floor is what reading all bf16 weights once takes at the speed of this process's own sum over a
+buffer of that size.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import platform
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+import transformers
+from diphase.checkpoints.lookup import resolve
+from diphase.checkpoints.model_files import ModelFiles
+from diphase.checkpoints.weights import open_weights
+from diphase.engine.base import Chunk, StepPlan
+from diphase.engine.config import EngineConfig
+from diphase.engine.engine import TorchEngine
+from diphase.engine.generate import generate
+from diphase.engine.kv_pool import TORCH_DTYPES
+from diphase.engine.sequence import Sequence
+from diphase.engine.weights import drawn_tensors
+from diphase.proto.ids import HandoffKey
+from diphase.proto.sampling import SamplingParams
+from diphase.proto.slo import Slo
+from transformers import DynamicCache, LlamaForCausalLM
+from transformers.models.llama import LlamaConfig
+
+PREFILL_TOKENS = 512
+DECODE = ((1, 100), (4, 100), (8, 100), (16, 100), (8, 1024), (16, 1024))
+"""(batch, context)"""
+DECODE_STEPS = 8
+TARGETS_MS = {"decode 1 x 100": 22.0, "decode 4 x 100": 26.0, "decode 16 x 100": 40.0}
+PREFILL_TARGET = 1200.0
+"""Tokens a second."""
+
+Step = Callable[[], object]
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Of one case on one engine, milliseconds."""
+
+    engine: str
+    case: str
+    median_ms: float
+    fastest_ms: float
+    cpu_ms: float
+    """Median of the processor time: without what other processes took of the core."""
+    samples: int
+
+
+class Diphase:
+    """Cases on our engine."""
+
+    def __init__(self, files: ModelFiles, dtype: str) -> None:
+        self.name = f"diphase {dtype}"
+        self._engine = TorchEngine.load(EngineConfig(dtype=dtype, kv_cache_mib=512), files=files)
+        pool = torch.frombuffer(self._engine.kv_buffer, dtype=torch.bfloat16)
+        pool.normal_(generator=torch.Generator().manual_seed(0))
+        self._rng = random.Random(0)
+
+    def prefill(self) -> Step:
+        sequence = self._sequence(PREFILL_TOKENS, computed=0)
+        plan = StepPlan(chunks=[Chunk(sequence=sequence, num_tokens=PREFILL_TOKENS, samples=True)])
+        return lambda: self._engine.execute(plan)
+
+    def decode(self, batch: int, context: int) -> Step:
+        sequences = [self._sequence(context, computed=context - 1) for _ in range(batch)]
+        plan = StepPlan(chunks=[Chunk(sequence=one, num_tokens=1, samples=True) for one in sequences])
+        return lambda: self._engine.execute(plan)
+
+    def answer(self, token_ids: list[int]) -> list[int]:
+        tokens = generate(self._engine, [token_ids], SamplingParams(max_tokens=8))[0]
+        return [token.token_id for token in tokens]
+
+    def close(self) -> None:
+        self._engine.close()
+
+    def _sequence(self, num_tokens: int, computed: int) -> Sequence:
+        """Random tokens over scattered blocks; sequences may share blocks, which changes no timing of
+        reads."""
+        engine = self._engine
+        blocks = self._rng.sample(range(engine.num_blocks), engine.layout.num_blocks_for(num_tokens))
+        return Sequence(
+            key=HandoffKey("benchmark", 0),
+            gateway_id="",
+            token_ids=[self._rng.randrange(engine.limits.vocab_size) for _ in range(num_tokens)],
+            num_prompt_tokens=num_tokens,
+            params=SamplingParams(),
+            slo=Slo(),
+            arrived_at=0.0,
+            deadline_at=0.0,
+            block_table=blocks,
+            num_computed=computed,
+        )
+
+
+class Transformers:
+    """The same cases on LlamaForCausalLM, eager attention, greedy."""
+
+    def __init__(self, files: ModelFiles) -> None:
+        self.name = "transformers eager bf16"
+        config = LlamaConfig(**json.loads(files.config.to_json()), attn_implementation="eager")
+        self._model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        self._config = files.config
+        read = drawn_tensors(files.config, files.seed, torch.bfloat16) if files.is_dummy else _stored(files)
+        with torch.inference_mode():
+            for name, parameter in self._model.named_parameters():
+                parameter.copy_(read(name))
+
+    def prefill(self) -> Step:
+        ids = torch.randint(0, self._config.vocab_size, (1, PREFILL_TOKENS))
+        return lambda: self._run(ids, DynamicCache())
+
+    def decode(self, batch: int, context: int) -> Step:
+        config = self._config
+        ids = torch.randint(0, config.vocab_size, (batch, 1))
+        shape = (batch, config.num_kv_heads, context - 1, config.head_dim)
+        cache = DynamicCache()
+        for layer in range(config.num_layers):
+            cache.update(torch.randn(shape).bfloat16(), torch.randn(shape).bfloat16(), layer)
+
+        def step() -> None:
+            self._run(ids, cache)
+            cache.crop(-1)
+
+        return step
+
+    def answer(self, token_ids: list[int]) -> list[int]:
+        ids = list(token_ids)
+        for _ in range(8):
+            ids.append(int(self._run(torch.tensor([ids]), DynamicCache())))
+        return ids[len(token_ids) :]
+
+    def close(self) -> None:
+        del self._model
+
+    @torch.inference_mode()
+    def _run(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
+        return self._model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(dim=1)
+
+
+def _stored(files: ModelFiles) -> Callable[[str], torch.Tensor]:
+    source = open_weights(files)
+
+    def read(name: str) -> torch.Tensor:
+        raw = source.read(name)
+        return torch.frombuffer(raw.data, dtype=TORCH_DTYPES[raw.dtype]).view(raw.shape)
+
+    return read
+
+
+def measure(engines: list[Diphase | Transformers], rounds: int) -> list[Timing]:
+    samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
+    for number in range(rounds + 1):  # round 0 warms up
+        for case, repeats in [("prefill", 1), *((pair, DECODE_STEPS) for pair in DECODE)]:
+            for engine in engines:
+                step = engine.prefill() if case == "prefill" else engine.decode(*case)
+                name = f"prefill {PREFILL_TOKENS}" if case == "prefill" else "decode {} x {}".format(*case)
+                step()
+                for _ in range(repeats):
+                    started, busy = time.perf_counter(), time.process_time()
+                    step()
+                    took = (time.perf_counter() - started, time.process_time() - busy)
+                    if number:
+                        samples.setdefault((engine.name, name), []).append(took)
+        print(f"round {number} of {rounds}", file=sys.stderr)
+    timings = []
+    for (engine_name, name), times in samples.items():
+        walls, cpus = zip(*times, strict=True)
+        figures = (statistics.median(walls), min(walls), statistics.median(cpus))
+        timings.append(
+            Timing(engine_name, name, *(round(figure * 1000.0, 2) for figure in figures), len(times))
+        )
+    return timings
+
+
+def read_floor_ms(files: ModelFiles) -> float:
+    """Milliseconds to read the layers' and the head's weights once, in bf16."""
+    config = files.config
+    heads = config.num_q_heads * 2 + config.num_kv_heads * 2
+    layer = config.hidden_size * (heads * config.head_dim + 3 * config.intermediate_size)
+    size = config.num_layers * layer + config.vocab_size * config.hidden_size
+    buffer = torch.ones(size // 4, dtype=torch.int64)  # eight bytes hold four weights
+    times = []
+    for _ in range(7):
+        started = time.perf_counter()
+        buffer.sum()
+        times.append((time.perf_counter() - started) * 1000.0)
+    return statistics.median(times)
+
+
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.processor()
+
+
+def report(timings: list[Timing]) -> None:
+    engines = list(dict.fromkeys(timing.engine for timing in timings))
+    by_case = {(timing.engine, timing.case): timing for timing in timings}
+    print(f"{'median ms':18}" + "".join(f"{engine:>26}" for engine in engines))
+    for case in dict.fromkeys(timing.case for timing in timings):
+        base = by_case[engines[-1], case].median_ms
+        cells = []
+        for engine in engines:
+            median = by_case[engine, case].median_ms
+            cells.append(f"{median:.1f} ({base / median:.1f} x)")
+        target = f"   target {TARGETS_MS[case]:.0f}" if case in TARGETS_MS else ""
+        print(f"{case:18}" + "".join(f"{cell:>26}" for cell in cells) + target)
+    for engine in engines:
+        speed = PREFILL_TOKENS / by_case[engine, f"prefill {PREFILL_TOKENS}"].median_ms * 1000.0
+        print(f"{engine}: prefill {speed:,.0f} tokens/s (target {PREFILL_TARGET:,.0f})")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--model", default="smollm2")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, default=Path("docs/results/engine.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    files = resolve(options.model)
+    engines = [Diphase(files, "bf16"), Diphase(files, "int8"), Transformers(files)]
+    floor_ms = read_floor_ms(files)
+    prompt = [504, 3575, 282, 4649, 314]  # "The capital of France is", in the default model's tokens
+    answers = {engine.name: engine.answer(prompt) for engine in engines}
+    gc.disable()
+    timings = measure(engines, options.rounds)
+    report(timings)
+    print(f"reading all bf16 weights once: {floor_ms:.1f} ms")
+    result = {
+        "what": "engine on one thread",
+        "command": "python -P benchmarks/engine.py",
+        "date": datetime.now(UTC).date().isoformat(),
+        "model": files.name,
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+        "read_all_bf16_weights_ms": round(floor_ms, 2),
+        "prefill_tokens_per_s": {
+            timing.engine: round(PREFILL_TOKENS / timing.median_ms * 1000.0)
+            for timing in timings
+            if timing.case.startswith("prefill")
+        },
+        "greedy_after_the_capital_of_france_is": answers,
+        "timings": [asdict(timing) for timing in timings],
+    }
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    for engine in engines:
+        engine.close()
+
+
+if __name__ == "__main__":
+    main()
