@@ -23,6 +23,8 @@ MAX_VIEWS = 256
 READ_BUDGET = 16 * 1024 * 1024
 """Bytes read before other sockets get their turn."""
 MAX_FDS = 16
+BUFFER_BYTES = 4096
+"""Small frames are read so many bytes at a time; as much of a bulk at most is copied once more."""
 
 _ZEROS = memoryview(bytes(1024 * 1024))
 
@@ -93,6 +95,8 @@ class Connection:
         self._bulk_bytes = 0
         self._into: deque[memoryview] = deque([memoryview(self._head)])
         self._stage = 0  # 0: header, 1: body, 2: bulk
+        self._buffer = bytearray(BUFFER_BYTES)
+        self._spare = memoryview(b"")
 
     @property
     def idle(self) -> bool:
@@ -182,16 +186,22 @@ class Connection:
             FrameError: the bytes are no frames.
             OSError: the connection is broken.
             EOFError: the other end closed it.
+
+        When the sink has had enough, frames may be left in the buffer: then read() must be called again
+        without waiting for the socket.
         """
         budget = READ_BUDGET
-        while budget > 0:
-            try:
-                count = self._receive()
-            except (BlockingIOError, InterruptedError):
-                return
-            if count == 0:
-                raise EOFError("the other end closed the connection")
-            budget -= count
+        while budget > 0 or self._spare:
+            if not self._spare:
+                try:
+                    count, more = self._receive()
+                except (BlockingIOError, InterruptedError):
+                    return
+                if count == 0:
+                    raise EOFError("the other end closed the connection")
+                budget -= count
+            else:
+                count, more = self._take_spare(), True
             while self._into and len(self._into[0]) <= count:
                 count -= len(self._into.popleft())
             if self._into:
@@ -199,18 +209,39 @@ class Connection:
                     self._into[0] = self._into[0][count:]
             elif not self._arrived(sink):
                 return
+            if not more and not self._spare:
+                return
 
-    def _receive(self) -> int:
+    def _receive(self) -> tuple[int, bool]:
+        """Bytes that came, and whether there may be more. Bulk goes where it belongs; heads and bodies are
+        read many at a time into a buffer, from which _take_spare() serves them: a frame need not cost a
+        system call."""
         if self.takes_fds:
-            size = array.array("i").itemsize
-            count, ancillary, _, _ = self.sock.recvmsg_into([self._into[0]], socket.CMSG_LEN(MAX_FDS * size))
-            for level, kind, data in ancillary:
-                if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
-                    self.fds.extend(array.array("i", data[: len(data) - len(data) % size]))
-            return count
-        if len(self._into) == 1:
-            return self.sock.recv_into(self._into[0])
-        return self.sock.recvmsg_into(list(islice(self._into, MAX_VIEWS)))[0]
+            return self._receive_fds(), True
+        if self._stage == 2 or len(self._into[0]) > len(self._buffer):
+            if len(self._into) == 1:
+                return self.sock.recv_into(self._into[0]), True
+            return self.sock.recvmsg_into(list(islice(self._into, MAX_VIEWS)))[0], True
+        count = self.sock.recv_into(self._buffer)
+        if count == 0:
+            return 0, False
+        self._spare = memoryview(self._buffer)[:count]
+        return self._take_spare(), count == len(self._buffer)
+
+    def _take_spare(self) -> int:
+        target = self._into[0]
+        count = min(len(target), len(self._spare))
+        target[:count] = self._spare[:count]
+        self._spare = self._spare[count:]
+        return count
+
+    def _receive_fds(self) -> int:
+        size = array.array("i").itemsize
+        count, ancillary, _, _ = self.sock.recvmsg_into([self._into[0]], socket.CMSG_LEN(MAX_FDS * size))
+        for level, kind, data in ancillary:
+            if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
+                self.fds.extend(array.array("i", data[: len(data) - len(data) % size]))
+        return count
 
     def _arrived(self, sink: FrameSink) -> bool:
         """A header, a body or a bulk is complete; goes on to the next that has bytes."""

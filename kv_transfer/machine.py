@@ -56,7 +56,8 @@ class Timing:
 # Events. From the owner of this side:
 
 
-class Computed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Computed:
     """The KV of the first `num_tokens` tokens is there for these layers."""
 
     num_tokens: int
@@ -64,17 +65,20 @@ class Computed(NamedTuple):
     num_layers: int
 
 
-class Seeded(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Seeded:
     """The prompt is computed and the first token sampled."""
 
 
-class Ended(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ended:
     """The owner wants it over."""
 
     fault: Fault
 
 
-class RoomFound(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class RoomFound:
     """Blocks were allocated; the leading `first_block` blocks were in the prefix cache."""
 
     first_block: int
@@ -83,36 +87,44 @@ class RoomFound(NamedTuple):
 # From the other side, over the control link:
 
 
-class PeerReserved(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PeerReserved:
     """The reservation was asked for again."""
 
 
-class PeerGranted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PeerGranted:
     first_block: int
     num_blocks: int
 
 
-class PeerQueued(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PeerQueued:
     lease_s: float
 
 
-class PeerRefused(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PeerRefused:
     fault: Fault
 
 
-class PeerProgressed(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PeerProgressed:
     num_tokens: int
 
 
-class PeerCompleted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PeerCompleted:
     num_parts: int
 
 
-class PeerVerified(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PeerVerified:
     pass
 
 
-class PeerAborted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PeerAborted:
     """The prefill side's means: every write of this hand-off is cancelled, and none will start."""
 
     fault: Fault
@@ -121,12 +133,14 @@ class PeerAborted(NamedTuple):
 # From the transport and the digest worker:
 
 
-class WriteEnded(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class WriteEnded:
     part: int
     fault: Fault | None
 
 
-class PartArrived(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PartArrived:
     part: int
     first_block: int
     num_blocks: int
@@ -134,62 +148,74 @@ class PartArrived(NamedTuple):
     num_layers: int
 
 
-class PartChecked(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PartChecked:
     part: int
     intact: bool
 
 
-class FenceEnded(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class FenceEnded:
     ok: bool
 
 
-class LinkLost(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class LinkLost:
     """No more messages come or go; the other process may still live and write."""
 
     fault: Fault
 
 
-class PeerGone(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class PeerGone:
     """Nothing of that process can touch this one's memory any more."""
 
     fault: Fault
 
 
-class Tick(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Tick:
     """Time has passed."""
 
 
 # Actions. Messages to the other side:
 
 
-class SendProgress(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SendProgress:
     num_tokens: int
 
 
-class SendComplete(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SendComplete:
     num_parts: int
 
 
-class SendGranted(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SendGranted:
     pass
 
 
-class SendQueued(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SendQueued:
     pass
 
 
-class SendVerified(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SendVerified:
     pass
 
 
-class SendAbort(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SendAbort:
     fault: Fault
 
 
 # To the transport and the digest worker:
 
 
-class Push(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Push:
     part: int
     first_block: int
     num_blocks: int
@@ -197,44 +223,53 @@ class Push(NamedTuple):
     num_layers: int
 
 
-class CancelWrites(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class CancelWrites:
     pass
 
 
-class StartFence(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class StartFence:
     pass
 
 
-class Disconnect(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Disconnect:
     """The fence did not hold in time: only the end of the connection makes sure."""
 
 
-class Check(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Check:
     part: int
 
 
 # To the owner and its blocks:
 
 
-class Release(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Release:
     """The hand-off's references to its blocks are given back."""
 
 
-class Quarantine(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Quarantine:
     pass
 
 
-class Lift(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Lift:
     pass
 
 
-class Report(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Report:
     """How it ended; None: well."""
 
     fault: Fault | None
 
 
-class Refuse(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Refuse:
     """Nothing happens, and it is counted."""
 
     reason: str

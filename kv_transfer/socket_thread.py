@@ -31,6 +31,9 @@ from .socket_sinks import ReaderSink, WriterSink
 MAX_UNREAD = 4096
 """Events that nobody polled; until somebody does, no connection that brings notices is read."""
 
+WORK_S = 0.001
+"""The medium moves bytes at least so long before sockets and deadlines get their turn."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -52,6 +55,8 @@ class SocketThread:
         os.set_blocking(self._alarm_in, False)
         self._peers: dict[str, Peer] = {}
         self._jobs: dict[int, Job] = {}
+        self._dirty: dict[str, Peer] = {}
+        """Peers with frames queued for them since the last turn."""
         self._timers: list[tuple[float, int, Callable[[], None]]] = []
         self._counter = itertools.count(1)
         self._stopping = False
@@ -145,9 +150,9 @@ class SocketThread:
     def resume(self) -> None:
         """Somebody polled: reads notices again."""
         self.paused = False
-        for peer in self._peers.values():
-            if peer.reader is not None:
-                self._watch(peer, peer.reader)
+        for peer in list(self._peers.values()):
+            if peer.reader is not None:  # frames may wait in its buffer, where no selector sees them
+                peer.reader.on_ready(selectors.EVENT_READ)
 
     # For the sinks.
 
@@ -158,8 +163,7 @@ class SocketThread:
             if job.transfer_id:
                 peer.unacknowledged[job.transfer_id] = job
             self._medium.begin(peer, job)
-            if peer.writer is not None:
-                self._flush(peer, peer.writer)
+            self._dirty[peer.incarnation] = peer
 
     def run_commands(self) -> None:
         """Before anything that must come after what the event loop asked for."""
@@ -239,13 +243,15 @@ class SocketThread:
 
     def _turn(self) -> None:
         self.run_commands()
-        for peer in self._medium.work():
-            if peer.writer is not None:
-                self._flush(peer, peer.writer)
-            self.advance(peer)
-        now = self._context.clock.now()
+        began = now = self._context.clock.now()
+        while self._medium.busy and now < began + WORK_S:
+            for peer in self._medium.work():
+                self._dirty[peer.incarnation] = peer
+                self.advance(peer)
+            now = self._context.clock.now()
         while self._timers and self._timers[0][0] <= now:
             heappop(self._timers)[2]()
+        self._flush_dirty()
         timeout = None
         if self._medium.busy or self._stopping:  # a stop that was just run sends no alarm
             timeout = 0.0
@@ -338,6 +344,12 @@ class SocketThread:
         elif key is not None and key.events != mask:
             self._selector.modify(connection.sock, mask, connection.on_ready)
 
+    def _flush_dirty(self) -> None:
+        while self._dirty:
+            _, peer = self._dirty.popitem()
+            if peer.writer is not None:
+                self._flush(peer, peer.writer)
+
     def _flush(self, peer: Peer, connection: Connection) -> None:
         try:
             connection.flush()
@@ -374,7 +386,7 @@ class SocketThread:
             if peer.writer is connection:
                 connection.flush()
                 self.advance(peer)
-            if peer.writer is connection:
+                connection.flush()
                 self._watch(peer, connection)
         except (OSError, EOFError) as error:
             self.drop(peer, str(error))
