@@ -1,4 +1,4 @@
-"""A request as a worker sees it: token ids, the blocks that hold their KV, and how far it is computed. No torch."""
+"""A request as a worker sees it: token ids, the blocks of their KV, how far it is computed. No torch."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The content hash of KV blocks, the same in engine, router and hand-off.
 
 Hash of block i = xxh3_128(hash of block i-1, token ids of block i). The chain makes a block's hash name the
-whole prefix up to its end; the first link is the hash of a seed that names model and layout, so that caches of
-different models never meet.
+whole prefix up to its end; the first link is the hash of a seed that names model and layout, so that caches
+of different models never meet.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ def block_hashes(token_ids: Sequence[int], block_size: int, root: bytes) -> list
     return extend_hashes([], token_ids, block_size, root)
 
 
-def extend_hashes(
-    known: list[bytes], token_ids: Sequence[int], block_size: int, root: bytes
-) -> list[bytes]:
+def extend_hashes(known: list[bytes], token_ids: Sequence[int], block_size: int, root: bytes) -> list[bytes]:
     """`known` (hashes of the leading blocks) with those of the further full blocks appended."""
     num_full = len(token_ids) // block_size
     hashes = list(known)

@@ -1,8 +1,8 @@
 """Where KV bytes lie in a pool, the same for the engine that fills it and the hand-off that moves it.
 
-A pool is `[block][layer][k|v][kv_head][slot][head_dim]`: a whole block is one run of bytes, a range of layers of a
-block is one run, and a range of heads is one run inside K and inside V. The slot of a token is its position
-modulo block_size. No torch here.
+A pool is `[block][layer][k|v][kv_head][slot][head_dim]`: a whole block is one run of bytes, a range of layers
+of a block is one run, and a range of heads is one run inside K and inside V. The slot of a token is its
+position modulo block_size. No torch here.
 """
 
 from __future__ import annotations
@@ -55,7 +55,5 @@ class KvLayout:
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits over every field; the layout hash of the handshakes."""
-        fields = (
-            f"{self.model}|{self.num_layers}|{self.num_kv_heads}|{self.head_dim}|{self.block_size}|{self.dtype}"
-        )
+        fields = f"{self.model}|{self.num_layers}|{self.num_kv_heads}|{self.head_dim}|{self.block_size}|{self.dtype}"
         return xxhash.xxh3_64_hexdigest(f"block,layer,kv,head,slot,dim|{fields}".encode())

@@ -59,7 +59,9 @@ class SamplingParams:
         if self.logprobs is not None:
             _range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
         if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(f"sampling.stop has {len(self.stop)} strings; send at most {MAX_STOP_STRINGS}")
+            raise InvalidRequest(
+                f"sampling.stop has {len(self.stop)} strings; send at most {MAX_STOP_STRINGS}"
+            )
         for text in self.stop:
             if not 1 <= len(text) <= MAX_STOP_LENGTH:
                 raise InvalidRequest(
@@ -80,7 +82,9 @@ class SamplingParams:
         return bool(self.repetition_penalty != 1.0 or self.presence_penalty or self.frequency_penalty)
 
 
-def _range(name: str, value: float, low: float, high: float, *, open_low: bool = False, hint: str = "") -> None:
+def _range(
+    name: str, value: float, low: float, high: float, *, open_low: bool = False, hint: str = ""
+) -> None:
     inside = low < value <= high if open_low else low <= value <= high
     if not inside or math.isnan(value):
         bracket = "(" if open_low else "["
@@ -108,7 +112,7 @@ def sampling_from_proto(message: pb.Sampling) -> SamplingParams:
     Raises:
         InvalidRequest: a value is out of range; the message names the field and the range.
     """
-    given = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}  # type: ignore[arg-type]
+    given = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
     return SamplingParams(
         **given,
         stop=tuple(message.stop),

@@ -51,9 +51,7 @@ class Slo:
         for name in ("ttft_ms", "tpot_ms"):
             value = getattr(self, name)
             if not (0.0 < value <= MAX_OBJECTIVE_MS) or math.isnan(value):
-                raise InvalidRequest(
-                    f"slo.{name} = {value} is out of range; use more than 0 and at most {MAX_OBJECTIVE_MS:.0f}"
-                )
+                raise InvalidRequest(f"slo.{name} = {value} is out of range; use (0, {MAX_OBJECTIVE_MS:.0f}]")
 
     def verdict(self, ttft_ms: float, tpot_ms: float | None) -> Verdict:
         """Judges a finished request; `tpot_ms` is None for a request of one token."""
