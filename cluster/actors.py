@@ -25,9 +25,11 @@ class RoleActor:
     module = ""
     """Where the role lives."""
 
-    def __init__(self, mark: str) -> None:
-        """`mark`: of the cluster's processes, see processes.py."""
+    def __init__(self, mark: str, threads: int) -> None:
+        """`mark`: of the cluster's processes, see processes.py. `threads`: OpenMP's share of the cores."""
         self._mark = processes.bear(mark)
+        # Read when torch is loaded, below. In Ray's own way (runtime_env) it would cost a fresh process.
+        os.environ["OMP_NUM_THREADS"] = str(threads)
         # At once, not when told to: importing torch takes seconds, which a restart can save.
         self._import = asyncio.get_running_loop().run_in_executor(None, importlib.import_module, self.module)
         self._running: roles.Running | None = None

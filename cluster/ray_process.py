@@ -144,14 +144,14 @@ async def reserve(role: str, placement: PlacementConfig, timeout_s: float) -> Pl
 
 
 def create_worker(
-    role: str, placement: PlacementConfig, bundle: tuple[PlacementGroup, int], mark: str, env: dict[str, str]
+    role: str, placement: PlacementConfig, bundle: tuple[PlacementGroup, int], mark: str, threads: int
 ) -> Any:
     """The actor of a pool's worker, in that bundle of the pool's placement group."""
     group, index = bundle
     return _create(
         role,
         mark,
-        env,
+        threads,
         num_cpus=placement.cpus,
         num_gpus=placement.gpus,
         resources={name: amount for name, amount in placement.resources.items() if amount > 0},
@@ -159,14 +159,12 @@ def create_worker(
     )
 
 
-def create_gateway(node_id: str | None, mark: str, env: dict[str, str]) -> Any:
+def create_gateway(node_id: str | None, mark: str) -> Any:
     """The actor of a gateway, on that node or, with None, on any; it reserves no resources."""
     here = "SPREAD" if node_id is None else NodeAffinitySchedulingStrategy(node_id, soft=False)
-    return _create("gateway", mark, env, num_cpus=0, scheduling_strategy=here)
+    return _create("gateway", mark, 1, num_cpus=0, scheduling_strategy=here)
 
 
-def _create(role: str, mark: str, env: dict[str, str], **options: Any) -> Any:
-    actor = ray.remote(ACTORS[role]).options(
-        max_restarts=-1, max_concurrency=MAX_CONCURRENCY, runtime_env={"env_vars": env}, **options
-    )
-    return actor.remote(mark)
+def _create(role: str, mark: str, threads: int, **options: Any) -> Any:
+    actor = ray.remote(ACTORS[role]).options(max_restarts=-1, max_concurrency=MAX_CONCURRENCY, **options)
+    return actor.remote(mark, threads)

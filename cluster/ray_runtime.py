@@ -12,6 +12,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -66,11 +67,15 @@ def start(config: RayConfig, folder: Path, num_cpus: float) -> RayRuntime:
 
         if ray.is_initialized():
             raise InternalError("this process has a connection to Ray already; run one cluster a process")
+        # Ray exits on SIGTERM; here that is for the command to decide.
+        on_terminate = signal.getsignal(signal.SIGTERM)
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        if config.address:
-            _join(ray, config, quiet)
-        else:
-            _start_private(ray, config, folder, num_cpus, quiet)
+        with _stderr_to(folder / "ray.log"):
+            if config.address:
+                _join(ray, config, quiet)
+            else:
+                _start_private(ray, config, folder, num_cpus, quiet)
+        signal.signal(signal.SIGTERM, on_terminate)
         _log_instead_of_print()
         return RayRuntime(private=not config.address, node_id=ray.get_runtime_context().get_node_id())
 
@@ -127,6 +132,19 @@ def _log_instead_of_print() -> None:
 
 def _first_line(exc: BaseException) -> str:
     return next((line.strip() for line in str(exc).splitlines() if line.strip()), type(exc).__name__)
+
+
+@contextlib.contextmanager
+def _stderr_to(path: Path) -> Iterator[None]:
+    """Ray's native part writes its warnings straight to file descriptor 2."""
+    kept = os.dup(2)
+    try:
+        with path.open("ab") as file:
+            os.dup2(file.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
 
 
 @contextlib.contextmanager

@@ -116,8 +116,8 @@ class Slot:
             self.assignment, port=_port(answer.address), metrics_port=_port(answer.metrics_address)
         )
         logger.info(
-            "process_started worker_id=%s pid=%d address=%s incarnation=%s",
-            answer.worker_id, answer.pid, answer.address, answer.incarnation,
+            "process_started worker_id=%s pid=%d address=%s incarnation=%s node=%s",
+            answer.worker_id, answer.pid, answer.address, answer.incarnation, answer.node_id,
         )  # fmt: skip
         return answer
 

@@ -17,6 +17,7 @@ import ray
 from redis.exceptions import RedisError
 
 from ..checkpoints import lookup
+from ..kv_transfer.registry import load_factory
 from ..proto.clock import MonotonicClock
 from ..proto.errors import ConfigError, InternalError
 from ..router.membership import Member, RedisMembership
@@ -60,6 +61,8 @@ async def running(config: ClusterConfig, report: Report) -> AsyncIterator[Cluste
 
 async def _check(config: ClusterConfig, report: Report) -> None:
     """Finds what cannot work before anything is started. On a joined Ray the places are not known yet."""
+    if config.kv_transfer.transport != "auto":
+        load_factory(config.kv_transfer.transport)
     if config.ray.address:
         return
     for replica in range(config.gateway.replicas if config.gateway.port else 0):
@@ -106,19 +109,19 @@ class Cluster:
     async def start(self) -> None:
         """Returns once every process serves."""
         mark = self._base.folder.name
-        # Read when torch is imported, which is before any code of ours could set it.
-        environment = {"OMP_NUM_THREADS": str(self.config.engine.threads)}
         for role, placement in self.config.pools.placements().items():
             if not placement.workers:
                 continue
             group = await ray_process.reserve(role, placement, self.config.ray.placement_timeout_s)
             self._groups.append(group)
             for index in range(placement.workers):
-                actor = ray_process.create_worker(role, placement, (group, index), mark, environment)
+                actor = ray_process.create_worker(
+                    role, placement, (group, index), mark, self.config.engine.threads
+                )
                 self._add(self._assignment(role, index), actor)
         node_id = None if self.config.store.url else self._base.runtime.node_id
         for index in range(self.config.gateway.replicas):
-            actor = ray_process.create_gateway(node_id, mark, {})
+            actor = ray_process.create_gateway(node_id, mark)
             self._add(self._assignment("gateway", index), actor)
         await self._all_started()
         self._own(self._keep_store())

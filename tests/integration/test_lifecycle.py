@@ -1,0 +1,141 @@
+"""Starting and stopping: side by side, drained, at once, killed, and what must never start."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from diphase.cluster.generate import stream
+from diphase.proto.errors import DiphaseError
+
+from .served import TINY, Completion, Served, complete, prompt_request, run, served, settings_words
+
+ONE = (*TINY, "pools.prefill.workers=0", "pools.decode.workers=0", "pools.colocated.workers=1")
+"""The smallest cluster: one worker that does both."""
+LONG = 6000
+"""Tokens of a request that outlasts what the test does meanwhile."""
+
+
+async def test_two_clusters_run_side_by_side_and_the_stop_of_one_leaves_the_other_alone() -> None:
+    with served(*ONE) as first:
+        with served(*ONE) as second:
+            assert first.addresses != second.addresses
+            one, two = await asyncio.gather(
+                complete(first.addresses[0], prompt_request([1, 2, 3], 5)),
+                complete(second.addresses[0], prompt_request([1, 2, 3], 5)),
+            )
+            assert one.token_ids == two.token_ids
+        after = await complete(first.addresses[0], prompt_request([1, 2, 3], 5))
+        assert after.token_ids == one.token_ids
+        assert first.pid("colocated-0") > 0
+
+
+async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> None:
+    with served(*ONE) as cluster:
+        completion = Completion()
+        responses = stream(cluster.addresses[0], "", prompt_request([5, 6, 7], 1000))
+        completion.take(await anext(responses))
+        cluster.process.send_signal(signal.SIGTERM)
+        await asyncio.to_thread(cluster.wait_line, "^draining")
+        refused = None
+        while refused is None and completion.last is None:
+            try:
+                await complete(cluster.addresses[0], prompt_request([1], 1))
+            except DiphaseError as exc:
+                refused = exc
+        assert refused is not None
+        assert refused.retryable
+        async for response in responses:
+            completion.take(response)
+        assert len(completion.token_ids) == 1000
+        assert await asyncio.to_thread(cluster.wait) == 0
+
+
+async def test_a_second_signal_stops_at_once() -> None:
+    with served(*ONE, "gateway.drain_s=600") as cluster:
+        responses = stream(cluster.addresses[0], "", prompt_request([5, 6, 7], LONG))
+        await anext(responses)
+        cluster.process.send_signal(signal.SIGINT)
+        await asyncio.to_thread(cluster.wait_line, "^draining")
+        cluster.process.send_signal(signal.SIGINT)
+        with pytest.raises(DiphaseError):
+            async for _ in responses:
+                pass
+        assert await asyncio.to_thread(cluster.wait) == 0
+
+
+def test_a_signal_during_the_start_gives_it_up() -> None:
+    cluster = Served(*ONE)
+    try:
+        cluster.wait_line("foundation_begun")
+        assert cluster.stop() == 130
+        cluster.assert_nothing_left()
+    finally:
+        cluster.kill()
+
+
+def test_nothing_outlives_a_killed_supervisor_not_even_a_stopped_worker() -> None:
+    cluster = Served(*ONE).ready()
+    try:
+        cluster.signal_worker("colocated-0", signal.SIGSTOP)
+        cluster.process.kill()
+        cluster.wait()
+        cluster.assert_nothing_left()
+    finally:
+        cluster.kill()
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    """A port that somebody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+@pytest.fixture
+def incomplete_model(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("setting", "sentence"),
+    [
+        ("model.name=no-such-model", "there is no model 'no-such-model'"),
+        ("model.name={model}", "{model}"),
+        ("gateway.port={port}", "cannot listen on 127.0.0.1:{port}: Address already in use"),
+        ("store.url=redis://127.0.0.1:1", "store.url: no Redis server at 127.0.0.1:1"),
+        ("ray.address=127.0.0.1:1", "nothing answers there"),
+        ("pools.decode.gpus=3", "no room for 1 workers"),
+        ("kv_transfer.transport=pigeon", "'pigeon' is unknown"),
+        ("pools.prefill.workers=two", "must be an integer"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence_and_leaves_nothing(
+    setting: str, sentence: str, taken_port: int, incomplete_model: Path
+) -> None:
+    names = {"port": taken_port, "model": incomplete_model}
+    before = set(Path("/tmp").glob("diphase-*"))
+    settings = [*TINY, "gateway.port=0", "ray.placement_timeout_s=3", setting.format(**names)]
+    done = run("serve", *settings_words(settings))
+    assert done.returncode == 2
+    assert done.stderr.startswith("diphase serve: ")
+    assert done.stderr.count("\n") == 1
+    assert sentence.format(**names) in done.stderr
+    assert set(Path("/tmp").glob("diphase-*")) == before
+
+
+def test_the_demonstration_succeeds() -> None:
+    done = run("demo", *settings_words(["model.name=dummy:tiny"]), timeout_s=120.0)
+    assert done.returncode == 0, done.stderr
+    assert "prefill-0" in done.stdout
+    assert "TTFT" in done.stdout
+    assert "stopped; nothing is left running" in done.stdout
