@@ -20,6 +20,16 @@ class HostMetrics:
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
+        self._count_work(registry)
+        self._watch_state(registry)
+        # Lookups of labelled children cost more than the steps' own bookkeeping.
+        self._seconds_of = {kind: self._step_seconds.labels(kind) for kind in ("prefill", "decode", "mixed")}
+        self._tokens_of = {phase: self._step_tokens.labels(phase) for phase in ("prefill", "decode")}
+        self._state_of = {
+            state: self._terminals.labels(state) for state in ("finished", "cancelled", "failed")
+        }
+
+    def _count_work(self, registry: CollectorRegistry) -> None:
         self._step_seconds = Histogram(
             "diphase_step_seconds",
             "Time of engine steps by what they computed",
@@ -61,6 +71,8 @@ class HostMetrics:
         self._refused = Counter(
             "diphase_refused_submits_total", "Submits that were refused", ["code"], registry=registry
         )
+
+    def _watch_state(self, registry: CollectorRegistry) -> None:
         self._blocks = Gauge("diphase_kv_blocks", "KV blocks by owner", ["owner"], registry=registry)
         self._preemptions = Gauge("diphase_preemptions", "Sequences preempted since start", registry=registry)
         self._sequences = Gauge(
@@ -73,12 +85,6 @@ class HostMetrics:
             "diphase_retained_requests", "Requests that the worker remembers", registry=registry
         )
         self._gateways = Gauge("diphase_attached_gateways", "Gateways with a stream", registry=registry)
-        # Lookups of labelled children cost more than the steps' own bookkeeping.
-        self._seconds_of = {kind: self._step_seconds.labels(kind) for kind in ("prefill", "decode", "mixed")}
-        self._tokens_of = {phase: self._step_tokens.labels(phase) for phase in ("prefill", "decode")}
-        self._state_of = {
-            state: self._terminals.labels(state) for state in ("finished", "cancelled", "failed")
-        }
 
     def step(self, sample: StepSample) -> None:
         kind = "mixed" if sample.prefill_tokens and sample.decode_batch else "prefill"

@@ -70,7 +70,8 @@ def transformers_logits(files: ModelFiles, dtype: torch.dtype) -> torch.Tensor:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.copy_(read(name))
-        return model(torch.tensor([PROMPT])).logits[0]
+        logits: torch.Tensor = model(torch.tensor([PROMPT])).logits[0]
+    return logits
 
 
 def sequence(num_tokens: int) -> Sequence:

@@ -1,130 +1,20 @@
-"""Prefill and decode workers on virtual time: the output is the single engine's, whatever happens in
-between, and every pool is idle afterwards."""
+"""Prefill and decode workers on virtual time give the single engine's output and leave idle pools."""
 
 from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import Awaitable, Callable
 
 import pytest
-from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
-from diphase.engine.fake import FakeEngine
+from diphase.decode_workers.config import ColocatedSchedulerConfig
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.prefill_workers.config import PrefillSchedulerConfig
-from diphase.proto.errors import Cancelled, PromptTooLong
+from diphase.proto.errors import PromptTooLong
 from diphase.proto.sampling import SamplingParams
 
 from .cluster import SimWorker, World
 from .gateway import Gateway, Placement
-from .virtual_loop import VirtualClock, run_virtually
-
-ORACLE = FakeEngine(num_blocks=1)
-
-Request = tuple[list[int], SamplingParams]
-Make = Callable[[World], list[SimWorker]]
-Body = Callable[[World, Gateway, list[SimWorker]], Awaitable[None]]
-
-
-def expected(prompt: list[int], params: SamplingParams) -> list[int]:
-    tokens = ORACLE.continuation(prompt, params, params.max_tokens)
-    ends = set(params.stop_token_ids)
-    if not params.ignore_eos:
-        ends.update(ORACLE.limits.eos_token_ids)
-    for i, token_id in enumerate(tokens):
-        if token_id in ends and i >= params.min_tokens:
-            return tokens[: i + 1]
-    return tokens
-
-
-def draw_request(rng: random.Random) -> Request:
-    length = rng.choice([1, 15, 16, 17, 40, 100, 200])
-    prompt = [rng.randrange(5, 900) for _ in range(length)]
-    if rng.random() < 0.3:  # a shared prefix
-        prompt = [(7 * i) % 900 for i in range(64)] + prompt
-    params = SamplingParams(
-        max_tokens=rng.choice([1, 2, 5, 30, 60]),
-        temperature=rng.choice([0.0, 0.0, 1.0]),
-        seed=rng.getrandbits(32),
-        ignore_eos=rng.random() < 0.5,
-        stop_token_ids=tuple(rng.sample(range(1000), 10)),
-    )
-    return prompt, params
-
-
-async def until_idle(workers: list[SimWorker], limit_s: float = 60.0) -> None:
-    async with asyncio.timeout(limit_s):
-        while not all(worker.idle for worker in workers):  # noqa: ASYNC110 (virtual time: costs nothing)
-            await asyncio.sleep(0.5)
-
-
-def simulate(seed: int, make: Make, body: Body) -> None:
-    """Runs `body` with workers and a gateway attached to all of them."""
-
-    async def main() -> None:
-        world = World.of(VirtualClock(asyncio.get_running_loop()), seed)
-        workers = make(world)
-        gateway = Gateway("g", world.gateways.link)
-        running = asyncio.create_task(gateway.run([worker.address for worker in workers]))
-        await gateway.attached(*(worker.address for worker in workers))
-        try:
-            await body(world, gateway, workers)
-        finally:
-            running.cancel()
-            await asyncio.wait((running,))
-            for worker in workers:
-                await worker.stop()
-
-    run_virtually(main())
-
-
-async def serve_all(
-    gateway: Gateway,
-    requests: list[Request],
-    place: Callable[[int, int], Placement],
-    rng: random.Random,
-    *,
-    within_s: float = 2.0,
-    cancels: float = 0.0,
-) -> int:
-    """Sends every request at a random time and checks its tokens; `place(request, attempt)`. A share
-    `cancels` of them is cancelled at a random time; returns how many were."""
-    cancelled = 0
-
-    async def one(i: int) -> None:
-        nonlocal cancelled
-        await asyncio.sleep(rng.random() * within_s)
-        if rng.random() < cancels:
-            asyncio.get_running_loop().call_later(rng.random() * 0.5, gateway.cancel, f"r{i}")
-        try:
-            tokens = await gateway.generate(f"r{i}", *requests[i], lambda attempt: place(i, attempt))
-        except Cancelled:
-            cancelled += 1
-            return
-        assert tokens == expected(*requests[i])
-
-    async with asyncio.TaskGroup() as group:
-        for i in range(len(requests)):
-            group.create_task(one(i))
-    return cancelled
-
-
-def one_and_one(world: World) -> list[SimWorker]:
-    return [SimWorker(world, "prefill", "p0"), SimWorker(world, "decode", "d0")]
-
-
-def small_pools(world: World) -> list[SimWorker]:
-    """Long outputs do not fit beside each other."""
-    return [
-        SimWorker(world, "prefill", "p0", num_blocks=24),
-        SimWorker(
-            world,
-            "decode",
-            "d0",
-            num_blocks=24,
-            scheduler=DecodeSchedulerConfig(max_running=8, prefill_budget=64),
-        ),
-    ]
+from .traffic import draw_request, expected, one_and_one, serve_all, simulate, small_pools, until_idle
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -206,65 +96,6 @@ def test_a_colocated_worker_gives_the_same_tokens(num_blocks: int) -> None:
         await until_idle(workers)
 
     simulate(0, make, body)
-
-
-@pytest.mark.parametrize("victim", ["prefill", "decode"])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_killed_worker_costs_an_attempt_and_no_token(seed: int, victim: str) -> None:
-    rng = random.Random(seed)
-    requests = [draw_request(rng) for _ in range(40)]
-
-    def make(world: World) -> list[SimWorker]:
-        return [
-            *(SimWorker(world, "prefill", f"p{i}") for i in range(2)),
-            *(SimWorker(world, "decode", f"d{i}") for i in range(2)),
-        ]
-
-    async def body(world: World, gateway: Gateway, workers: list[SimWorker]) -> None:
-        prefills, decodes = workers[:2], workers[2:]
-        dead = prefills[0] if victim == "prefill" else decodes[0]
-
-        async def kill() -> None:
-            await asyncio.sleep(0.5 + rng.random())
-            await dead.kill()
-
-        def place(i: int, attempt: int) -> Placement:
-            n = i + attempt
-            return Placement(prefills[n % 2].peer, decodes[n % 2].peer)
-
-        killing = asyncio.create_task(kill())
-        await serve_all(gateway, requests, place, rng)
-        await killing
-        await until_idle([worker for worker in workers if worker is not dead])
-
-    simulate(seed, make, body)
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_cut_and_silent_connections_between_workers_cost_attempts_and_no_token(seed: int) -> None:
-    rng = random.Random(seed)
-    requests = [draw_request(rng) for _ in range(40)]
-
-    async def body(world: World, gateway: Gateway, workers: list[SimWorker]) -> None:
-        placement = Placement(workers[0].peer, workers[1].peer)
-
-        async def disturb() -> None:
-            for _ in range(4):
-                await asyncio.sleep(rng.random() * 0.7)
-                if rng.random() < 0.5:
-                    world.workers.cut("p0", "d0")
-                else:
-                    # Messages and KV of this process get lost for longer than any deadline.
-                    world.faults.held.update((workers[0].incarnation, "p0"))
-                    await asyncio.sleep(12.0)
-                    world.faults.held.clear()
-
-        disturbing = asyncio.create_task(disturb())
-        await serve_all(gateway, requests, lambda i, attempt: placement, rng, within_s=20.0)
-        await disturbing
-        await until_idle(workers, 120.0)
-
-    simulate(seed, one_and_one, body)
 
 
 def test_a_prompt_waits_under_lease_while_decode_has_no_room() -> None:
@@ -390,29 +221,6 @@ def test_a_completion_that_outgrows_the_decode_pool_fails_clearly_and_alone() ->
         await until_idle(workers)
 
     simulate(0, make, body)
-
-
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("after_s", [0.0, 0.05, 0.12, 0.13, 0.14, 0.15, 0.3])
-def test_another_gateway_takes_over_at_any_moment_of_a_request(after_s: float, seed: int) -> None:
-    """Also while the prompt is computed and the decode worker has not heard of the request."""
-
-    async def body(world: World, gateway: Gateway, workers: list[SimWorker]) -> None:
-        world.faults.max_delay_s = 0.02  # what is under way meets what comes later
-        other = Gateway("other", world.gateways.link)
-        running = asyncio.create_task(other.run(["p0", "d0"]))
-        await other.attached("p0", "d0")
-        params = SamplingParams(max_tokens=60, ignore_eos=True)
-        placement = Placement(workers[0].peer, workers[1].peer)
-        calling = asyncio.create_task(gateway.generate("r", [3] * 200, params, lambda attempt: placement))
-        await asyncio.sleep(0.03 + after_s)
-        other.take_over("r", gateway, ["p0", "d0"])
-        assert await calling == expected([3] * 200, params)
-        await until_idle(workers)
-        running.cancel()
-        await asyncio.wait((running,))
-
-    simulate(seed, one_and_one, body)
 
 
 def test_a_seed_repeats_a_run_exactly() -> None:
