@@ -30,6 +30,8 @@ class RoleActor:
         self._mark = processes.bear(mark)
         # Read when torch is loaded, below. In Ray's own way (runtime_env) it would cost a fresh process.
         os.environ["OMP_NUM_THREADS"] = str(threads)
+        # Threads that wait for work spin otherwise, and take the cores of the event loops beside them.
+        os.environ["OMP_WAIT_POLICY"] = "passive"
         # At once, not when told to: importing torch takes seconds, which a restart can save.
         self._import = asyncio.get_running_loop().run_in_executor(None, importlib.import_module, self.module)
         self._running: roles.Running | None = None
