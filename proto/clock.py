@@ -6,9 +6,11 @@ the two classes below; in simulation they are a virtual event loop's time and a 
 
 from __future__ import annotations
 
-import random
+import os
 import time
 from typing import Protocol
+
+_RNG_READ_BYTES = 4096
 
 
 class Clock(Protocol):
@@ -31,6 +33,28 @@ class MonotonicClock:
         return time.monotonic()
 
 
+class SystemRng:
+    """The operating system's chance, read in bulk: a call to the system costs more than a request's other
+    arithmetic. An instance belongs to one process and must not be used on both sides of a fork."""
+
+    def __init__(self) -> None:
+        self._bytes = b""
+        self._used = 0
+
+    def random(self) -> float:
+        """In [0, 1), 53 bits."""
+        return self.getrandbits(53) * 2.0**-53
+
+    def getrandbits(self, k: int, /) -> int:
+        count = (k + 7) // 8
+        if self._used + count > len(self._bytes):
+            self._bytes = os.urandom(max(_RNG_READ_BYTES, count))
+            self._used = 0
+        start = self._used
+        self._used = start + count
+        return int.from_bytes(self._bytes[start : self._used], "little") >> (8 * count - k)
+
+
 def system_rng() -> Rng:
-    """The live source of chance: the operating system's."""
-    return random.SystemRandom()
+    """The live source of chance."""
+    return SystemRng()

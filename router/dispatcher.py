@@ -212,7 +212,7 @@ class Dispatcher:
             token_ids = token_ids + active.token_ids
         demand = Demand(
             num_tokens=len(token_ids),
-            max_new_tokens=request.params.max_tokens - len(active.token_ids),
+            max_new_tokens=request.sampling.max_tokens - len(active.token_ids),
             slo=request.slo,
             elapsed_s=self._clock.now() - request.received_at,
             block_hashes=PromptHashes(token_ids, self._roots),
@@ -300,7 +300,7 @@ class Dispatcher:
         )  # fmt: skip
         self._cancel_attempt(active)
         active.failed_workers.update(worker.worker_id for worker in blamed)
-        if len(active.token_ids) >= active.request.params.max_tokens:
+        if len(active.token_ids) >= active.request.sampling.max_tokens:
             active.finish(FINISH_REASON_LENGTH)  # only the terminal event was lost
         elif not retryable or active.attempt + 1 >= self._config.max_attempts:
             self._end_with(active, error)
@@ -387,7 +387,7 @@ class Dispatcher:
                 active.attempt,
                 active.prefill.worker_id if active.prefill is not None else "",
                 active.decode.worker_id if active.decode is not None else "",
-                active.request.params.seed,
+                active.request.sampling.seed,
             ),
         )
 

@@ -37,7 +37,7 @@ from .workers import ROLES, WorkerPool
 logger = logging.getLogger(__name__)
 
 STORE_TIMEOUT_S = 3.0
-HEALTH_EVERY_S = 0.1
+HOUSEKEEPING_S = 0.1
 LAST_FRAMES_S = 0.02
 """For the cancels of what was running to leave, when a gateway stops."""
 
@@ -198,21 +198,22 @@ class RunningGateway:
             async with asyncio.TaskGroup() as group:
                 group.create_task(self.router.pool.run())
                 group.create_task(self._parts.journal.run())
-                group.create_task(self._keep_health())
+                group.create_task(self._keep_house())
         except Exception:
             logger.exception("gateway_background_failed gateway=%s", self._parts.gateway_id)
             await self._set_health(False)
             raise
 
-    async def _keep_health(self) -> None:
-        """The standard health service follows the pool."""
+    async def _keep_house(self) -> None:
+        """The standard health service follows the pool; clients that stopped reading are let go."""
         before: bool | None = None
         while True:
             ready = self._services.ready
             if ready is not before:
                 await self._set_health(ready)
                 before = ready
-            await asyncio.sleep(HEALTH_EVERY_S)
+            self._services.end_stalled()
+            await asyncio.sleep(HOUSEKEEPING_S)
 
     async def _set_health(self, ready: bool) -> None:
         status = health_pb2.HealthCheckResponse

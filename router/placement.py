@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 from ..proto.slo import Slo
 from .prefix_index import PrefixIndex
@@ -27,7 +26,8 @@ SMOOTHING = 0.02
 """Least weight of the newest completion length and hand-off time in their running means."""
 
 
-class Demand(NamedTuple):
+@dataclass(slots=True)
+class Demand:
     """What is to be placed: one attempt at one request."""
 
     num_tokens: int
@@ -41,7 +41,7 @@ class Demand(NamedTuple):
     """Of its full blocks, by the layout of that worker."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True)
 class Placement:
     """A decision and the prediction behind it."""
 
@@ -66,7 +66,8 @@ class Placement:
         return self.ttft_ms <= slo.ttft_ms and (self.tpot_ms is None or self.tpot_ms <= slo.tpot_ms)
 
 
-class _DecodeSide(NamedTuple):
+@dataclass(slots=True)
+class _DecodeSide:
     """What a decode worker offers, whoever computes the prompt."""
 
     worker: WorkerHandle
@@ -78,7 +79,8 @@ class _DecodeSide(NamedTuple):
     """What decoding its present batch adds to each step."""
 
 
-class _Candidate(NamedTuple):
+@dataclass(slots=True)
+class _Candidate:
     slacks: tuple[float, ...]
     prefill: WorkerHandle | None
     decode: WorkerHandle
@@ -141,7 +143,7 @@ class PlacementPolicy:
                 candidates.append(self._pair(first, then, demand, output))
         if not candidates:
             return None
-        best = max(candidates, key=_preference)  # the first of equals
+        best = candidates[0] if len(candidates) == 1 else max(candidates, key=_preference)  # first of equals
         return Placement(
             prefill=best.prefill,
             decode=best.decode,

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from ..proto import inference_pb2, worker_pb2
 from ..proto.clock import Clock
 from ..proto.errors import InvalidRequest, NotFound, WorkerLost, from_wire
-from ..proto.sampling import sampling_from_proto
 from ..proto.slo import Slo, slo_from_proto
 from .active_request import ActiveRequest
 from .journal import Journal, JournalUnavailable
@@ -166,7 +165,6 @@ def _rebuild(submit: worker_pb2.Submit, now: float) -> ActiveRequest:
     request = PreparedRequest(
         request_id=submit.request_id,
         prompt_token_ids=list(submit.prompt_token_ids),
-        params=sampling_from_proto(submit.sampling),
         sampling=submit.sampling,
         slo=slo_from_proto(submit.slo, Slo()),
         received_at=now,

@@ -55,6 +55,7 @@ class GatewayServices:
         self._text = text
         self._clock = clock
         self._client_stall_s = client_stall_s
+        self._writing: dict[asyncio.Task[None], float] = {}
         self._bearer = f"Bearer {client_token}" if client_token else ""
 
     def add_to(self, server: grpc.aio.Server) -> None:
@@ -123,17 +124,32 @@ class GatewayServices:
         if not message.HasField("resume_from"):
             request = await self._text.prepare(message, received_at)
             stream = self._dispatcher.accept(request)
-            return Generation(self._dispatcher, stream, self._text.stream(request.params), self._clock)
+            return Generation(self._dispatcher, stream, self._text.stream(request.sampling), self._clock)
         stream = await self._dispatcher.resume(self._text.check_resume(message))
-        text = self._text.stream(stream.active.request.params)
+        text = self._text.stream(stream.active.request.sampling)
         return Generation(self._dispatcher, stream, text, self._clock, message.resume_from)
 
     async def _write(self, context: Context, response: pb.GenerateResponse) -> None:
+        """Writes a message; end_stalled() puts a limit to it, since a timer of its own would cost each
+        message more than all the rest."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._writing[task] = self._clock.now()
         try:
-            async with asyncio.timeout(self._client_stall_s):
-                await context.write(response)
-        except TimeoutError:
-            raise Cancelled(f"the client has read nothing for {self._client_stall_s:g} s") from None
+            await context.write(response)
+        except asyncio.CancelledError:
+            if task not in self._writing:
+                raise Cancelled(f"the client has read nothing for {self._client_stall_s:g} s") from None
+            raise
+        finally:
+            self._writing.pop(task, None)
+
+    def end_stalled(self) -> None:
+        """Ends calls whose client has read nothing for too long; to be called now and then."""
+        before = self._clock.now() - self._client_stall_s
+        for task in [task for task, since in self._writing.items() if since < before]:
+            del self._writing[task]
+            task.cancel()
 
     # the others
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..checkpoints.chat_template import ChatTemplate, load_chat_template
 from ..checkpoints.detokenizer import IncrementalDetokenizer
@@ -17,10 +17,11 @@ from ..proto import inference_pb2 as pb
 from ..proto.clock import Clock, Rng
 from ..proto.errors import InvalidRequest, NotFound, PromptTooLong
 from ..proto.ids import check_request_id, draw_id
-from ..proto.sampling import SamplingParams, sampling_from_proto, sampling_to_proto
+from ..proto.sampling import sampling_from_proto, sampling_to_proto
 from ..proto.slo import Slo, slo_from_proto
 from .stop_strings import StopMatcher
 
+MAX_CHECKED_SAMPLINGS = 1024
 ENCODE_IN_THREAD_CHARS = 16_384
 """Longer texts are tokenised beside the event loop: below, a thread costs more than it saves."""
 
@@ -56,9 +57,8 @@ class PreparedRequest:
 
     request_id: str
     prompt_token_ids: list[int]
-    params: SamplingParams
     sampling: pb.Sampling
-    """`params` on the wire: complete."""
+    """Checked and complete; max_tokens fits the context."""
     slo: Slo
     received_at: float
     """Gateway clock, seconds."""
@@ -73,6 +73,7 @@ class TextProcessor:
         self.default_slo = default_slo
         self._clock = clock
         self._rng = rng
+        self._checked_samplings: dict[bytes, pb.Sampling] = {}
         self._longest_token = max((len(piece) for piece in model.tokenizer.pieces), default=1)
 
     async def prepare(self, message: pb.GenerateRequest, received_at: float) -> PreparedRequest:
@@ -86,16 +87,14 @@ class TextProcessor:
                 f"this cluster serves model {self.model.name!r}, not {message.model[:200]!r}; "
                 "leave the model empty or name that one"
             )
-        params = sampling_from_proto(message.sampling)
+        sampling = self._check_sampling(message.sampling)
         slo = slo_from_proto(message.slo, self.default_slo)
-        self._check_ids("sampling.stop_token_ids", params.stop_token_ids)
         token_ids = await self._token_ids(message)
-        params = self._fit(params, len(token_ids), message.sampling)
+        self._fit(sampling, len(token_ids))
         return PreparedRequest(
             request_id=request_id,
             prompt_token_ids=token_ids,
-            params=params,
-            sampling=sampling_to_proto(params),
+            sampling=sampling,
             slo=slo,
             received_at=received_at,
             tokenised_at=self._clock.now(),
@@ -115,9 +114,27 @@ class TextProcessor:
             )
         return check_request_id(message.request_id)
 
-    def stream(self, params: SamplingParams) -> TextStream:
+    def stream(self, sampling: pb.Sampling) -> TextStream:
         """The text of one completion, from its first token."""
-        return TextStream(IncrementalDetokenizer(self.model.tokenizer), params)
+        return TextStream(IncrementalDetokenizer(self.model.tokenizer), sampling.stop, sampling.min_tokens)
+
+    def _check_sampling(self, given: pb.Sampling) -> pb.Sampling:
+        """The complete message with a seed drawn where none was given. Clients send the same few messages
+        over and over: what was checked is remembered."""
+        key = given.SerializeToString(deterministic=True)
+        complete = self._checked_samplings.get(key)
+        if complete is None:
+            params = sampling_from_proto(given)
+            self._check_ids("sampling.stop_token_ids", params.stop_token_ids)
+            complete = sampling_to_proto(params)
+            if len(self._checked_samplings) >= MAX_CHECKED_SAMPLINGS:
+                self._checked_samplings.clear()
+            self._checked_samplings[key] = complete
+        sampling = pb.Sampling()
+        sampling.CopyFrom(complete)
+        if not given.HasField("seed"):
+            sampling.seed = self._rng.getrandbits(64)
+        return sampling
 
     async def _token_ids(self, message: pb.GenerateRequest) -> list[int]:
         match message.WhichOneof("input"):
@@ -152,18 +169,17 @@ class TextProcessor:
             raise self._too_long(f"at least {fewest}")
         return await asyncio.to_thread(self.model.tokenizer.encode, text, add_special)
 
-    def _fit(self, params: SamplingParams, num_prompt_tokens: int, given: pb.Sampling) -> SamplingParams:
-        """Parameters with the seed drawn and max_tokens cut to what the context leaves."""
+    def _fit(self, sampling: pb.Sampling, num_prompt_tokens: int) -> None:
+        """Cuts max_tokens to what the context leaves."""
         room = self.model.context_length - num_prompt_tokens
         if room < 1:
             raise self._too_long(str(num_prompt_tokens))
-        if params.min_tokens > room:
+        if sampling.min_tokens > room:
             raise PromptTooLong(
                 f"the prompt of {num_prompt_tokens} tokens leaves room for {room}; sampling.min_tokens is "
-                f"{params.min_tokens}; shorten the prompt or lower min_tokens"
+                f"{sampling.min_tokens}; shorten the prompt or lower min_tokens"
             )
-        seed = params.seed if given.HasField("seed") else self._rng.getrandbits(64)
-        return replace(params, max_tokens=min(params.max_tokens, room), seed=seed)
+        sampling.max_tokens = min(sampling.max_tokens, room)
 
     def _too_long(self, num_tokens: str) -> PromptTooLong:
         context = self.model.context_length
@@ -184,10 +200,10 @@ class TextStream:
 
     __slots__ = ("_count", "_detokenizer", "_matcher", "_min_tokens")
 
-    def __init__(self, detokenizer: IncrementalDetokenizer, params: SamplingParams) -> None:
+    def __init__(self, detokenizer: IncrementalDetokenizer, stop: Sequence[str], min_tokens: int) -> None:
         self._detokenizer = detokenizer
-        self._matcher = StopMatcher(params.stop) if params.stop else None
-        self._min_tokens = params.min_tokens
+        self._matcher = StopMatcher(stop) if stop else None
+        self._min_tokens = min_tokens
         self._count = 0
 
     def push(self, token_ids: Sequence[int]) -> tuple[str, int, bool]:

@@ -176,11 +176,11 @@ async def start_generation(router: Router, message: pb.GenerateRequest) -> Gener
     clock = LoopClock()
     if message.HasField("resume_from"):
         stream = await router.dispatcher.resume(router.text.check_resume(message))
-        text = router.text.stream(stream.active.request.params)
+        text = router.text.stream(stream.active.request.sampling)
         return Generation(router.dispatcher, stream, text, clock, message.resume_from)
     request = await router.text.prepare(message, clock.now())
     stream = router.dispatcher.accept(request)
-    return Generation(router.dispatcher, stream, router.text.stream(request.params), clock)
+    return Generation(router.dispatcher, stream, router.text.stream(request.sampling), clock)
 
 
 async def read(generation: Generation, outcome: Outcome, limit: int | None = None) -> Outcome:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import InvalidRequest, NotFound, PromptTooLong
-from diphase.proto.sampling import SamplingParams
+from diphase.proto.sampling import SamplingParams, sampling_to_proto
 from diphase.proto.slo import Priority, Slo
 from diphase.router.text import ENCODE_IN_THREAD_CHARS, PreparedRequest, TextProcessor, TextStream
 
@@ -30,7 +31,7 @@ async def test_a_prompt_is_tokenised() -> None:
     request = await prepare(prompt="héllo", request_id="r.1")
     assert MODEL.tokenizer.decode(request.prompt_token_ids) == "héllo"
     assert request.request_id == "r.1"
-    assert request.params.max_tokens == 256
+    assert request.sampling.max_tokens == 256
     assert request.slo == Slo(ttft_ms=1234.0)
     assert request.tokenised_at >= 0.0
 
@@ -50,18 +51,17 @@ async def test_ids_and_seeds_are_drawn_and_travel_complete() -> None:
     first = await text.prepare(pb.GenerateRequest(prompt="x"), 0.0)
     second = await text.prepare(pb.GenerateRequest(prompt="x"), 0.0)
     assert first.request_id != second.request_id
-    assert first.params.seed != second.params.seed
-    assert first.sampling.seed == first.params.seed
+    assert first.sampling.seed != second.sampling.seed
     assert first.sampling.HasField("temperature")
     given = await prepare(prompt="x", sampling=pb.Sampling(seed=0))
-    assert given.params.seed == 0
+    assert given.sampling.seed == 0
 
 
 async def test_max_tokens_is_cut_to_what_the_context_leaves() -> None:
     request = await prepare(
         token_ids=pb.TokenIds(ids=[1] * (CONTEXT - 3)), sampling=pb.Sampling(max_tokens=50)
     )
-    assert request.params.max_tokens == request.sampling.max_tokens == 3
+    assert request.sampling.max_tokens == 3
 
 
 async def test_a_long_text_is_tokenised_too() -> None:
@@ -124,8 +124,8 @@ async def test_min_tokens_beyond_the_context_is_refused() -> None:
         )
 
 
-def text_stream(**params: object) -> TextStream:
-    return processor().stream(SamplingParams(**params))  # type: ignore[arg-type]
+def text_stream(**params: Any) -> TextStream:
+    return processor().stream(sampling_to_proto(SamplingParams(**params)))
 
 
 def ids_of(text: str) -> list[int]:
