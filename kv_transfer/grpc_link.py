@@ -146,7 +146,7 @@ class GrpcDialer:
 
     async def _run(self, stream: _CallerStream, address: str, hello: PeerHello, timeout_s: float) -> None:
         async with grpc.aio.insecure_channel(address, options=INTERNAL_OPTIONS) as channel:
-            call = HandoffStub(channel).Attach()  # type: ignore[no-untyped-call]
+            call = HandoffStub(channel).Attach()
             try:
                 error = await self._greet(stream, call, address, hello, timeout_s)
                 if error is None:
@@ -227,6 +227,6 @@ def handoff_service(acceptor: LinkAcceptor) -> Callable[[grpc.aio.Server], None]
     """What adds the service Handoff to a gRPC server; `acceptor` is the worker's HandoffReceiver."""
 
     def add(server: grpc.aio.Server) -> None:
-        add_HandoffServicer_to_server(_Servicer(acceptor), server)  # type: ignore[no-untyped-call]
+        add_HandoffServicer_to_server(_Servicer(acceptor), server)
 
     return add

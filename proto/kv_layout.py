@@ -55,5 +55,5 @@ class KvLayout:
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits over every field; the layout hash of the handshakes."""
-        fields = f"{self.model}|{self.num_layers}|{self.num_kv_heads}|{self.head_dim}|{self.block_size}|{self.dtype}"
-        return xxhash.xxh3_64_hexdigest(f"block,layer,kv,head,slot,dim|{fields}".encode())
+        shape = f"{self.num_layers}|{self.num_kv_heads}|{self.head_dim}|{self.block_size}|{self.dtype}"
+        return xxhash.xxh3_64_hexdigest(f"block,layer,kv,head,slot,dim|{self.model}|{shape}".encode())

@@ -75,7 +75,7 @@ class GrpcLink:
 
     async def run(self, on_frame: FrameSink) -> None:
         async with grpc.aio.insecure_channel(self._address, options=INTERNAL_OPTIONS) as channel:
-            stub = WorkerStub(channel)  # type: ignore[no-untyped-call]
+            stub = WorkerStub(channel)
             call: grpc.aio.StreamStreamCall[pb.GatewayFrame, pb.WorkerFrame] = stub.Attach(self._frames())
             try:
                 async with asyncio.timeout(FIRST_FRAME_S) as until_first_frame:

@@ -252,7 +252,7 @@ def serialised(weights: Mapping[str, NDArray[np.float32]], dtype: str) -> bytes:
     for name, values in weights.items():
         bits = np.frombuffer(quantised(values, dtype), item).reshape(values.shape).copy()
         tensors[name] = torch.from_numpy(bits).view(torch_types[dtype])
-    return safetensors.torch.save(tensors)
+    return bytes(safetensors.torch.save(tensors))
 
 
 def write_directory(

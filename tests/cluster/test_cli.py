@@ -4,6 +4,7 @@ import argparse
 import tomllib
 from collections.abc import AsyncIterator
 from pathlib import Path
+from typing import Any
 
 import grpc
 import grpc.aio
@@ -24,7 +25,7 @@ class FakeGateway(InferenceServicer):
         self.metadata: list[dict[str, object]] = []
 
     async def Generate(
-        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
     ) -> AsyncIterator[pb.GenerateResponse]:
         self.requests.append(request)
         self.metadata.append(dict(context.invocation_metadata() or ()))
@@ -108,7 +109,7 @@ def test_a_number_that_no_request_can_carry_is_refused() -> None:
 
 def test_statuses_of_the_gateway_map_to_errors() -> None:
     refusal = grpc.aio.AioRpcError(
-        grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), grpc.aio.Metadata(), "queue is full"
+        grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.aio.Metadata(), grpc.aio.Metadata(), "queue is full", ""
     )
     error = from_rpc(refusal, "here:1")
     assert isinstance(error, Overloaded)

@@ -248,6 +248,7 @@ class TestRefusals:
 
     def test_an_unknown_region_or_a_wrong_table_is_refused(self, make: Any, name: str) -> None:
         a, _ = joined(make, name)
+        bad: Any
         for bad in (
             np.array([[1, 0, 0, 0, 1]]),
             np.array([[0, 0, 1, 0, 1]]),

@@ -1,4 +1,4 @@
-"""The other process of the transport tests: one transport with one region, told by lines of JSON what to do."""
+"""The other process of the transport tests: one transport, one region, told by lines of JSON what to do."""
 
 from __future__ import annotations
 

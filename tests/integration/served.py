@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -29,14 +29,16 @@ TINY = ("model.name=dummy:tiny", "engine.kv_cache_mib=64", "router.local_prefill
 """The hand-off's model: small, and never computed on one worker alone."""
 
 
-def run(*words: str, timeout_s: float = 60.0, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *words: str, timeout_s: float = 60.0, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
     """One command of the command line, to its end."""
     return subprocess.run(
         [*DIPHASE, *words],
         capture_output=True,
         text=True,
         timeout=timeout_s,
-        env={**os.environ, **environment},
+        env={**os.environ, **(environment or {})},
         check=False,
     )
 
@@ -62,7 +64,7 @@ class Served:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
-            env={**os.environ, **environment},
+            env={**os.environ, **(environment or {})},
             # Of its own group, as in a terminal: what is meant for pytest does not reach it.
             process_group=0,
         )

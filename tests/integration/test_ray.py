@@ -122,7 +122,7 @@ def test_a_ray_that_is_too_small_is_an_error_that_says_what_it_has(two_nodes: Ru
         "ray.placement_timeout_s=1",
         "pools.decode.resources={up = 1}",
     ]
-    done = run("serve", *settings_words(settings), **two_nodes.environment)
+    done = run("serve", *settings_words(settings), environment=two_nodes.environment)
     assert done.returncode == 2
     assert "pools.decode: no room for 1 workers of {'CPU': 1.0, 'up': 1.0}" in done.stderr
     assert "'left': 2.0" in done.stderr

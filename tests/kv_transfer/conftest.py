@@ -105,7 +105,7 @@ class Pair:
             memory=memory,
             transports=TransportSet(
                 {"local": LocalTransport(context)},
-                Region(buffer=memoryview(memory)),
+                Region(buffer=memory.data),
                 digest_thread=False,
             ),
             identity=LinkIdentity(

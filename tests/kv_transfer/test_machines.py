@@ -305,7 +305,7 @@ class TestDecodeSide:
     def test_ready_needs_complete_and_every_part_intact_in_any_order(self) -> None:
         parts = [k.PartArrived(0, 0, 2, 0, 4), k.PartArrived(1, 2, 1, 0, 4)]
         checks = [k.PartChecked(0, True), k.PartChecked(1, True)]
-        orders = (
+        orders: tuple[list[k.Event], ...] = (
             [*parts, *checks, k.PeerCompleted(2)],
             [k.PeerCompleted(2), *parts, *checks],
             [parts[1], k.PeerCompleted(2), checks[1], parts[0], checks[0]],

@@ -72,7 +72,7 @@ def request(max_tokens: int = 5, **fields: Any) -> pb.GenerateRequest:
 
 
 def inference(channel: grpc.aio.Channel) -> Any:
-    return InferenceStub(channel)  # type: ignore[no-untyped-call]
+    return InferenceStub(channel)
 
 
 async def test_generate_streams_tokens_text_and_the_account() -> None:
@@ -214,9 +214,7 @@ async def test_model_and_status_are_told() -> None:
         assert model.has_chat_template
         assert model.default_slo.ttft_ms == 2000.0
         _ = [r async for r in inference(channel).Generate(request(2))]
-        status = await ClusterStub(channel).GetStatus(  # type: ignore[no-untyped-call]
-            cluster_pb2.GetStatusRequest()
-        )
+        status = await ClusterStub(channel).GetStatus(cluster_pb2.GetStatusRequest())
         assert [(w.worker_id, w.role, w.state) for w in status.workers] == [
             ("d0", "decode", "ready"),
             ("p0", "prefill", "ready"),

@@ -46,7 +46,7 @@ class Peer(WorkerServicer):
 async def serving() -> AsyncIterator[tuple[Peer, str]]:
     peer = Peer()
     server = grpc.aio.server(options=INTERNAL_OPTIONS)
-    add_WorkerServicer_to_server(peer, server)  # type: ignore[no-untyped-call]
+    add_WorkerServicer_to_server(peer, server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
