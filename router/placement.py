@@ -127,8 +127,12 @@ class PlacementPolicy:
         """The best placement on the ready `workers`; those named in `avoid` only where their role has no
         other. None: nothing is possible now."""
         output = max(1.0, min(float(demand.max_new_tokens), self._output_tokens.value))
-        prefills = _prefer([worker for worker in workers if worker.role == "prefill"], avoid)
-        decodes = _prefer([worker for worker in workers if worker.role != "prefill"], avoid)
+        prefills: list[WorkerHandle] = []
+        decodes: list[WorkerHandle] = []
+        for worker in workers:
+            (prefills if worker.role == "prefill" else decodes).append(worker)
+        if avoid:
+            prefills, decodes = _prefer(prefills, avoid), _prefer(decodes, avoid)
         sides = [_decode_side(worker, demand.num_tokens, output) for worker in decodes]
         candidates = []
         for side in sides:
@@ -186,7 +190,7 @@ class PlacementPolicy:
         chunk = max(worker.chunk_budget, self._local_prefill_tokens)
         ttft_s = demand.elapsed_s + _prompt_s(worker, demand.num_tokens, uncached, chunk, side.batch_s)
         # What the chunks cost is spread over the tokens that everybody in the batch waits for meanwhile.
-        token_s = side.token_s + worker.model.terms[1] * uncached / output
+        token_s = side.token_s + worker.terms[1] * uncached / output
         slacks = _slacks_of(demand, ttft_s, token_s, side.memory)
         return _Candidate(slacks, None, worker, uncached, ttft_s, token_s)
 
@@ -194,7 +198,7 @@ class PlacementPolicy:
 def _decode_side(worker: WorkerHandle, num_tokens: int, output: float) -> _DecodeSide:
     """The prediction for one more sequence of `num_tokens` that will grow by `output`."""
     load = worker.load
-    base, per_token, _, per_sequence, per_context = worker.model.terms
+    base, per_token, _, per_sequence, per_context = worker.terms
     incoming, incoming_tokens = worker.incoming
     batch, context = load.running + incoming, load.running_context + incoming_tokens
     batch_s = per_sequence * batch + per_context * context
@@ -214,7 +218,7 @@ def _decode_side(worker: WorkerHandle, num_tokens: int, output: float) -> _Decod
 def _prompt_s(worker: WorkerHandle, num_tokens: int, uncached: int, chunk: int, batch_s: float) -> float:
     """Seconds until the worker has computed what waits there and then the `uncached` last tokens of a prompt;
     `batch_s` is added to each step by the sequences that it decodes."""
-    base, per_token, per_context, _, _ = worker.model.terms
+    base, per_token, per_context, _, _ = worker.terms
     waiting = worker.waiting_tokens
     context = uncached * (num_tokens - uncached / 2)
     if waiting:
@@ -235,7 +239,7 @@ def _slacks_of(demand: Demand, ttft_s: float, token_s: float, memory: float) -> 
 
 def _preference(candidate: _Candidate) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Predictions are not good to less than a hundredth: within it, the next smallest slack decides."""
-    return tuple([round(slack, 2) for slack in candidate.slacks]), candidate.slacks
+    return tuple([int(slack * 100.0) for slack in candidate.slacks]), candidate.slacks
 
 
 def _prefer(workers: list[WorkerHandle], avoid: Collection[str]) -> list[WorkerHandle]:

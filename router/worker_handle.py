@@ -58,6 +58,8 @@ class WorkerHandle:
         self.step_predicted_s = 0.0
         self._role_model = role_model
         self._own_model = LatencyModel()
+        self.terms = role_model.terms
+        """The coefficients of `model`, for arithmetic at each placement."""
         self._unreported: deque[tuple[float, int]] = deque()  # (sent at, prompt tokens)
         self._unreported_tokens = 0
         self._incoming: dict[str, int] = {}  # request_id -> context tokens of hand-offs on their way here
@@ -79,6 +81,10 @@ class WorkerHandle:
     def model(self) -> LatencyModel:
         """Its own step times, or its role's while it has shown few."""
         return self._own_model if self._own_model.num_samples >= OWN_MODEL_SAMPLES else self._role_model
+
+    def refresh_terms(self) -> None:
+        """Takes over the fit; a role's may have changed without a step of this worker."""
+        self.terms = self.model.terms
 
     def adopt(self, member: Member) -> bool:
         """Takes a changed membership entry; False when it names another process than the attached one."""
@@ -128,6 +134,7 @@ class WorkerHandle:
         self._own_model.observe(shape, duration_s)
         if self.model is not self._own_model:
             self._role_model.observe(shape, duration_s)
+        self.terms = self.model.terms
 
     def detached(self, state: WorkerState) -> None:
         """Its stream is gone, and with it what was promised to it."""

@@ -235,6 +235,7 @@ class WorkerPool:
             await asyncio.sleep(TICK_S)
             now = self._clock.now()
             for handle in list(self._handles.values()):
+                handle.refresh_terms()
                 if handle.attached:
                     handle.flush()
                     self._judge(handle, now)
