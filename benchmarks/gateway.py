@@ -217,7 +217,7 @@ class Load:
         options = (("grpc.use_local_subchannel_pool", 1),)
         self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(8)]
         self._calls = [
-            InferenceStub(channel).Generate  # type: ignore[no-untyped-call]
+            InferenceStub(channel).Generate
             for channel in self._channels
         ]
         self._pipe = pipe
