@@ -149,8 +149,7 @@ class FakeWorker:
                     self.cancels.append(message.cancel)
                     self._on_cancel(message.cancel)
                 case "acknowledge":
-                    self.acknowledged.append(message.acknowledge.request_id)
-                    self.attempts.pop(message.acknowledge.request_id, None)
+                    self._on_acknowledge(message.acknowledge)
                 case "resume":
                     self._on_resume(self._names[end], message.resume.request_id)
                 case "prefix_snapshot":
@@ -177,6 +176,9 @@ class FakeWorker:
 
     def _on_submit(self, gateway_id: str, submit: wpb.Submit) -> None:
         self.submits.append(submit)
+        known = self.attempts.get(submit.request_id)
+        if known is not None and known.task is not None:
+            known.task.cancel()  # a newer attempt ends an older one without a word
         attempt = _Attempt(submit, gateway_id, list(submit.emitted_token_ids))
         if self.refuse:
             self._output(attempt, [], wpb.Terminal(error=self.refuse.pop(0)))
@@ -184,6 +186,12 @@ class FakeWorker:
         self.attempts[submit.request_id] = attempt
         run = self._prefill(attempt) if self.role == "prefill" else self._decode(attempt, None)
         attempt.task = self._spawn(run)
+
+    def _on_acknowledge(self, message: wpb.Acknowledge) -> None:
+        self.acknowledged.append(message.request_id)
+        attempt = self.attempts.get(message.request_id)
+        if attempt is not None and attempt.terminal and attempt.submit.attempt <= message.attempt:
+            del self.attempts[message.request_id]
 
     def _on_cancel(self, cancel: wpb.Cancel) -> None:
         attempt = self.attempts.get(cancel.request_id)
@@ -241,6 +249,8 @@ class FakeWorker:
         known = self.attempts.get(submit.request_id)
         if known is not None and known.submit.attempt > submit.attempt:
             return
+        if known is not None and known.task is not None:
+            known.task.cancel()
         gateway_id = self.redirects.pop(submit.request_id, attempt.gateway_id)
         mine = _Attempt(submit, gateway_id, list(attempt.token_ids))
         self.attempts[submit.request_id] = mine
