@@ -41,8 +41,11 @@ class KvTransferConfig:
     def __post_init__(self) -> None:
         if not self.transport:
             raise ConfigError('kv_transfer.transport is empty; use "auto" or the name of a transport')
-        if not self.host:
-            raise ConfigError("kv_transfer.host is empty; use an address of this machine, such as 127.0.0.1")
+        if self.host in ("", "0.0.0.0", "::"):
+            raise ConfigError(
+                f"kv_transfer.host = {self.host!r} is no address that a peer could dial; "
+                "use one of this machine's"
+            )
         for name, least in (
             ("layerwise_tokens", 0),
             ("layers_per_push", 1),

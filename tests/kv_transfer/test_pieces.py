@@ -1,0 +1,216 @@
+"""The small parts: segments, digests, push plans, configuration, the registry."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from diphase.kv_transfer.admission import REMEMBERED, NewestAttempts, check_reservation
+from diphase.kv_transfer.base import Region, TransportContext
+from diphase.kv_transfer.config import KvTransferConfig
+from diphase.kv_transfer.digest import DigestWorker, digest_runs
+from diphase.kv_transfer.local import LocalHub, LocalTransport
+from diphase.kv_transfer.push_plan import advance, pieces
+from diphase.kv_transfer.registry import TRANSPORTS, TransportSet, load_factory, open_transports
+from diphase.kv_transfer.segments import block_runs, block_segments
+from diphase.proto.clock import MonotonicClock
+from diphase.proto.errors import ConfigError, InvalidRequest, PromptTooLong, TransferError
+from diphase.proto.handoff_pb2 import Reserve
+from diphase.proto.ids import HandoffKey
+from diphase.proto.kv_layout import KvLayout
+
+LAYOUT = KvLayout(model="test", num_layers=4, num_kv_heads=1, head_dim=4, block_size=4, dtype="bf16")
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("layers", [(0, 4), (1, 2)])
+def test_segments_copy_exactly_the_named_layers_of_the_named_blocks(
+    seed: int, layers: tuple[int, int]
+) -> None:
+    rng = random.Random(seed)
+    count = rng.randint(1, 12)
+    local = [b + rng.randint(0, 1) for b in range(0, 2 * count, 2)] if seed % 2 else list(range(count))
+    remote = rng.sample(range(30), count) if seed % 3 else list(range(7, 7 + count))
+    segments = block_segments(
+        LAYOUT, local, remote, first_layer=layers[0], num_layers=layers[1], local_region=0, remote_region=3
+    )
+    source = np.random.default_rng(seed).integers(1, 256, 30 * LAYOUT.block_bytes, dtype=np.uint8)
+    target = np.zeros(60 * LAYOUT.block_bytes, dtype=np.uint8)
+    for _, offset, region, target_offset, length in segments.tolist():
+        assert region == 3
+        target[target_offset : target_offset + length] = source[offset : offset + length]
+    wanted = np.zeros_like(target)
+    for mine, theirs in zip(local, remote, strict=True):
+        offset, length = LAYOUT.run(mine, *layers)
+        target_offset, _ = LAYOUT.run(theirs, *layers)
+        wanted[target_offset : target_offset + length] = source[offset : offset + length]
+    np.testing.assert_array_equal(target, wanted)
+
+
+def test_whole_blocks_that_are_neighbours_at_both_ends_are_one_segment() -> None:
+    def lengths(local: list[int], remote: list[int]) -> list[int]:
+        table = block_segments(
+            LAYOUT, local, remote, first_layer=0, num_layers=4, local_region=0, remote_region=0
+        )
+        return [int(n) // LAYOUT.block_bytes for n in table[:, 4]]
+
+    assert lengths([3, 4, 5, 6], [10, 11, 12, 13]) == [4]
+    assert lengths([3, 4, 5, 6], [10, 11, 13, 14]) == [2, 2]
+    assert lengths([3, 4, 6, 7], [10, 11, 12, 13]) == [2, 2]
+    assert lengths([3, 4], [11, 10]) == [1, 1]
+    assert lengths([], []) == []
+
+
+@pytest.mark.parametrize("threaded", [True, False])
+def test_digests_come_back_with_their_tickets_in_order(threaded: bool) -> None:
+    buffer = memoryview(bytearray(random.Random(3).randbytes(30 * LAYOUT.block_bytes)))
+    woken = threading.Semaphore(0)
+    worker = DigestWorker(buffer, woken.release, threaded=threaded)
+    wanted = []
+    for ticket in range(50):
+        blocks = [ticket % 30, (ticket * 7) % 30]
+        runs = block_runs(LAYOUT, blocks, first_layer=1, num_layers=2)
+        worker.submit(ticket, runs)
+        offsets = [LAYOUT.run(block, 1, 2) for block in blocks]
+        wanted.append((ticket, [xxhash.xxh3_64_intdigest(buffer[o : o + n]) for o, n in offsets]))
+    results: list[Any] = []
+    while len(results) < 50:
+        assert woken.acquire(timeout=20.0)
+        results.extend(worker.poll())
+    assert results == wanted
+    worker.close()
+    worker.close()
+
+
+def test_a_digest_sees_every_byte() -> None:
+    buffer = bytearray(LAYOUT.block_bytes)
+    runs = block_runs(LAYOUT, [0], first_layer=0, num_layers=4)
+    seen = {digest_runs(memoryview(buffer), runs)[0]}
+    for i in range(len(buffer)):
+        buffer[i] ^= 0x10
+        seen.add(digest_runs(memoryview(buffer), runs)[0])
+        buffer[i] ^= 0x10
+    assert len(seen) == len(buffer) + 1
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_pieces_cover_what_is_ready_and_not_pushed_exactly_once(seed: int) -> None:
+    rng = random.Random(seed)
+    layers = rng.randint(1, 8)
+    pushed = [rng.randint(0, 5) for _ in range(layers)]
+    ready = [rng.randint(0, 9) for _ in range(layers)]
+    if rng.random() < 0.5:
+        pushed, ready = [pushed[0]] * layers, [ready[0]] * layers
+    limit = rng.randint(1, 20)
+    found = list(pieces(ready, pushed, limit))
+    cells = [
+        cell
+        for piece in found
+        for cell in itertools.product(
+            range(piece.first_layer, piece.first_layer + piece.num_layers),
+            range(piece.first_block, piece.first_block + piece.num_blocks),
+        )
+    ]
+    assert sorted(cells) == [(i, b) for i in range(layers) for b in range(pushed[i], ready[i])]
+    assert all(piece.num_blocks * piece.num_layers <= max(limit, piece.num_layers) for piece in found)
+
+
+def test_progress_of_layers_never_goes_back() -> None:
+    assert advance((3, 3, 3, 3), 5, 1, 2) == (3, 5, 5, 3)
+    assert advance((5, 5), 4, 0, 2) == (5, 5)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"transport": ""},
+        {"host": ""},
+        {"host": "0.0.0.0"},
+        {"host": "::"},
+        {"layers_per_push": 0},
+        {"layerwise_tokens": -1},
+        {"max_push_bytes": 0},
+        {"lease_s": 0.0},
+        {"progress_timeout_s": -1.0},
+        {"tail_timeout_s": float("nan")},
+        {"reserve_timeout_s": 1e9},
+    ],
+)
+def test_configuration_out_of_range_is_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=next(iter(wrong))):
+        KvTransferConfig(**wrong)
+
+
+def region(size: int = 64) -> Region:
+    return Region(buffer=memoryview(bytearray(size)))
+
+
+def test_an_unknown_transport_is_refused_with_those_that_exist() -> None:
+    with pytest.raises(ConfigError, match=r"pigeon.*auto, local, shm, tcp"):
+        load_factory("pigeon")
+    assert [load_factory(name).__module__.rpartition(".")[2] for name in TRANSPORTS] == [
+        "local",
+        "shm",
+        "tcp",
+    ]
+
+
+def test_transports_that_cannot_work_are_left_out_and_a_wanted_one_is_an_error() -> None:
+    clock = MonotonicClock()
+    transports = open_transports(KvTransferConfig(), incarnation="a", region=region(), clock=clock)
+    assert transports.names == ["tcp"]  # no hub, no memfd
+    transports.close()
+    with pytest.raises(TransferError, match="shm"):
+        open_transports(KvTransferConfig(transport="shm"), incarnation="a", region=region(), clock=clock)
+
+
+def test_a_host_that_is_not_ours_is_an_error() -> None:
+    config = KvTransferConfig(transport="tcp", host="192.0.2.1")
+    with pytest.raises(TransferError, match="tcp"):
+        open_transports(config, incarnation="a", region=region(), clock=MonotonicClock())
+
+
+def local_set(hub: LocalHub, incarnation: str) -> TransportSet:
+    context = TransportContext(incarnation=incarnation, wake=lambda: None, clock=MonotonicClock(), hub=hub)
+    return TransportSet({"local": LocalTransport(context)}, region(), digest_thread=False)
+
+
+def test_the_choice_names_why_nothing_fits() -> None:
+    here = local_set(LocalHub(), "a")
+    elsewhere = local_set(LocalHub(), "b")
+    with pytest.raises(TransferError, match="another process"):
+        here.choose(elsewhere.endpoints())
+    with pytest.raises(TransferError, match="does not offer"):
+        here.choose({})
+    with pytest.raises(TransferError, match="tcp is not open"):
+        here.choose(here.endpoints(), "tcp")
+    assert here.choose(here.endpoints()) == "local"
+
+
+def test_reservations_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(InvalidRequest):
+        check_reservation(Reserve(num_tokens=0), LAYOUT, 10)
+    with pytest.raises(InvalidRequest):
+        check_reservation(Reserve(num_tokens=7, block_hashes=[b"a" * 16] * 2), LAYOUT, 10)
+    with pytest.raises(PromptTooLong, match=r"11 KV blocks.*10"):
+        check_reservation(Reserve(num_tokens=41), LAYOUT, 10)
+    check_reservation(Reserve(num_tokens=40), LAYOUT, 10)
+
+
+def test_attempts_are_remembered_but_not_for_ever() -> None:
+    attempts = NewestAttempts()
+    assert attempts.begin(HandoffKey("r", 0)) is None
+    assert attempts.begin(HandoffKey("r", 2)) == HandoffKey("r", 0)
+    for attempt in (0, 1, 2):
+        with pytest.raises(TransferError, match="stale"):
+            attempts.begin(HandoffKey("r", attempt))
+    attempts.ready(HandoffKey("r", 2))
+    assert attempts.was_ready(HandoffKey("r", 2))
+    for i in range(REMEMBERED):
+        attempts.begin(HandoffKey(f"other{i}", 0))
+    assert attempts.begin(HandoffKey("r", 0)) is None
