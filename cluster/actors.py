@@ -42,6 +42,7 @@ class RoleActor:
         """Starts the role and returns once it serves; the same answer again when it runs already."""
         try:
             if self._running is None:
+                _log_to(assignment)
                 _pin(assignment.cores)
                 await self._import
                 self._running = await roles.start(assignment, _node_ip(), self._report)
@@ -130,6 +131,18 @@ def _describe(assignment: Assignment, running: roles.Running) -> Started:
         ticks=processes.started_at(pid) or 0,
         node_id=ray.get_runtime_context().get_node_id(),
     )
+
+
+def _log_to(assignment: Assignment) -> None:
+    """Changes of state go to the configured folder, or to standard error, which Ray keeps."""
+    folder = assignment.config.supervisor.log_dir
+    if folder:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    handler = logging.FileHandler(Path(folder) / f"{assignment.worker_id}.log") if folder else None
+    logging.basicConfig(
+        format="%(asctime)s %(levelname)s %(name)s %(message)s", handlers=[handler] if handler else None
+    )
+    logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
 
 
 def _pin(cores: list[int]) -> None:

@@ -17,7 +17,7 @@ from ..prefill_workers.config import PrefillSchedulerConfig
 from ..proto.clock import Rng
 from ..proto.errors import ConfigError
 from ..proto.ids import draw_id
-from ..router.config import GatewayConfig, RouterConfig, SloConfig
+from ..router.config import GatewayConfig, RouterConfig, SloConfig, is_loopback
 from .config_reader import FLATTEN, SECRET, Source, apply_overrides, build, read_file, section
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
@@ -181,6 +181,10 @@ class SupervisorConfig:
     restart_pause_s: float = 5.0
     """Longest pause before a process that keeps failing is started again; it doubles from 0.1, seconds."""
 
+    log_dir: str = ""
+    """Folder in which every process keeps a log, on its own node; empty leaves them to Ray's, which a
+    private Ray takes along when it ends."""
+
     def __post_init__(self) -> None:
         for name in ("start_timeout_s", "hang_grace_s", "gateway_hang_s", "restart_pause_s"):
             if not 0.0 < getattr(self, name) <= 86_400.0:
@@ -236,6 +240,11 @@ def load(file: Path | None, settings: Iterable[str], rng: Rng) -> ClusterConfig:
     token = security.cluster_token or f"{rng.getrandbits(256):064x}"
     source.given = dict(zip(GIVEN, (model.name, model.dtype, token, 0, 0), strict=True))
     config = build(ClusterConfig, table, source)
+    if not is_loopback(config.gateway.host) and not security.cluster_token:
+        raise ConfigError(
+            f"{source.of('gateway.host')}: gateway.host = {config.gateway.host} is reachable from other "
+            "machines; set security.cluster_token, which clients then have to send"
+        )
     return replace(
         config, name=config.name or draw_id(rng, "c-")[:14], security=replace(security, cluster_token=token)
     )

@@ -11,12 +11,25 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
 from pathlib import Path
+from typing import Any
 
 
 def bear(mark: str) -> int:
     """Makes this process one of the cluster's until it ends; the memfd that shows it."""
     return os.memfd_create(mark)
+
+
+def start_apart(command: list[str], **options: Any) -> subprocess.Popen[bytes]:
+    """Popen of a process that a Ctrl-C in the terminal does not reach: the supervisor decides when it
+    ends."""
+    # Blocked as well, for a Ctrl-C that comes between fork and the new session.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        return subprocess.Popen(command, start_new_session=True, **options)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def marked(mark: str) -> list[int]:

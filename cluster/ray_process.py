@@ -12,11 +12,12 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ..proto.errors import ConfigError, WorkerLost
+from ..proto.errors import ConfigError
 from .actors import ACTORS
 from .config import PlacementConfig
 from .node_agent import NodeAgent
 from .roles import Assignment, Started, StartFailed, StartProgress
+from .slot import ProcessGone
 
 logger = logging.getLogger(__name__)
 
@@ -58,16 +59,19 @@ class RayProcess:
         """Takes over `actor`: close() ends it."""
         self._actor = actor
         self._agents = agents
+        self._started: Started | None = None
 
     async def start(self, assignment: Assignment) -> Started | StartFailed:
         while True:
             try:
                 answer: Started | StartFailed = await self._actor.start.remote(assignment)
+                self._started = answer if isinstance(answer, Started) else None
                 return answer
             except ActorUnavailableError:  # Ray has not noticed the death, or is restarting
                 await asyncio.sleep(RETRY_S)
             except ActorDiedError as exc:
-                raise WorkerLost(f"{assignment.worker_id} cannot be started any more: {exc}") from exc
+                why = str(exc).strip().splitlines()[-1]
+                raise ProcessGone(f"Ray gave {assignment.worker_id} up: {why}") from exc
 
     async def progress(self) -> StartProgress | None:
         """How far a start is; None while the process is not there."""
@@ -119,7 +123,14 @@ class RayProcess:
         with contextlib.suppress(RayError, TimeoutError):
             async with asyncio.timeout(AGENT_S):
                 await self._actor.stop.remote()
+        # First, so that nothing is started again; but Ray takes seconds to end a stopped process.
         ray.kill(self._actor)
+        if self._started is not None:
+            with contextlib.suppress(RayError, TimeoutError):
+                async with asyncio.timeout(AGENT_S):
+                    await self._agents.on(self._started.node_id).kill.remote(
+                        self._started.pid, self._started.ticks
+                    )
 
 
 async def reserve(role: str, placement: PlacementConfig, timeout_s: float) -> PlacementGroup:

@@ -13,13 +13,18 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Protocol
 
-from ..proto.errors import DiphaseError, from_wire
+from ..proto.errors import DiphaseError, WorkerLost, from_wire
 from .config import SupervisorConfig
 from .roles import Assignment, Started, StartFailed, StartProgress
 
 logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S = 0.1
+
+
+class ProcessGone(Exception):
+    """The process will not come back under its handle. Never reaches a person: the supervisor says what it
+    means."""
 
 
 class Process(Protocol):
@@ -29,7 +34,7 @@ class Process(Protocol):
         """Waits until the process is there and serves.
 
         Raises:
-            WorkerLost: it does not come back, or died on the way.
+            ProcessGone: it will never come back.
         """
         ...
 
@@ -83,11 +88,15 @@ class Slot:
         return await asyncio.shield(self._first)
 
     async def run(self) -> None:
-        """Until cancelled. The first failure to start is final, later ones are tried again."""
+        """Until cancelled. The first failure to start is final, later ones are tried again.
+
+        Raises:
+            ProcessGone: it ended and will never come back.
+        """
         try:
             self.started = await self._start()
-        except DiphaseError as exc:
-            self._first.set_exception(exc)
+        except (DiphaseError, ProcessGone) as exc:
+            self._first.set_exception(exc if isinstance(exc, DiphaseError) else WorkerLost(str(exc)))
             self._first.exception()  # seen: the waiter may be gone already
             return
         self._first.set_result(self.started)
@@ -106,9 +115,7 @@ class Slot:
             async with asyncio.timeout(timeout_s):
                 answer = await self.process.start(self.assignment)
         except TimeoutError:
-            raise from_wire(
-                "worker_lost", f"{self.assignment.worker_id} did not start within {timeout_s:.0f} s"
-            ) from None
+            raise WorkerLost(f"{self.assignment.worker_id} did not start within {timeout_s:.0f} s") from None
         if isinstance(answer, StartFailed):
             raise from_wire(answer.code, f"{self.assignment.worker_id}: {answer.message}")
         # The next start takes the ports of this one: clients and scrapers find it where it was.

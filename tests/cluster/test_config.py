@@ -91,6 +91,7 @@ def test_sections_of_every_folder_are_read_from_one_file(tmp_path: Path) -> None
         ("pools.decode.cores=[1, 1]", "different core numbers"),
         ("router.admission=maybe", "router.admission"),
         ("name=a/b", "must be up to 64"),
+        ("gateway.host=0.0.0.0", "set security.cluster_token"),
         ("ray.address=ray://x:1", "not a ray:// client address"),
         ("supervisor.hang_grace_s=0", "supervisor.hang_grace_s"),
     ],

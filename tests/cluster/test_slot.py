@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 from diphase.cluster.config import SupervisorConfig, load
 from diphase.cluster.roles import Assignment, Started, StartFailed, StartProgress
-from diphase.cluster.slot import Slot
+from diphase.cluster.slot import ProcessGone, Slot
 from diphase.proto.clock import system_rng
-from diphase.proto.errors import CheckpointError, DiphaseError, WorkerLost
+from diphase.proto.errors import CheckpointError, WorkerLost
 
 QUICK = SupervisorConfig(restart_pause_s=0.1)
 
@@ -18,7 +18,7 @@ class FakeProcess:
 
     def __init__(self) -> None:
         self.assignments: list[Assignment] = []
-        self.failures: list[StartFailed | DiphaseError] = []
+        self.failures: list[StartFailed | Exception] = []
         self.gone = asyncio.Event()
         self.starts_at_all = True
 
@@ -28,7 +28,7 @@ class FakeProcess:
             await asyncio.Event().wait()
         if self.failures:
             failure = self.failures.pop(0)
-            if isinstance(failure, DiphaseError):
+            if isinstance(failure, Exception):
                 raise failure
             return failure
         self.gone.clear()
@@ -61,8 +61,8 @@ class FakeProcess:
 class Stage:
     """A slot, its process, and the membership as it changes."""
 
-    def __init__(self, config: SupervisorConfig = QUICK) -> None:
-        self.process = FakeProcess()
+    def __init__(self, config: SupervisorConfig = QUICK, process: FakeProcess | None = None) -> None:
+        self.process = process or FakeProcess()
         self.members: dict[str, str] = {}
         self.log: list[str] = []
         self.changed = asyncio.Condition()
@@ -140,7 +140,7 @@ async def test_later_failures_to_start_are_tried_again() -> None:
     stage = Stage()
     await stage.slot.first_start()
     await stage.changes(1)
-    stage.process.failures = [StartFailed(code="internal", message="no memory"), WorkerLost("died again")]
+    stage.process.failures = [StartFailed(code="internal", message="no memory"), WorkerLost("too slow")]
     stage.process.gone.set()
     assert (await stage.changes(3))[-1] == "+life-4"
     await stage.close()
@@ -150,5 +150,24 @@ async def test_a_start_that_takes_too_long_is_given_up() -> None:
     stage = Stage(SupervisorConfig(start_timeout_s=0.01))
     stage.process.starts_at_all = False
     with pytest.raises(WorkerLost, match="decode-0 did not start within"):
+        await stage.slot.first_start()
+    await stage.close()
+
+
+async def test_a_process_that_never_comes_back_ends_the_slot() -> None:
+    stage = Stage()
+    await stage.slot.first_start()
+    await stage.changes(1)
+    stage.process.failures = [ProcessGone("its node is gone")]
+    stage.process.gone.set()
+    with pytest.raises(ProcessGone, match="its node is gone"):
+        await stage.task
+
+
+async def test_a_process_that_is_gone_at_once_fails_the_start() -> None:
+    process = FakeProcess()
+    process.failures = [ProcessGone("no such node")]
+    stage = Stage(process=process)
+    with pytest.raises(WorkerLost, match="no such node"):
         await stage.slot.first_start()
     await stage.close()

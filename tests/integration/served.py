@@ -55,6 +55,14 @@ def wait_until(condition: Callable[[], bool], what: str, timeout_s: float) -> No
         time.sleep(0.02)
 
 
+def command_of(pid: int) -> str:
+    """Its command line; empty when it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").replace("\0", " ")
+    except OSError:
+        return ""
+
+
 class Served:
     """A cluster that runs. Lines of its output are kept as they come."""
 
@@ -135,8 +143,8 @@ class Served:
         return before
 
     def stop(self, number: signal.Signals = signal.SIGINT) -> int:
-        """Signals and waits for the end; the exit status."""
-        self.process.send_signal(number)
+        """Signals all of its process group, as a terminal does, and waits for the end; the exit status."""
+        os.killpg(self.process.pid, number)
         return self.wait()
 
     def wait(self) -> int:

@@ -19,7 +19,7 @@ from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import generate
 from diphase.proto.sampling import SamplingParams
 
-from .served import TINY, Completion, Served, follow, prompt_request, served, wait_until
+from .served import TINY, Completion, Served, command_of, follow, prompt_request, served, wait_until
 from .test_serving import idle
 
 NUM_REQUESTS = 6
@@ -98,10 +98,7 @@ async def test_every_request_ends_with_the_tokens_it_would_have_had(
 
 async def test_a_dead_store_stops_no_request_and_comes_back(cluster: Served, engine: TorchEngine) -> None:
     prompts = draw_prompts(90)[:1]
-    socket = cluster.folder / "store.sock"
-    [store] = [
-        pid for pid in map(int, filter(str.isdigit, os.listdir("/proc"))) if str(socket) in _command(pid)
-    ]
+    [store] = [pid for pid in processes.marked(cluster.folder.name) if "valkey-server" in command_of(pid)]
     completion = Completion()
     async with asyncio.timeout(RECOVER_S), asyncio.TaskGroup() as group:
         request = prompt_request(prompts[0], MAX_TOKENS, request_id="storeless")
@@ -115,11 +112,3 @@ async def test_a_dead_store_stops_no_request_and_comes_back(cluster: Served, eng
     await asyncio.to_thread(cluster.signal_worker, "prefill-1", signal.SIGKILL)
     await asyncio.to_thread(cluster.wait_line, "process_started worker_id=prefill-1 ", 60.0, after=line)
     await ready(cluster, "prefill-1")
-
-
-def _command(pid: int) -> str:
-    try:
-        with open(f"/proc/{pid}/cmdline", encoding="utf-8", errors="replace") as file:
-            return file.read()
-    except OSError:
-        return ""

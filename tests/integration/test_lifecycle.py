@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 import signal
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from diphase.cluster import processes
 from diphase.cluster.generate import stream
 from diphase.proto.errors import DiphaseError
 
-from .served import TINY, Completion, Served, complete, prompt_request, run, served, settings_words
+from .served import (
+    TINY,
+    Completion,
+    Served,
+    command_of,
+    complete,
+    prompt_request,
+    run,
+    served,
+    settings_words,
+)
 
 ONE = (*TINY, "pools.prefill.workers=0", "pools.decode.workers=0", "pools.colocated.workers=1")
 """The smallest cluster: one worker that does both."""
@@ -20,8 +33,16 @@ LONG = 6000
 """Tokens of a request that outlasts what the test does meanwhile."""
 
 
-async def test_two_clusters_run_side_by_side_and_the_stop_of_one_leaves_the_other_alone() -> None:
-    with served(*ONE) as first:
+def cores_of(pid: int) -> set[int]:
+    """Where any of its threads may run."""
+    threads = Path(f"/proc/{pid}/task").iterdir()
+    return set().union(*(os.sched_getaffinity(int(thread.name)) for thread in threads))
+
+
+async def test_two_clusters_run_side_by_side_and_the_stop_of_one_leaves_the_other_alone(
+    tmp_path: Path,
+) -> None:
+    with served(*ONE, "pools.colocated.cores=[0]", f"supervisor.log_dir={tmp_path}") as first:
         with served(*ONE) as second:
             assert first.addresses != second.addresses
             one, two = await asyncio.gather(
@@ -31,7 +52,8 @@ async def test_two_clusters_run_side_by_side_and_the_stop_of_one_leaves_the_othe
             assert one.token_ids == two.token_ids
         after = await complete(first.addresses[0], prompt_request([1, 2, 3], 5))
         assert after.token_ids == one.token_ids
-        assert first.pid("colocated-0") > 0
+        assert cores_of(first.pid("colocated-0")) == {0}
+    assert "worker_started worker_id=colocated-0" in (tmp_path / "colocated-0.log").read_text()
 
 
 async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> None:
@@ -89,6 +111,22 @@ def test_nothing_outlives_a_killed_supervisor_not_even_a_stopped_worker() -> Non
         cluster.kill()
 
 
+def test_a_ray_that_dies_ends_the_cluster_with_one_sentence() -> None:
+    # Ray asks itself whether it is alive every 3 seconds otherwise, and believes it after 15.
+    quick = {"period_ms": "500", "timeout_ms": "500", "failure_threshold": "2"}
+    cluster = Served(*ONE, **{f"RAY_health_check_{name}": value for name, value in quick.items()}).ready()
+    try:
+        [raylet] = [
+            pid for pid in processes.marked(cluster.folder.name) if "raylet/raylet" in command_of(pid)
+        ]
+        os.kill(raylet, signal.SIGKILL)
+        assert cluster.wait() == 1
+        assert any(line.startswith("diphase serve: Ray gave ") for line in cluster.lines)
+        cluster.assert_nothing_left()
+    finally:
+        cluster.kill()
+
+
 @pytest.fixture
 def taken_port() -> Iterator[int]:
     """A port that somebody listens on."""
@@ -123,14 +161,16 @@ def test_what_cannot_work_is_one_sentence_and_leaves_nothing(
     setting: str, sentence: str, taken_port: int, incomplete_model: Path
 ) -> None:
     names = {"port": taken_port, "model": incomplete_model}
-    before = set(Path("/tmp").glob("diphase-*"))
     settings = [*TINY, "gateway.port=0", "ray.placement_timeout_s=3", setting.format(**names)]
-    done = run("serve", *settings_words(settings))
+    done = run("serve", "-v", *settings_words(settings))
     assert done.returncode == 2
-    assert done.stderr.startswith("diphase serve: ")
-    assert done.stderr.count("\n") == 1
-    assert sentence.format(**names) in done.stderr
-    assert set(Path("/tmp").glob("diphase-*")) == before
+    *log, complaint = done.stderr.splitlines()
+    assert complaint.startswith("diphase serve: ")
+    assert sentence.format(**names) in complaint
+    assert not any("diphase serve: " in line for line in log)
+    for folder in re.findall(r"foundation_begun folder=(\S+)", done.stderr):
+        assert not Path(folder).exists()
+        assert processes.marked(Path(folder).name) == []
 
 
 def test_the_demonstration_succeeds() -> None:
