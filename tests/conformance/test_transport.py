@@ -208,7 +208,8 @@ class TestWrites:
     def test_who_does_not_poll_holds_the_writer_up_and_loses_nothing(self, make: Any, name: str) -> None:
         a, b = joined(make, name)
         accepted = 0
-        while accepted < 20_000:
+        limit = time.monotonic() + PATIENCE_S
+        while accepted < 20_000 and time.monotonic() < limit:
             try:
                 a.write("b", [(0, 0, 8)], b"%d" % accepted, s=60.0)
                 accepted += 1
@@ -400,6 +401,8 @@ class Child:
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
+        if number == signal.SIGSTOP:  # it runs on until the last of its threads has stopped
+            os.waitpid(self.process.pid, os.WUNTRACED)
 
     def end(self) -> None:
         if self.process.poll() is None:
