@@ -19,10 +19,11 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import transformers
@@ -34,7 +35,7 @@ from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import generate
 from diphase.engine.kv_pool import TORCH_DTYPES
-from diphase.engine.sequence import Sequence
+from diphase.engine.sequence import Sequence as Request
 from diphase.engine.weights import drawn_tensors
 from diphase.proto.ids import HandoffKey
 from diphase.proto.sampling import SamplingParams
@@ -43,6 +44,7 @@ from transformers import DynamicCache, LlamaForCausalLM
 from transformers.models.llama import LlamaConfig
 
 PREFILL_TOKENS = 512
+PREFILL = f"prefill {PREFILL_TOKENS}"
 DECODE = ((1, 100), (4, 100), (8, 100), (16, 100), (8, 1024), (16, 1024))
 """(batch, context)"""
 DECODE_STEPS = 8
@@ -53,7 +55,7 @@ PREFILL_TARGET = 1200.0
 Step = Callable[[], object]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
     """Of one case on one engine, milliseconds."""
 
@@ -93,16 +95,16 @@ class Diphase:
     def close(self) -> None:
         self._engine.close()
 
-    def _sequence(self, num_tokens: int, computed: int) -> Sequence:
+    def _sequence(self, num_tokens: int, computed: int) -> Request:
         """Random tokens over scattered blocks; sequences may share blocks, which changes no timing of
         reads."""
         engine = self._engine
         blocks = self._rng.sample(range(engine.num_blocks), engine.layout.num_blocks_for(num_tokens))
-        return Sequence(
+        return Request(
             key=HandoffKey("benchmark", 0),
             gateway_id="",
             token_ids=[self._rng.randrange(engine.limits.vocab_size) for _ in range(num_tokens)],
-            num_prompt_tokens=num_tokens,
+            num_prompt_tokens=computed or num_tokens,  # a decoding token is no prompt's
             params=SamplingParams(),
             slo=Slo(),
             arrived_at=0.0,
@@ -154,7 +156,8 @@ class Transformers:
 
     @torch.inference_mode()
     def _run(self, ids: torch.Tensor, cache: DynamicCache) -> torch.Tensor:
-        return self._model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1].argmax(dim=1)
+        logits: torch.Tensor = self._model(ids, past_key_values=cache, logits_to_keep=1).logits
+        return logits[:, -1].argmax(dim=1)
 
 
 def _stored(files: ModelFiles) -> Callable[[str], torch.Tensor]:
@@ -167,29 +170,54 @@ def _stored(files: ModelFiles) -> Callable[[str], torch.Tensor]:
     return read
 
 
-def measure(engines: list[Diphase | Transformers], rounds: int) -> list[Timing]:
+class Contender(Protocol):
+    """An engine that takes part."""
+
+    name: str
+
+    def prefill(self) -> Step: ...
+    def decode(self, batch: int, context: int) -> Step: ...
+    def answer(self, token_ids: list[int]) -> list[int]: ...
+    def close(self) -> None: ...
+
+
+def measure(engines: Sequence[Contender], rounds: int) -> list[Timing]:
+    """Every case on every engine in turn, `rounds` times after one that warms up."""
     samples: dict[tuple[str, str], list[tuple[float, float]]] = {}
-    for number in range(rounds + 1):  # round 0 warms up
-        for case, repeats in [("prefill", 1), *((pair, DECODE_STEPS) for pair in DECODE)]:
+    for number in range(rounds + 1):
+        for engine in engines:
+            taken = timed(engine.prefill(), 1)
+            samples.setdefault((engine.name, PREFILL), []).extend(taken if number else [])
+        for batch, context in DECODE:
             for engine in engines:
-                step = engine.prefill() if case == "prefill" else engine.decode(*case)
-                name = f"prefill {PREFILL_TOKENS}" if case == "prefill" else "decode {} x {}".format(*case)
-                step()
-                for _ in range(repeats):
-                    started, busy = time.perf_counter(), time.process_time()
-                    step()
-                    took = (time.perf_counter() - started, time.process_time() - busy)
-                    if number:
-                        samples.setdefault((engine.name, name), []).append(took)
+                taken = timed(engine.decode(batch, context), DECODE_STEPS)
+                case = f"decode {batch} x {context}"
+                samples.setdefault((engine.name, case), []).extend(taken if number else [])
         print(f"round {number} of {rounds}", file=sys.stderr)
-    timings = []
-    for (engine_name, name), times in samples.items():
-        walls, cpus = zip(*times, strict=True)
-        figures = (statistics.median(walls), min(walls), statistics.median(cpus))
-        timings.append(
-            Timing(engine_name, name, *(round(figure * 1000.0, 2) for figure in figures), len(times))
-        )
-    return timings
+    return [timing_of(engine, case, times) for (engine, case), times in samples.items()]
+
+
+def timed(step: Step, repeats: int) -> list[tuple[float, float]]:
+    """(wall, processor) seconds of each of `repeats` steps, after one that is not counted."""
+    step()
+    times = []
+    for _ in range(repeats):
+        wall, busy = time.perf_counter(), time.process_time()
+        step()
+        times.append((time.perf_counter() - wall, time.process_time() - busy))
+    return times
+
+
+def timing_of(engine: str, case: str, times: list[tuple[float, float]]) -> Timing:
+    walls, cpus = zip(*times, strict=True)
+    return Timing(
+        engine=engine,
+        case=case,
+        median_ms=round(statistics.median(walls) * 1000.0, 2),
+        fastest_ms=round(min(walls) * 1000.0, 2),
+        cpu_ms=round(statistics.median(cpus) * 1000.0, 2),
+        samples=len(times),
+    )
 
 
 def read_floor_ms(files: ModelFiles) -> float:
@@ -227,7 +255,7 @@ def report(timings: list[Timing]) -> None:
         target = f"   target {TARGETS_MS[case]:.0f}" if case in TARGETS_MS else ""
         print(f"{case:18}" + "".join(f"{cell:>26}" for cell in cells) + target)
     for engine in engines:
-        speed = PREFILL_TOKENS / by_case[engine, f"prefill {PREFILL_TOKENS}"].median_ms * 1000.0
+        speed = PREFILL_TOKENS / by_case[engine, PREFILL].median_ms * 1000.0
         print(f"{engine}: prefill {speed:,.0f} tokens/s (target {PREFILL_TARGET:,.0f})")
 
 
@@ -240,7 +268,7 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     files = resolve(options.model)
-    engines = [Diphase(files, "bf16"), Diphase(files, "int8"), Transformers(files)]
+    engines: list[Contender] = [Diphase(files, "bf16"), Diphase(files, "int8"), Transformers(files)]
     floor_ms = read_floor_ms(files)
     prompt = [504, 3575, 282, 4649, 314]  # "The capital of France is", in the default model's tokens
     answers = {engine.name: engine.answer(prompt) for engine in engines}
@@ -265,7 +293,7 @@ def main() -> None:
         "prefill_tokens_per_s": {
             timing.engine: round(PREFILL_TOKENS / timing.median_ms * 1000.0)
             for timing in timings
-            if timing.case.startswith("prefill")
+            if timing.case == PREFILL
         },
         "greedy_after_the_capital_of_france_is": answers,
         "timings": [asdict(timing) for timing in timings],
