@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ..proto.errors import CheckpointError
+from .mapped_file import map_file
 from .number_formats import GGML_FORMATS, GGML_OTHER_NAMES, ByteArray
 
 GgufValue = int | float | bool | str | list[int] | list[float] | list[bool] | list[str]
@@ -66,12 +67,7 @@ class GgufFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                # Copy-on-write: the arrays are writable for their users and the file never changes.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise CheckpointError(f"{path} cannot be opened: {error}") from error
+        self._map = map_file(path)
         self.metadata: dict[str, GgufValue] = {}
         self.tensors: dict[str, GgufTensor] = {}
         try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..proto.errors import CheckpointError
+from .mapped_file import map_file
 from .number_formats import ITEM_BYTES
 
 _DTYPE_OF = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
@@ -45,12 +45,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        try:
-            with path.open("rb") as file:
-                # Copy-on-write: the arrays are writable for their users and the file never changes.
-                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        except (OSError, ValueError) as error:  # ValueError: an empty file
-            raise CheckpointError(f"{path} cannot be opened: {error}") from error
+        self._map = map_file(path)
         length = int.from_bytes(self._map[:_LENGTH_BYTES], "little")
         self.header_bytes = _LENGTH_BYTES + length
         if length > _MAX_HEADER_BYTES or self.header_bytes > len(self._map):

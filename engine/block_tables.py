@@ -6,6 +6,7 @@ Both schedulers own one. It knows sequences and the block manager; not steps, pr
 from __future__ import annotations
 
 from ..proto.block_hash import extend_hashes
+from ..proto.errors import PromptTooLong
 from .block_manager import BlockManager
 from .sequence import Sequence
 
@@ -19,6 +20,17 @@ class BlockTables:
 
     def num_blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.blocks.block_size)
+
+    def check_fits(self, sequence: Sequence) -> None:
+        """Raises:
+        PromptTooLong: the pool cannot hold the sequence even when it is empty.
+        """
+        needed, total = self.num_blocks_for(sequence.num_tokens), self.blocks.num_blocks
+        if needed > total:
+            raise PromptTooLong(
+                f"the prompt needs {needed} KV blocks and the pool has {total}; shorten it or raise "
+                "engine.kv_cache_mib"
+            )
 
     def hash_blocks(self, sequence: Sequence) -> None:
         """Completes the hashes of the sequence's full blocks."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import heapq
 from itertools import count
 
+from ..proto.errors import Overloaded
 from ..proto.ids import HandoffKey
 from .sequence import Sequence
 
@@ -38,6 +39,13 @@ class WaitQueue:
 
     def sequences(self) -> list[Sequence]:
         return list(self._waiting.values())
+
+    def check_room(self, most: int) -> None:
+        """Raises:
+        Overloaded: so many wait already.
+        """
+        if len(self) >= most:
+            raise Overloaded(f"{len(self)} requests wait for prefill already; send fewer", retry_after_s=1.0)
 
     def add(self, sequence: Sequence) -> None:
         self._waiting[sequence.key] = sequence

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
 from ..proto.clock import Clock
-from ..proto.errors import Cancelled, DiphaseError, PeerLost, TransferError
+from ..proto.errors import Cancelled, DiphaseError, TransferError
 from ..proto.handoff_pb2 import HandoffMessage
 from ..proto.ids import HandoffKey
 from ..proto.kv_layout import KvLayout
@@ -48,13 +48,6 @@ class Session:
     closing: bool = False
     fences: deque[HandoffKey] = field(default_factory=deque)
     """Who asked for the fences that are not answered, in order."""
-
-
-class Machine(Protocol):
-    @property
-    def state(self) -> str: ...
-    @property
-    def due(self) -> float: ...
 
 
 class Handoff(Protocol):
@@ -132,11 +125,6 @@ class HandoffDriver(ABC, Generic[H, R]):
         """Hand-offs not over yet: those that wait, that are leased and that are fenced included."""
         return len(self._handoffs)
 
-    @property
-    def next_due(self) -> float:
-        """Clock time at which pump() has a deadline to look at; infinite when there is none."""
-        return self._due
-
     def pump(self) -> None:
         """Handles transport events, digests and deadlines; called by itself once started."""
         for name, event in self._transports.poll():
@@ -146,13 +134,6 @@ class HandoffDriver(ABC, Generic[H, R]):
         self._run()
         self._tick()
         self._deliver()
-
-    def peer_lost(self, incarnation: str, message: str) -> None:
-        """Someone has found that this process hangs or is gone: its hand-offs fail now."""
-        session = self._sessions.get(incarnation)
-        if session is not None:
-            self._take_down(session, PeerLost(message))
-            self._settle()
 
     async def drain(self) -> None:
         """Returns when nothing is in flight, leases included. Cancelling it changes nothing."""

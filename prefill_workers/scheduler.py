@@ -13,7 +13,7 @@ from ..engine.chunking import next_chunk
 from ..engine.requests import Outcome, append_sampled
 from ..engine.sequence import Sequence
 from ..engine.wait_queue import WaitQueue, rank
-from ..proto.errors import OutOfBlocks, Overloaded, PromptTooLong
+from ..proto.errors import OutOfBlocks
 from ..proto.ids import HandoffKey
 from .config import PrefillSchedulerConfig
 
@@ -37,16 +37,8 @@ class PrefillScheduler:
             Overloaded: `max_waiting` sequences wait already.
             PromptTooLong: the pool cannot hold the prompt even when it is empty.
         """
-        if len(self._waiting) >= self._config.max_waiting:
-            raise Overloaded(
-                f"{len(self._waiting)} requests wait for prefill already; send fewer", retry_after_s=1.0
-            )
-        needed, total = self._tables.num_blocks_for(sequence.num_tokens), self._tables.blocks.num_blocks
-        if needed > total:
-            raise PromptTooLong(
-                f"the prompt needs {needed} KV blocks and the pool has {total}; shorten it or raise "
-                "engine.kv_cache_mib"
-            )
+        self._waiting.check_room(self._config.max_waiting)
+        self._tables.check_fits(sequence)
         self._waiting.add(sequence)
 
     def cancel(self, key: HandoffKey) -> None:
