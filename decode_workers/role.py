@@ -184,8 +184,10 @@ class DecodeRole:
     def _on_receiver_event(self, event: ReceiverEvent) -> None:
         if isinstance(event, Ready):
             self._admit(event)
-        elif isinstance(event, ReceiveFailed) and self._shell.adopt(event.submit):
-            self._shell.emit([failed_output(event.key, len(event.submit.emitted_token_ids), event.error)])
+        elif isinstance(event, ReceiveFailed):
+            self._shell.handoff_failed(event.error.code)
+            if self._shell.adopt(event.submit):
+                self._shell.emit([failed_output(event.key, len(event.submit.emitted_token_ids), event.error)])
         self._shell.wake()
 
     def _admit(self, handoff: Ready) -> None:

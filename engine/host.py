@@ -265,6 +265,9 @@ class WorkerHost:
     def handed_off(self, seconds: float, tail_s: float, num_bytes: int, num_segments: int) -> None:
         self.metrics.handed_off(seconds, tail_s, num_bytes, num_segments)
 
+    def handoff_failed(self, code: str) -> None:
+        self.metrics.handoff_failed(code)
+
     # steps
 
     async def _run_steps(self) -> None:

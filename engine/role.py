@@ -44,6 +44,10 @@ class Shell(Protocol):
         verification."""
         ...
 
+    def handoff_failed(self, code: str) -> None:
+        """A hand-off failed, with this error code."""
+        ...
+
 
 class Role(Protocol):
     """Scheduler and hand-off of one kind of worker. All methods are called on the event loop."""

@@ -207,6 +207,8 @@ class PrefillRole:
         return output
 
     def _on_sender_event(self, event: SenderEvent) -> None:
+        if isinstance(event, SendFailed):
+            self._shell.handoff_failed(event.error.code)
         job = self._jobs.get(event.key.request_id)
         if job is not None and job.sequence.key == event.key:
             if isinstance(event, SendFailed):

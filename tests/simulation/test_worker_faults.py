@@ -13,6 +13,12 @@ from .gateway import Gateway, Placement
 from .traffic import draw_request, expected, one_and_one, serve_all, simulate, until_idle
 
 
+def failed_handoffs(worker: SimWorker) -> float:
+    """As /metrics tells, whatever the error."""
+    [metric] = [m for m in worker.host.metrics.registry.collect() if m.name == "diphase_failed_handoffs"]
+    return sum(sample.value for sample in metric.samples if sample.name.endswith("_total"))
+
+
 @pytest.mark.parametrize("victim", ["prefill", "decode"])
 @pytest.mark.parametrize("seed", range(3))
 def test_a_killed_worker_costs_an_attempt_and_no_token(seed: int, victim: str) -> None:
@@ -68,6 +74,7 @@ def test_cut_and_silent_connections_between_workers_cost_attempts_and_no_token(s
         await serve_all(gateway, requests, lambda i, attempt: placement, rng, within_s=20.0)
         await disturbing
         await until_idle(workers, 120.0)
+        assert failed_handoffs(workers[0]) > 0
 
     simulate(seed, one_and_one, body)
 
