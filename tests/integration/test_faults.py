@@ -14,9 +14,11 @@ from collections.abc import Iterator
 
 import pytest
 from diphase.cluster import processes
+from diphase.cluster.endpoint import open_channel
 from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import generate
+from diphase.proto.inference_pb2_grpc import InferenceStub
 from diphase.proto.sampling import SamplingParams
 
 from .served import TINY, Completion, Served, command_of, follow, prompt_request, served, wait_until
@@ -25,6 +27,8 @@ from .test_serving import idle
 NUM_REQUESTS = 6
 MAX_TOKENS = 200
 RECOVER_S = 60.0
+STORM = 1000
+STORM_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +98,55 @@ async def test_every_request_ends_with_the_tokens_it_would_have_had(
     if victim != "gateway-0":
         await ready(cluster, victim)
     await asyncio.to_thread(wait_until, lambda: idle(cluster), "every block to be free or cached", 30)
+
+
+def settled(cluster: Served) -> int:
+    """Terminal events that gateway 0 has counted."""
+    return sum(map(int, cluster.status().get("requests_by_slo", {}).values()))
+
+
+async def test_a_thousand_requests_with_cancels_and_deaths_each_end_once(
+    cluster: Served, engine: TorchEngine
+) -> None:
+    rng = random.Random(5)
+    prompts = [[rng.randrange(512) for _ in range(rng.randrange(1, 120))] for _ in range(40)]
+    # A client that leaves does so after so many tokens.
+    leaves = {i: rng.randrange(20) for i in rng.sample(range(STORM), STORM // 5)}
+    truth = [token_ids[:STORM_TOKENS] for token_ids in expected(engine, prompts)]
+    before = await asyncio.to_thread(settled, cluster)
+    places = asyncio.Semaphore(24)
+    ended = 0
+    deaths = {STORM // 4: "prefill-0", STORM // 2: "decode-0", 3 * STORM // 4: "prefill-1"}
+
+    async def one(stub: InferenceStub, i: int) -> list[int]:
+        nonlocal ended
+        completion = Completion()
+        async with places:
+            call = stub.Generate(prompt_request(prompts[i % 40], STORM_TOKENS, request_id=f"storm-{i}"))
+            async for response in call:
+                completion.take(response)
+                if len(completion.token_ids) > leaves.get(i, STORM_TOKENS):
+                    call.cancel()
+                    break
+            else:
+                assert completion.last is not None
+        ended += 1
+        if victim := deaths.get(ended):
+            cluster.signal_worker(victim, signal.SIGKILL)
+        return completion.token_ids
+
+    async with asyncio.timeout(3 * RECOVER_S), open_channel(cluster.addresses[0]) as channel:
+        stub = InferenceStub(channel)
+        async with asyncio.TaskGroup() as group:
+            requests = [group.create_task(one(stub, i)) for i in range(STORM)]
+    for i, request in enumerate(requests):
+        token_ids = request.result()
+        assert token_ids == truth[i % 40][: len(token_ids)]
+        assert len(token_ids) == STORM_TOKENS or i in leaves
+    for victim in deaths.values():
+        await ready(cluster, victim)
+    await asyncio.to_thread(wait_until, lambda: idle(cluster), "every block to be free or cached", 30)
+    assert await asyncio.to_thread(settled, cluster) == before + STORM
 
 
 async def test_a_dead_store_stops_no_request_and_comes_back(cluster: Served, engine: TorchEngine) -> None:
