@@ -1,5 +1,4 @@
-"""The hand-off as the prefill worker sees it: ask for room, push what is computed, let go when decode has
-verified.
+"""The hand-off as the prefill worker sees it: ask for room, push what is computed, let go once verified.
 
 Pure: see machine.py. The machine knows how many blocks and layers there are, never which.
 """

@@ -1,0 +1,98 @@
+"""One end of a transport in this process, with what tests ask of it."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from diphase.kv_transfer.base import (
+    Done,
+    Event,
+    Failed,
+    Notified,
+    Region,
+    Segments,
+    Transport,
+    TransportContext,
+)
+from diphase.kv_transfer.local import LocalHub
+from diphase.kv_transfer.registry import load_factory
+from diphase.proto.clock import MonotonicClock
+
+NAMES = ["local", "shm", "tcp"]
+OVER_SOCKETS = ["shm", "tcp"]
+PATIENCE_S = 20.0
+SIZE = 1 << 20
+
+
+class End:
+    """One transport with one region, in this process."""
+
+    def __init__(
+        self, name: str, incarnation: str, hub: LocalHub, size: int = SIZE, token: str = "", **more: Any
+    ) -> None:
+        self.name = incarnation
+        self.woken = threading.Event()
+        self.fd = os.memfd_create(incarnation)
+        os.ftruncate(self.fd, size)
+        self.buffer = memoryview(mmap.mmap(self.fd, size))
+        self.bytes = np.frombuffer(self.buffer, dtype=np.uint8)
+        context = TransportContext(
+            incarnation=incarnation, wake=self.woken.set, clock=MonotonicClock(), token=token, hub=hub
+        )
+        self.transport: Transport = load_factory(name)(context)
+        self.transport.register(Region(buffer=self.buffer, fd=self.fd))
+        self.events: list[Event] = []
+
+    def poll(self) -> None:
+        while events := self.transport.poll():
+            self.events.extend(events)
+
+    def until(self, condition: Callable[[], bool], *others: End) -> None:
+        """Polls until it holds."""
+        limit = time.monotonic() + PATIENCE_S
+        while True:
+            self.woken.clear()
+            self.poll()
+            for other in others:
+                other.poll()
+            if condition():
+                return
+            assert time.monotonic() < limit, f"waited in vain; so far {self.events[-5:]}"
+            self.woken.wait(0.05)
+
+    def of(self, kind: type) -> list[Any]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    def terminals(self) -> list[Any]:
+        return self.of(Done) + self.of(Failed)
+
+    def tags(self) -> list[bytes]:
+        return [event.tag for event in self.of(Notified)]
+
+    def write(
+        self, peer: str, segments: list[tuple[int, int, int]], tag: bytes = b"", s: float = 10.0
+    ) -> int:
+        return self.transport.write(peer, table(segments), tag, s)
+
+    def close(self) -> None:
+        self.transport.close()
+        os.close(self.fd)
+
+
+def table(segments: list[tuple[int, int, int]]) -> Segments:
+    """(local offset, remote offset, length) in region 0 of both ends."""
+    return np.array([[0, a, 0, b, n] for a, b, n in segments], dtype=np.int64).reshape(-1, 5)
+
+
+def joined(make: Callable[..., End], name: str, **more: Any) -> tuple[End, End]:
+    """`a` may write to `b`."""
+    a, b = make(name, "a", **more), make(name, "b", **more)
+    b.transport.admit("a")
+    assert a.transport.connect(b.transport.endpoint(), 5.0) == "b"
+    return a, b
