@@ -85,6 +85,7 @@ def test_fp32_logits_equal_those_of_transformers(files: ModelFiles) -> None:
     not (can_pack(torch.zeros(16, 16, dtype=torch.bfloat16)) and torch.cpu._is_amx_tile_supported()),
     reason="the matrix library's order of sums was measured with AMX",
 )
+@pytest.mark.slow
 def test_batch_invariance_makes_mixed_steps_and_recomputing_exact(files: ModelFiles) -> None:
     engine = load(files, "bf16", batch_invariant=True)
     prompts = [token_ids(files, text) for text in PROMPTS]
