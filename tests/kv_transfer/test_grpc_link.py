@@ -141,6 +141,7 @@ async def test_many_hand_offs_arrive_byte_for_byte(make: Make, transport: str, l
         assert ready.num_bytes == len(blocks) * LAYOUT.block_bytes
         cluster.d.pool.release(ready.block_ids)
         assert await event(cluster.p) == Sent(key=HandoffKey("r", number))
+    await asyncio.wait_for(cluster.sender.drain(), 20.0)
     assert cluster.p.pool.counts().free == cluster.d.pool.counts().free == NUM_BLOCKS
     assert cluster.sender.in_flight == cluster.receiver.in_flight == 0
 
@@ -162,6 +163,7 @@ async def test_a_wrong_token_is_turned_away_by_the_link(make: Make) -> None:
     failed = await event(cluster.p)
     assert isinstance(failed, SendFailed)
     assert failed.error.code == "unauthenticated"
+    await asyncio.wait_for(cluster.sender.drain(), 20.0)
     assert cluster.p.pool.counts().free == NUM_BLOCKS
 
 
