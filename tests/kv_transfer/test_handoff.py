@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import random
 from typing import Any
 
 import numpy as np
 import pytest
-from diphase.kv_transfer.receiver import Ready, ReceiveFailed
-from diphase.kv_transfer.sender import SendFailed, Sent
-from diphase.proto.errors import Cancelled, OutOfBlocks, TransferError
+from diphase.kv_transfer.receiver import Ready
+from diphase.kv_transfer.sender import Sent
+from diphase.proto.errors import Cancelled, TransferError
 from diphase.proto.ids import HandoffKey
 from diphase.proto.worker_pb2 import Submit
+
+from .handoff_checks import error_codes, idle
 
 KEY = HandoffKey("r", 0)
 OTHER = HandoffKey("s", 0)
@@ -26,21 +27,6 @@ def send(pair: Any, key: HandoffKey = KEY, num_tokens: int = 10, hashes: tuple[b
     pair.sender.seeded(key, 42, 3.0)
     pair.p.pool.release(blocks)
     return blocks
-
-
-def idle(pair: Any) -> bool:
-    """Nothing in flight, and every block free or cached or the taker's."""
-    taken = sum(len(e.block_ids) for e in pair.received() if isinstance(e, Ready))
-    p, d = pair.p.pool.counts(), pair.d.pool.counts()
-    assert (p.used, p.quarantined) == (0, 0), p
-    assert (d.used, d.quarantined) == (taken, 0), d
-    assert pair.sender.in_flight == pair.receiver.in_flight == 0
-    assert pair.sender.held_blocks == pair.receiver.reserved_blocks == pair.receiver.quarantined_blocks == 0
-    return True
-
-
-def error_codes(events: list[Any]) -> list[str]:
-    return [event.error.code for event in events if isinstance(event, SendFailed | ReceiveFailed)]
 
 
 class TestGoodCourse:
@@ -373,75 +359,3 @@ class TestFailures:
         pair.receiver.abort(KEY, TransferError("x"))
         pair.receiver.room_freed()
         assert idle(pair)
-
-
-def hand_off(pair: Any, rng: random.Random, key: HandoffKey) -> None:
-    """A hand-off whose prompt is computed in two chunks while the network goes on for a while."""
-    num_tokens = rng.randint(1, 20)
-    try:
-        blocks = pair.p.pool.allocate(pair.layout.num_blocks_for(num_tokens))
-    except OutOfBlocks:  # everything is held
-        return
-    submit = Submit(request_id=key.request_id, attempt=key.attempt)
-    pair.sender.begin(key, pair.address(), submit, num_tokens)
-    for chunk in sorted({rng.randint(1, num_tokens), num_tokens}):
-        pair.pump(rounds=rng.randint(0, 6))
-        step = pair.sender.layers_per_push(key)
-        for layer in range(0, pair.layout.num_layers, step):
-            pair.sender.computed(key, blocks, chunk, layer, min(step, pair.layout.num_layers - layer))
-    if rng.random() < 0.9:
-        pair.sender.seeded(key, 7, 0.0)
-    else:
-        pair.sender.finish(key)
-    pair.p.pool.release(blocks)
-
-
-def go_wrong(pair: Any, rng: random.Random, key: HandoffKey) -> None:
-    """One fault, or none."""
-    faults = (
-        lambda: pair.sender.abort(key, Cancelled("x")),
-        lambda: pair.receiver.abort(key, Cancelled("x")),
-        lambda: pair.links.cut("p:1"),
-        lambda: pair.data.held.symmetric_difference_update({("p-1", "d-1")}),
-        lambda: pair.control.held.symmetric_difference_update({("p:1", "d:1")}),
-        lambda: pair.control.held.symmetric_difference_update({("d:1", "p:1")}),
-        lambda: pair.pass_time(rng.choice([0.5, 2.5, 11.0])),
-        lambda: pair.p.transports["local"].disconnect("d-1"),
-    )
-    which = rng.randrange(2 * len(faults))
-    if which < len(faults):
-        faults[which]()
-
-
-def take(pair: Any, rng: random.Random, share: float) -> int:
-    """Requests finish: their blocks go back."""
-    finished = [e for e in pair.d.events if isinstance(e, Ready) and rng.random() < share]
-    for event in finished:
-        pair.d.pool.release(event.block_ids)
-        pair.d.events.remove(event)
-        pair.receiver.room_freed()
-    return len(finished)
-
-
-async def test_whatever_goes_wrong_every_pool_returns_to_idle(make_pair: Any) -> None:
-    ready = failed = 0
-    for seed in range(80):
-        rng = random.Random(seed)
-        layers = rng.choice([1, 2, 3])
-        pair = make_pair(num_blocks=12, layerwise_tokens=rng.choice([0, 8, 100]), layers_per_push=layers)
-        for number in range(rng.randint(5, 12)):
-            key = HandoffKey(f"r{number % 5}", number)
-            hand_off(pair, rng, key)
-            go_wrong(pair, rng, key)
-            ready += take(pair, rng, 0.5)
-        pair.data.held.clear()
-        pair.control.held.clear()
-        for _ in range(6):
-            pair.pass_time(11.0)
-            ready += take(pair, rng, 1.0)
-        assert idle(pair), seed
-        failed += len(error_codes(pair.p.events))
-        keys = [event.key for event in pair.p.events]
-        assert len(set(keys)) == len(keys), "reported twice"
-    assert ready > 200
-    assert failed > 50

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -399,21 +398,3 @@ class TestDecodeSide:
         assert actions == [k.SendQueued()]
         assert m.due == 10.0
         assert play(m, k.Tick(), now=10.0)[1] == [k.SendQueued()]
-
-
-@pytest.mark.parametrize(
-    ("name", "table", "events"),
-    [("prefill", PREFILL_TABLE, PREFILL_EVENTS), ("decode", DECODE_TABLE, DECODE_EVENTS)],
-)
-def test_the_page_about_the_protocol_shows_these_tables(name: str, table: Any, events: Any) -> None:
-    def cell(entry: Any) -> str:
-        if isinstance(entry, k.Refusal):
-            return f"– {entry.reason}" if entry.counted else "–"
-        handler: str = entry.__name__
-        return handler.strip("_").replace("_", " ")
-
-    lines = [f"| event | {' | '.join(table)} |", f"| --- |{' --- |' * len(table)}"]
-    lines += [f"| {e.__name__} | {' | '.join(cell(row[e]) for row in table.values())} |" for e in events]
-    page = (Path(__file__).parents[2] / "docs" / "handoff.md").read_text(encoding="utf-8")
-    shown = page.partition(f"<!-- {name} -->\n")[2].partition("<!-- end -->")[0]
-    assert shown.strip().splitlines() == lines
