@@ -22,22 +22,19 @@ from .terminal import StartDisplay, stages_table
 
 TIMEOUT_S = 120.0
 
-STORY = (
-    "The lighthouse keeper climbed the stairs once more. The storm had put out the lamp twice that night, "
-    "and a ship was somewhere out there in the dark. He"
-)
+FACT = "The capital of France is"
+STORY = "Once upon a time, a lighthouse keeper found a letter in a bottle. It said:"
+QUESTION = "Explain in two sentences why the sky is blue."
 
 
 def requests() -> list[tuple[str, pb.GenerateRequest]]:
     """What is sent, each with the words it is shown under."""
-    sampling = pb.Sampling(max_tokens=48)
-    question = "Why is the sky blue? Answer in two sentences."
-    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content=question)])
-    france = "The capital of France is"
+    chat = pb.Chat(messages=[pb.ChatMessage(role="user", content=QUESTION)])
+    one_line = pb.Sampling(max_tokens=16, stop=["\n"])
     return [
-        (france, pb.GenerateRequest(prompt=france, sampling=pb.Sampling(max_tokens=24))),
-        (STORY, pb.GenerateRequest(prompt=STORY, sampling=sampling)),
-        (f"chat: {question}", pb.GenerateRequest(chat=chat, sampling=sampling)),
+        (FACT, pb.GenerateRequest(prompt=FACT, sampling=one_line)),
+        (STORY, pb.GenerateRequest(prompt=STORY, sampling=pb.Sampling(max_tokens=60))),
+        (f"chat: {QUESTION}", pb.GenerateRequest(chat=chat, sampling=pb.Sampling(max_tokens=64))),
     ]
 
 

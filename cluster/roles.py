@@ -165,9 +165,9 @@ async def _start_worker(
 
 def _worker_config(assignment: Assignment, node_ip: str) -> PrefillWorkerConfig | DecodeWorkerConfig:
     config = assignment.config
-    # Transports announce the address they listen on.
     transfer = config.kv_transfer
-    if transfer.host in WILDCARDS:
+    if config.host.host in WILDCARDS:
+        # The transports of a worker that other nodes shall reach listen where they can be dialled.
         transfer = replace(transfer, host=node_ip)
     if assignment.role == "prefill":
         return PrefillWorkerConfig(

@@ -107,6 +107,12 @@ def test_a_worker_may_listen_on_every_interface_because_the_token_is_drawn() -> 
     assert loaded("host.host=0.0.0.0").host.host == "0.0.0.0"
 
 
+def test_the_example_for_several_nodes_is_a_valid_configuration() -> None:
+    config = loaded(file=Path(__file__).parents[2] / "deploy" / "several_nodes.toml")
+    assert config.gateway.replicas == 2
+    assert config.pools.prefill.placement.strategy == "SPREAD"
+
+
 def test_cores_are_dealt_out_evenly_and_in_order() -> None:
     placement = PlacementConfig(workers=2, cores=[4, 5, 6, 7])
     assert [placement.cores_of(0), placement.cores_of(1)] == [[4, 5], [6, 7]]

@@ -91,6 +91,9 @@ async def test_pools_are_placed_on_nodes_by_resource_and_only_what_was_started_i
         "name=guest",
         "pools.prefill.resources={left = 1}",
         "pools.decode.resources={right = 1}",
+        # As between machines: not through loopback, nor through shared memory.
+        "host.host=0.0.0.0",
+        "kv_transfer.transport=tcp",
     )
     with redis.Redis(port=other_server.port, password="sesame") as client:
         client.set("theirs", "1")
