@@ -216,10 +216,7 @@ class Load:
     def __init__(self, address: str, pipe: Connection, prompts: Sequence[str]) -> None:
         options = (("grpc.use_local_subchannel_pool", 1),)
         self._channels = [grpc.aio.insecure_channel(address, options=options) for _ in range(8)]
-        self._calls = [
-            InferenceStub(channel).Generate
-            for channel in self._channels
-        ]
+        self._calls = [InferenceStub(channel).Generate for channel in self._channels]
         self._pipe = pipe
         one_token = pb.Sampling(max_tokens=1)
         requests = [pb.GenerateRequest(prompt=prompt, sampling=one_token) for prompt in prompts]

@@ -8,7 +8,7 @@ MAX_MESSAGE_BYTES = 16 * 1024 * 1024
 INTERNAL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-    # gRPC sets TCP_NODELAY itself on every TCP socket; tests/integration checks that no 40 ms stall appears.
+    # gRPC sets TCP_NODELAY itself on every TCP socket; benchmarks/gateway.py looks for 40 ms stalls.
     ("grpc.so_reuseport", 0),
     ("grpc.enable_retries", 0),
     ("grpc.keepalive_time_ms", 10_000),
