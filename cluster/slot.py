@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
@@ -65,8 +65,8 @@ class Slot:
         assignment: Assignment,
         process: Process,
         *,
-        publish: Callable[[Started], Awaitable[None]],
-        remove: Callable[[Started], Awaitable[None]],
+        publish: Callable[[Started], None],
+        remove: Callable[[Started], None],
         config: SupervisorConfig,
     ) -> None:
         """`publish` and `remove` tell the rest of the cluster who is there."""
@@ -101,11 +101,11 @@ class Slot:
             return
         self._first.set_result(self.started)
         while True:
-            await self._publish(self.started)
+            self._publish(self.started)
             await self.process.ended(self.started)
             ended, self.started = self.started, None
             logger.warning("process_ended worker_id=%s pid=%d", ended.worker_id, ended.pid)
-            await self._remove(ended)
+            self._remove(ended)
             self.restarts += 1
             self.started = await self._restart()
 

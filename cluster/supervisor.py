@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
 import ray
@@ -20,14 +20,15 @@ from ..checkpoints import lookup
 from ..kv_transfer.registry import load_factory
 from ..proto.clock import MonotonicClock
 from ..proto.errors import ConfigError, InternalError, WorkerLost
-from ..router.membership import Member, RedisMembership
+from ..router.membership import RedisMembership
 from . import ray_process
+from .announcer import Announcer
 from .config import ClusterConfig
 from .endpoint import StatusClient
 from .foundation import Foundation, foundation
 from .liveness import LivenessWatch
 from .ray_process import NodeAgents, RayProcess
-from .roles import Assignment, Started
+from .roles import Assignment
 from .slot import ProcessGone, Slot
 
 logger = logging.getLogger(__name__)
@@ -101,6 +102,7 @@ class Cluster:
         self._status = StatusClient(config.security.cluster_token)
         self._redis = base.store.client()
         self._members = RedisMembership(self._redis, config.name)
+        self._announcer = Announcer(self._members)
 
     @property
     def addresses(self) -> list[str]:
@@ -126,6 +128,7 @@ class Cluster:
         for index in range(self.config.gateway.replicas):
             actor = ray_process.create_gateway(node_id, mark)
             self._add(self._assignment("gateway", index), actor)
+        self._own(self._announcer.run())
         await self._all_started()
         await self._all_linked()
         self._own(self._keep_store())
@@ -191,8 +194,8 @@ class Cluster:
         slot = Slot(
             assignment,
             RayProcess(actor, self._agents),
-            publish=self._publish,
-            remove=self._remove,
+            publish=self._announcer.publish,
+            remove=self._announcer.remove,
             config=self.config.supervisor,
         )
         self.slots.append(slot)
@@ -243,28 +246,6 @@ class Cluster:
             await asyncio.sleep(PROGRESS_S)
         self._report(slot.assignment.worker_id, "ready", 1.0)
 
-    async def _publish(self, started: Started) -> None:
-        member = Member(
-            worker_id=started.worker_id,
-            role=started.role,
-            address=started.address,
-            incarnation=started.incarnation,
-            metrics_address=started.metrics_address,
-        )
-        await self._until_stored(lambda: self._members.publish(member))
-
-    async def _remove(self, started: Started) -> None:
-        await self._until_stored(lambda: self._members.remove(started.worker_id))
-
-    async def _until_stored(self, write: Callable[[], Awaitable[None]]) -> None:
-        """Losing the store stops no request, but nobody learns of new processes until it is back."""
-        while True:
-            try:
-                return await write()
-            except (RedisError, OSError) as exc:
-                logger.warning("store_unreachable error=%s", exc)
-                await asyncio.sleep(STORE_RETRY_S)
-
     async def _members_gone(self) -> None:
         for slot in self.slots:
             await self._members.remove(slot.assignment.worker_id)
@@ -277,4 +258,4 @@ class Cluster:
                 logger.warning("store_restarted")
                 for slot in self.slots:
                     if slot.started is not None:
-                        await self._publish(slot.started)
+                        self._announcer.publish(slot.started)

@@ -65,30 +65,31 @@ class Stage:
         self.process = process or FakeProcess()
         self.members: dict[str, str] = {}
         self.log: list[str] = []
-        self.changed = asyncio.Condition()
+        self.changed = asyncio.Event()
         assignment = Assignment(
             worker_id="decode-0", role="decode", config=load(None, (), system_rng()), store_url=""
         )
         self.slot = Slot(assignment, self.process, publish=self._publish, remove=self._remove, config=config)
         self.task = asyncio.get_running_loop().create_task(self.slot.run())
 
-    async def _publish(self, started: Started) -> None:
+    def _publish(self, started: Started) -> None:
         self.members[started.worker_id] = started.incarnation
-        await self._note(f"+{started.incarnation}")
+        self._note(f"+{started.incarnation}")
 
-    async def _remove(self, started: Started) -> None:
+    def _remove(self, started: Started) -> None:
         del self.members[started.worker_id]
-        await self._note(f"-{started.incarnation}")
+        self._note(f"-{started.incarnation}")
 
-    async def _note(self, change: str) -> None:
-        async with self.changed:
-            self.log.append(change)
-            self.changed.notify_all()
+    def _note(self, change: str) -> None:
+        self.log.append(change)
+        self.changed.set()
 
     async def changes(self, count: int) -> list[str]:
         """The first changes of the membership, once there are so many."""
-        async with asyncio.timeout(10), self.changed:
-            await self.changed.wait_for(lambda: len(self.log) >= count)
+        async with asyncio.timeout(10):
+            while len(self.log) < count:
+                self.changed.clear()
+                await self.changed.wait()
         return self.log[:count]
 
     async def close(self) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
+import statistics
+import time
 
 import pytest
 from diphase.cluster.endpoint import open_channel
@@ -61,6 +63,20 @@ async def test_a_prompt_is_computed_in_one_process_and_its_tokens_in_another(clu
         + stages.delivery_ms
     )
     assert stages.ttft_ms == pytest.approx(parts, abs=0.01)
+
+
+async def test_a_clients_own_ttft_agrees_with_the_servers_within_5_percent(cluster: Served) -> None:
+    """The median of several, of prompts long enough that a scheduler's whim is no twentieth of them."""
+    ratios = []
+    for prompt in prompts([4000] * 5, seed=11):
+        sent_at = time.monotonic()
+        first_at, last = 0.0, None
+        async for response in stream(cluster.addresses[0], "", prompt_request(prompt, 4)):
+            first_at = first_at or time.monotonic()
+            last = response
+        assert last is not None
+        ratios.append((first_at - sent_at) * 1000.0 / last.stages.ttft_ms)
+    assert statistics.median(ratios) == pytest.approx(1.0, abs=0.05)
 
 
 async def test_output_equals_the_single_engine_token_for_token(cluster: Served) -> None:

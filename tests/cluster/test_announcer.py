@@ -1,0 +1,68 @@
+"""The store learns who is there, and nobody waits for it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from diphase.cluster.announcer import Announcer
+from diphase.cluster.roles import Started
+from diphase.router.membership import Member, RedisMembership
+from redis.exceptions import ConnectionError as StoreAway
+
+from ..simulation.virtual_loop import run_virtually
+
+
+class Store(RedisMembership):
+    """Keeps members in memory; away as long as `away`."""
+
+    def __init__(self) -> None:
+        self.members_now: dict[str, str] = {}
+        self.away = False
+
+    async def publish(self, member: Member) -> None:
+        if self.away:
+            raise StoreAway("away")
+        self.members_now[member.worker_id] = member.incarnation
+
+    async def remove(self, worker_id: str) -> None:
+        if self.away:
+            raise StoreAway("away")
+        self.members_now.pop(worker_id, None)
+
+
+def started(worker_id: str, incarnation: str) -> Started:
+    return Started(
+        worker_id=worker_id,
+        role="decode",
+        address="127.0.0.1:1",
+        metrics_address="127.0.0.1:2",
+        incarnation=incarnation,
+        pid=1,
+        ticks=1,
+        node_id="n",
+    )
+
+
+def test_only_the_newest_word_reaches_a_store_that_was_away() -> None:
+    async def main() -> None:
+        store = Store()
+        announcer = Announcer(store)
+        running = asyncio.create_task(announcer.run())
+        announcer.publish(started("a", "a-1"))
+        announcer.publish(started("b", "b-1"))
+        await asyncio.sleep(0.1)
+        assert store.members_now == {"a": "a-1", "b": "b-1"}
+        store.away = True
+        announcer.remove(started("a", "a-1"))
+        await asyncio.sleep(5.0)
+        announcer.publish(started("a", "a-2"))
+        announcer.remove(started("b", "b-1"))
+        await asyncio.sleep(5.0)
+        assert store.members_now == {"a": "a-1", "b": "b-1"}
+        store.away = False
+        await asyncio.sleep(5.0)
+        assert store.members_now == {"a": "a-2"}
+        running.cancel()
+        await asyncio.wait((running,))
+
+    run_virtually(main())
