@@ -67,7 +67,7 @@ class Reattacher:
         WorkerLost: it ran, and whoever had it is lost.
         InvalidRequest: another call is re-attaching to it right now.
         """
-        workers = await self._candidates(request_id)
+        workers, journalled = await self._candidates(request_id)
         if request_id in self._searches:
             raise InvalidRequest(f"another call is re-attaching to request {request_id!r}; keep that one")
         search = self._searches[request_id] = _Search()
@@ -84,6 +84,8 @@ class Reattacher:
         finally:
             del self._searches[request_id]
         active = self._active.get(request_id)
+        if active is None and not journalled:
+            raise NotFound(f"no request {request_id!r} is known; start it without resume_from")
         if active is None:
             raise WorkerLost(
                 f"request {request_id!r} was lost with its gateway and its worker; send it again",
@@ -119,19 +121,21 @@ class Reattacher:
         if asked:
             await search.answers.wait()
 
-    async def _candidates(self, request_id: str) -> list[WorkerHandle]:
-        """The workers that the journal names; every one while the journal is away."""
+    async def _candidates(self, request_id: str) -> tuple[list[WorkerHandle], bool]:
+        """The workers to ask: those that the journal names, or every one when it is away or knows nothing,
+        since a gateway that was killed takes its last records along. And whether the request may have been
+        lost."""
         try:
             record = await self._journal.lookup(request_id)
         except JournalUnavailable as exc:
             logger.warning("resume_without_journal request_id=%s error=%s", request_id, exc)
-            return self._pool.handles()
+            return self._pool.handles(), True
         if record is None:
-            raise NotFound(f"no request {request_id!r} is known; start it without resume_from")
+            return self._pool.handles(), False
         if record.ended:
             raise NotFound(f"request {request_id!r} is over ({record.state}); start a new one")
         named = [self._pool.get(worker_id) for worker_id in (record.prefill, record.decode)]
-        return [worker for worker in named if worker is not None]
+        return [worker for worker in named if worker is not None], True
 
     def _merge(self, active: ActiveRequest, worker: WorkerHandle, message: worker_pb2.Resumed) -> None:
         """Takes in what one of its workers knows."""

@@ -53,6 +53,19 @@ def test_a_request_on_its_way_between_the_workers_is_found() -> None:
     run_virtually(main())
 
 
+def test_a_request_is_found_whose_gateway_died_before_it_was_journalled() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                generation = await start_generation(first, token_request(PROMPT, 12, request_id="r"))
+                before = await read(generation, Outcome(), limit=2)
+                del cluster.journal.records["r"]
+                after = await generate(second, resume_request("r", 2))
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 12)
+
+    run_virtually(main())
+
+
 def test_workers_are_asked_again_when_neither_knows_a_running_request() -> None:
     async def main() -> None:
         with fake_cluster() as cluster:
