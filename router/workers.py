@@ -144,6 +144,8 @@ class WorkerPool:
     # streams
 
     async def _keep_attached(self, handle: WorkerHandle) -> None:
+        task = asyncio.current_task()
+        assert task is not None
         pause = RECONNECT_S[0]
         while True:
             handle.link = self._link_factory(handle.member.address, self._hello)
@@ -154,6 +156,8 @@ class WorkerPool:
                 reason = exc.message
             except Exception:
                 logger.exception("worker_stream_failed worker=%s", handle.worker_id)
+            if task.cancelling():
+                return  # dropped: gRPC may answer the cancellation of a stream that breaks with its break
             if handle.attached:
                 pause = RECONNECT_S[0]
                 logger.warning("worker_detached worker=%s reason=%r", handle.worker_id, reason)

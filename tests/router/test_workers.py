@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from diphase.proto.errors import WorkerLost
 from diphase.router.gateway import Router
 from diphase.router.latency_model import StepShape
+from diphase.router.links import FrameSink, Link
 from diphase.router.worker_handle import WorkerHandle, WorkerState
 
 from ..simulation.virtual_loop import run_virtually
@@ -130,6 +132,44 @@ def test_membership_brings_and_takes_workers() -> None:
                 cluster.stop()
                 await asyncio.sleep(0.1)
                 assert router.pool.handles() == []
+
+    run_virtually(main())
+
+
+class LateLink:
+    """A link that answers its cancellation with the end of its stream, as gRPC may when it just broke."""
+
+    def __init__(self, link: Link) -> None:
+        self._link = link
+        self.send, self.send_later, self.flush = link.send, link.send_later, link.flush
+
+    async def run(self, on_frame: FrameSink) -> None:
+        try:
+            await self._link.run(on_frame)
+        except asyncio.CancelledError:
+            raise WorkerLost("the stream broke") from None
+
+
+def test_a_worker_that_leaves_while_its_stream_breaks_takes_nobody_along(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        with fake_cluster(prefill=0, decode=2) as cluster:
+            dial = cluster.network.link
+            monkeypatch.setattr(
+                cluster.network, "link", lambda address, hello: LateLink(dial(address, hello))
+            )
+            d0, d1 = cluster.workers["d0"].member, cluster.workers["d1"].member
+            members = Members([d0, d1])
+            cluster.network.silence("d0:1")  # dialled, and not attached yet
+            async with cluster.router(membership=members) as router:
+                members.set([d1])
+                await asyncio.sleep(0.1)
+                assert [handle.worker_id for handle in router.pool.handles()] == ["d1"]
+                cluster.network.unsilence("d0:1")
+                members.set([d0, d1])
+                await asyncio.sleep(0.2)
+                assert {handle.worker_id for handle in router.pool.ready()} == {"d0", "d1"}
 
     run_virtually(main())
 
