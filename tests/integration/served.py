@@ -25,8 +25,15 @@ DIPHASE = (sys.executable, "-P", "-m", "diphase")
 START_S = 90.0
 STOP_S = 40.0
 
-TINY = ("model.name=dummy:tiny", "engine.kv_cache_mib=64", "router.local_prefill_tokens=0")
-"""The hand-off's model: small, and never computed on one worker alone."""
+TINY = (
+    "model.name=dummy:tiny",
+    "engine.kv_cache_mib=64",
+    "router.local_prefill_tokens=0",
+    "router.hang_after_s=3",
+    "supervisor.gateway_hang_s=3",
+)
+"""The hand-off's model: small, and never computed on one worker alone. A machine that is busy with other
+tests may keep a process waiting for longer than is normal."""
 
 
 def run(
