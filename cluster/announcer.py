@@ -42,10 +42,13 @@ class Announcer:
 
     async def run(self) -> None:
         """Writes until cancelled."""
-        while True:
+        task = asyncio.current_task()
+        assert task is not None
+        # A connection that breaks while the task is cancelled raises its own error, not the cancellation.
+        while not task.cancelling():
             await self._more.wait()
             self._more.clear()
-            while self._pending:
+            while self._pending and not task.cancelling():
                 worker_id = next(iter(self._pending))
                 member = self._pending.pop(worker_id)
                 try:

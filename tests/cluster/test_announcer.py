@@ -66,3 +66,23 @@ def test_only_the_newest_word_reaches_a_store_that_was_away() -> None:
         await asyncio.wait((running,))
 
     run_virtually(main())
+
+
+def test_a_cancellation_that_the_stores_error_hides_ends_it_all_the_same() -> None:
+    class Hiding(Store):
+        async def publish(self, member: Member) -> None:
+            try:
+                await asyncio.sleep(1.0)
+            except asyncio.CancelledError:
+                raise StoreAway("broken") from None
+
+    async def main() -> None:
+        announcer = Announcer(Hiding())
+        running = asyncio.create_task(announcer.run())
+        announcer.publish(started("a", "a-1"))
+        await asyncio.sleep(0.5)
+        running.cancel()
+        done, _ = await asyncio.wait((running,), timeout=10.0)
+        assert done
+
+    run_virtually(main())
