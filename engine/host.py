@@ -183,7 +183,11 @@ class WorkerHost:
         now = self._clock.now()
         known = self._retention.get(submit.request_id)
         if known is not None and known.submit.attempt >= submit.attempt:
-            return  # sent again, or overtaken
+            # Sent again, or overtaken; unless it is somebody else's request under the same name.
+            if known.gateway_id != link.gateway_id or known.terminal is not None:
+                taken = f"request_id {submit.request_id!r} is in use, or was a moment ago; send another"
+                self._refuse(link, submit, InvalidRequest(taken))
+            return
         if known is not None:
             self._supersede(known)
         submit.gateway_id = link.gateway_id
