@@ -32,6 +32,8 @@ _USER_CAN_CHANGE = (ConfigError, CheckpointError, InvalidRequest, NotFound)
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status."""
     args = _parser().parse_args(argv)
+    # gRPC's core tells stderr of every connection that ends; what matters comes as an error.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     try:

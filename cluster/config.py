@@ -174,7 +174,7 @@ class SupervisorConfig:
 
     start_timeout_s: float = 900.0
     """How long a process may take to start, its model's load included, seconds."""
-    hang_grace_s: float = 0.5
+    hang_grace_s: float = 0.25
     """A worker that every gateway calls hung for so long is killed and started anew, seconds."""
     gateway_hang_s: float = 1.5
     """A gateway that answers nothing for so long is killed and started anew, seconds."""

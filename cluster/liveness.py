@@ -22,7 +22,7 @@ from .slot import Slot
 
 logger = logging.getLogger(__name__)
 
-EVERY_S = 0.3
+EVERY_S = 0.2
 HUNG = "hung"
 
 

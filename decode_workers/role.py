@@ -11,11 +11,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from prometheus_client.registry import Collector
+
 from ..engine.base import LayerHook, ModelLimits, StepPlan, StepResult
 from ..engine.block_manager import BlockManager
 from ..engine.requests import Outcome, failed_output, sequence_from_submit, token_output
 from ..engine.role import Servicer, Shell
 from ..engine.sequence import Sequence as TokenSequence
+from ..kv_transfer.counters import HandoffCollector
 from ..kv_transfer.receiver import HandoffReceiver, Ready, ReceiveFailed, ReceiverEvent
 from ..proto.errors import Cancelled, DiphaseError, PromptTooLong
 from ..proto.ids import HandoffKey
@@ -146,6 +149,9 @@ class DecodeRole:
     def servicers(self) -> list[Servicer]:
         return self._servicers
 
+    def collectors(self) -> list[Collector]:
+        return [HandoffCollector(self._receiver.counters)] if self._receiver is not None else []
+
     async def drain(self) -> None:
         if self._receiver is not None:
             await self._receiver.drain()
@@ -184,10 +190,8 @@ class DecodeRole:
     def _on_receiver_event(self, event: ReceiverEvent) -> None:
         if isinstance(event, Ready):
             self._admit(event)
-        elif isinstance(event, ReceiveFailed):
-            self._shell.handoff_failed(event.error.code)
-            if self._shell.adopt(event.submit):
-                self._shell.emit([failed_output(event.key, len(event.submit.emitted_token_ids), event.error)])
+        elif isinstance(event, ReceiveFailed) and self._shell.adopt(event.submit):
+            self._shell.emit([failed_output(event.key, len(event.submit.emitted_token_ids), event.error)])
         self._shell.wake()
 
     def _admit(self, handoff: Ready) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 
-from ..engine.base import Engine
 from ..engine.block_manager import BlockManager
 from ..engine.block_tables import BlockTables
 from ..engine.engine import TorchEngine
 from ..engine.server import LoadEngine, Progress, RunningWorker, hello_of, load_engine, serve
 from ..kv_transfer.base import Region
 from ..kv_transfer.grpc_link import handoff_service
-from ..kv_transfer.link import LinkIdentity
 from ..kv_transfer.receiver import HandoffReceiver, ReceiverEvent
-from ..kv_transfer.registry import TransportSet, open_transports
+from ..kv_transfer.side import HandoffSide, open_side
 from ..proto.block_hash import root_hash
-from ..proto.clock import Clock, MonotonicClock
+from ..proto.clock import MonotonicClock
 from .config import DecodeWorkerConfig
 from .reservations import ReservationPool
 from .role import DecodeRole, OpenReceiver
@@ -42,24 +40,21 @@ async def start(
     clock = MonotonicClock()
     with ExitStack() as parts:
         engine, thread = await load_engine(load, config.engine, progress, parts)
-        transports: TransportSet | None = None
+        transports: list[str] = []
         open_receiver: OpenReceiver | None = None
         if config.role == "decode":
-            transports = open_transports(
+            side = open_side(
                 config.kv_transfer,
-                incarnation=incarnation,
-                region=Region(buffer=engine.kv_buffer, fd=engine.kv_fd),
-                clock=clock,
-                token=config.host.cluster_token,
-            )
-            parts.callback(transports.close)
-            identity = LinkIdentity(
                 worker_id=worker_id,
                 incarnation=incarnation,
-                layout_hash=engine.layout.fingerprint(),
                 cluster_token=config.host.cluster_token,
+                layout=engine.layout,
+                region=Region(buffer=engine.kv_buffer, fd=engine.kv_fd),
+                clock=clock,
             )
-            open_receiver = _receiver_opener(config, engine, transports, identity, clock)
+            parts.callback(side.transports.close)
+            transports = side.transports.names
+            open_receiver = _receiver_opener(side)
         blocks = BlockManager(engine.num_blocks, engine.layout.block_size)
         tables = BlockTables(blocks, root_hash(engine.layout.fingerprint()))
         role = DecodeRole(
@@ -77,25 +72,15 @@ async def start(
             role=role.kind,
             max_running=config.scheduler.max_running,
             chunk_budget=config.scheduler.prefill_budget,
-            transports=transports.names if transports is not None else (),
+            transports=transports,
         )
         return await serve(
             role=role, engine=engine, thread=thread, hello=hello, config=config.host, clock=clock, parts=parts
         )
 
 
-def _receiver_opener(
-    config: DecodeWorkerConfig, engine: Engine, transports: TransportSet, identity: LinkIdentity, clock: Clock
-) -> OpenReceiver:
+def _receiver_opener(side: HandoffSide) -> OpenReceiver:
     def open_receiver(pool: ReservationPool, events: Callable[[ReceiverEvent], None]) -> HandoffReceiver:
-        return HandoffReceiver(
-            config=config.kv_transfer,
-            layout=engine.layout,
-            pool=pool,
-            transports=transports,
-            identity=identity,
-            clock=clock,
-            events=events,
-        )
+        return HandoffReceiver(side, pool=pool, events=events)
 
     return open_receiver

@@ -75,6 +75,8 @@ class WorkerHost:
     ) -> None:
         self.hello = hello
         self.metrics = metrics or HostMetrics()
+        for collector in role.collectors():
+            self.metrics.registry.register(collector)
         self._role = role
         self._execute = execute
         self._config = config
@@ -268,9 +270,6 @@ class WorkerHost:
 
     def handed_off(self, seconds: float, tail_s: float, num_bytes: int, num_segments: int) -> None:
         self.metrics.handed_off(seconds, tail_s, num_bytes, num_segments)
-
-    def handoff_failed(self, code: str) -> None:
-        self.metrics.handoff_failed(code)
 
     # steps
 

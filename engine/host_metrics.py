@@ -59,12 +59,6 @@ class HostMetrics:
         self._handoff_segments = Histogram(
             "diphase_handoff_segments", "Pieces of a hand-off", buckets=_COUNTS, registry=registry
         )
-        self._failed_handoffs = Counter(
-            "diphase_failed_handoffs_total",
-            "Hand-offs that failed as this side sees them",
-            ["code"],
-            registry=registry,
-        )
         self._terminals = Counter(
             "diphase_worker_terminals_total",
             "Attempts by how they ended on this worker",
@@ -122,9 +116,6 @@ class HostMetrics:
         self._handoff_tail_seconds.observe(tail_s)
         self._handoff_bytes.observe(num_bytes)
         self._handoff_segments.observe(num_segments)
-
-    def handoff_failed(self, code: str) -> None:
-        self._failed_handoffs.labels(code).inc()
 
     def state(self, load: Load, num_retained: int, num_gateways: int) -> None:
         """Once a heartbeat."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import grpc.aio
+from prometheus_client.registry import Collector
 
 from ..proto.errors import DiphaseError
 from ..proto.ids import HandoffKey
@@ -42,10 +43,6 @@ class Shell(Protocol):
     def handed_off(self, seconds: float, tail_s: float, num_bytes: int, num_segments: int) -> None:
         """A hand-off arrived: time from its grant, and from the prefill side's last word, to its
         verification."""
-        ...
-
-    def handoff_failed(self, code: str) -> None:
-        """A hand-off failed, with this error code."""
         ...
 
 
@@ -104,6 +101,10 @@ class Role(Protocol):
 
     def servicers(self) -> list[Servicer]:
         """Services that the worker's server offers beside its own."""
+        ...
+
+    def collectors(self) -> list[Collector]:
+        """What Prometheus is told beside the host's own metrics."""
         ...
 
     async def drain(self) -> None:

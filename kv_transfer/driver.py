@@ -17,20 +17,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 
-from ..proto.clock import Clock
 from ..proto.errors import Cancelled, DiphaseError, TransferError
 from ..proto.handoff_pb2 import HandoffMessage
 from ..proto.ids import HandoffKey
-from ..proto.kv_layout import KvLayout
 from . import machine as k
 from .base import Event as TransportEvent
 from .base import Fenced, PeerDown, Transport
-from .config import KvTransferConfig
 from .counters import HandoffCounters
-from .link import ControlLink, LinkIdentity
+from .link import ControlLink
 from .pool import BlockPool
 from .pump_timer import PumpTimer
-from .registry import TransportSet
+from .side import HandoffSide
 
 _log = logging.getLogger(__name__)
 
@@ -67,25 +64,22 @@ class HandoffDriver(ABC, Generic[H, R]):
 
     def __init__(
         self,
+        side: HandoffSide,
         *,
-        config: KvTransferConfig,
-        layout: KvLayout,
         pool: BlockPool,
-        transports: TransportSet,
-        identity: LinkIdentity,
-        clock: Clock,
         events: Callable[[R], None],
     ) -> None:
+        """`events` is called on the loop, never from inside a call of the owner other than pump()."""
         self.counters = HandoffCounters()
-        self._config = config
-        self._layout = layout
+        self._config = side.config
+        self._layout = side.layout
         self._pool = pool
-        self._transports = transports
-        self._identity = identity
-        self._clock = clock
+        self._transports = side.transports
+        self._identity = side.identity
+        self._clock = side.clock
         self._events = events
-        self._timing = k.Timing.of(config)
-        self._timer = PumpTimer(self.pump, clock)
+        self._timing = k.Timing.of(side.config)
+        self._timer = PumpTimer(self.pump, side.clock)
         self._handoffs: dict[HandoffKey, H] = {}
         self._sessions: dict[str, Session] = {}
         self._queue: deque[tuple[H, k.Event]] = deque()
@@ -94,7 +88,7 @@ class HandoffDriver(ABC, Generic[H, R]):
         self._due = math.inf
         self._idle = asyncio.Event()
         self._idle.set()
-        transports.listen(self._timer.wake)
+        side.transports.listen(self._timer.wake)
 
     @abstractmethod
     def _step(self, machine: Any, event: k.Event, now: float) -> tuple[Any, k.Actions]:

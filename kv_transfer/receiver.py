@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from google.protobuf.message import DecodeError
 
-from ..proto.clock import Clock
 from ..proto.errors import (
     DiphaseError,
     Draining,
@@ -34,20 +33,18 @@ from ..proto.handoff_pb2 import (
     Verified,
 )
 from ..proto.ids import HandoffKey
-from ..proto.kv_layout import KvLayout
 from . import machine as k
 from . import wire
 from .admission import NewestAttempts, check_reservation
 from .base import Event as TransportEvent
 from .base import Notified
-from .config import KvTransferConfig
 from .decode_side import Decode, start_decode, step_decode
 from .driver import HandoffDriver, Session
 from .events import Ready, ReceiveFailed, ReceiverEvent
-from .link import ControlLink, LinkIdentity, check_hello
+from .link import ControlLink, check_hello
 from .pool import BlockPool
-from .registry import TransportSet
 from .segments import block_runs
+from .side import HandoffSide
 
 _log = logging.getLogger(__name__)
 
@@ -82,24 +79,12 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
 
     def __init__(
         self,
+        side: HandoffSide,
         *,
-        config: KvTransferConfig,
-        layout: KvLayout,
         pool: BlockPool,
-        transports: TransportSet,
-        identity: LinkIdentity,
-        clock: Clock,
         events: Callable[[ReceiverEvent], None],
     ) -> None:
-        super().__init__(
-            config=config,
-            layout=layout,
-            pool=pool,
-            transports=transports,
-            identity=identity,
-            clock=clock,
-            events=events,
-        )
+        super().__init__(side, pool=pool, events=events)
         self._waiting: OrderedDict[HandoffKey, _Incoming] = OrderedDict()
         self._attempts = NewestAttempts()
         self._draining = False

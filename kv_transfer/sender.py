@@ -7,25 +7,22 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from ..proto.clock import Clock
 from ..proto.errors import DiphaseError, PeerLost, TransferError
 from ..proto.handoff_pb2 import Complete, HandoffMessage, PeerHello, Progress, PushNotice, Reserve
 from ..proto.ids import HandoffKey
 from ..proto.inference_pb2 import TokenLogprobs
-from ..proto.kv_layout import KvLayout
 from ..proto.worker_pb2 import PeerAddress, Submit
 from . import machine as k
 from . import wire
 from .base import Done, Failed
 from .base import Event as TransportEvent
-from .config import KvTransferConfig
 from .driver import HandoffDriver, Session
 from .events import SenderEvent, SendFailed, Sent
-from .link import ControlLink, Dialer, LinkIdentity, check_hello
+from .link import ControlLink, Dialer, check_hello
 from .pool import BlockPool
 from .prefill_side import Prefill, PrefillState, start_prefill, step_prefill
-from .registry import TransportSet
 from .segments import block_runs, block_segments
+from .side import HandoffSide
 
 _log = logging.getLogger(__name__)
 
@@ -60,25 +57,13 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
 
     def __init__(
         self,
+        side: HandoffSide,
         *,
-        config: KvTransferConfig,
-        layout: KvLayout,
         pool: BlockPool,
-        transports: TransportSet,
         dialer: Dialer,
-        identity: LinkIdentity,
-        clock: Clock,
         events: Callable[[SenderEvent], None],
     ) -> None:
-        super().__init__(
-            config=config,
-            layout=layout,
-            pool=pool,
-            transports=transports,
-            identity=identity,
-            clock=clock,
-            events=events,
-        )
+        super().__init__(side, pool=pool, events=events)
         self._dialer = dialer
         self._parts: dict[tuple[str, int], tuple[_Outgoing, int]] = {}
 

@@ -10,11 +10,14 @@ import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from prometheus_client.registry import Collector
+
 from ..engine.base import LayerHook, ModelLimits, StepPlan, StepResult
 from ..engine.block_manager import BlockManager
 from ..engine.requests import Outcome, failed_output, logprobs_message, sequence_from_submit, token_output
 from ..engine.role import Servicer, Shell
 from ..engine.sequence import Sequence as TokenSequence
+from ..kv_transfer.counters import HandoffCollector
 from ..kv_transfer.sender import HandoffSender, SenderEvent, SendFailed
 from ..proto.errors import Cancelled, DiphaseError, InvalidRequest, TransferError
 from ..proto.ids import HandoffKey
@@ -146,6 +149,9 @@ class PrefillRole:
     def servicers(self) -> list[Servicer]:
         return []
 
+    def collectors(self) -> list[Collector]:
+        return [HandoffCollector(self._sender.counters)]
+
     async def drain(self) -> None:
         await self._idle.wait()
         await self._sender.drain()
@@ -207,8 +213,6 @@ class PrefillRole:
         return output
 
     def _on_sender_event(self, event: SenderEvent) -> None:
-        if isinstance(event, SendFailed):
-            self._shell.handoff_failed(event.error.code)
         job = self._jobs.get(event.key.request_id)
         if job is not None and job.sequence.key == event.key:
             if isinstance(event, SendFailed):

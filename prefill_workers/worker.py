@@ -11,9 +11,8 @@ from ..engine.engine import TorchEngine
 from ..engine.server import LoadEngine, Progress, RunningWorker, hello_of, load_engine, serve
 from ..kv_transfer.base import Region
 from ..kv_transfer.grpc_link import GrpcDialer
-from ..kv_transfer.link import LinkIdentity
-from ..kv_transfer.registry import open_transports
 from ..kv_transfer.sender import HandoffSender, SenderEvent
+from ..kv_transfer.side import open_side
 from ..proto.block_hash import root_hash
 from ..proto.clock import MonotonicClock
 from .config import PrefillWorkerConfig
@@ -40,33 +39,21 @@ async def start(
     clock = MonotonicClock()
     with ExitStack() as parts:
         engine, thread = await load_engine(load, config.engine, progress, parts)
-        transports = open_transports(
+        side = open_side(
             config.kv_transfer,
+            worker_id=worker_id,
             incarnation=incarnation,
+            cluster_token=config.host.cluster_token,
+            layout=engine.layout,
             region=Region(buffer=engine.kv_buffer, fd=engine.kv_fd),
             clock=clock,
-            token=config.host.cluster_token,
         )
-        parts.callback(transports.close)
+        parts.callback(side.transports.close)
         blocks = BlockManager(engine.num_blocks, engine.layout.block_size)
         tables = BlockTables(blocks, root_hash(engine.layout.fingerprint()))
 
         def open_sender(events: Callable[[SenderEvent], None]) -> HandoffSender:
-            return HandoffSender(
-                config=config.kv_transfer,
-                layout=engine.layout,
-                pool=blocks,
-                transports=transports,
-                dialer=GrpcDialer(),
-                identity=LinkIdentity(
-                    worker_id=worker_id,
-                    incarnation=incarnation,
-                    layout_hash=engine.layout.fingerprint(),
-                    cluster_token=config.host.cluster_token,
-                ),
-                clock=clock,
-                events=events,
-            )
+            return HandoffSender(side, pool=blocks, dialer=GrpcDialer(), events=events)
 
         role = PrefillRole(
             scheduler=PrefillScheduler(config.scheduler, tables, engine.limits),
@@ -82,7 +69,7 @@ async def start(
             role=role.kind,
             max_running=1,
             chunk_budget=config.scheduler.chunk_budget,
-            transports=transports.names,
+            transports=side.transports.names,
         )
         return await serve(
             role=role, engine=engine, thread=thread, hello=hello, config=config.host, clock=clock, parts=parts

@@ -78,7 +78,7 @@ class RouterConfig:
     """How long an accepted request waits for a placement to become possible, seconds."""
     local_prefill_tokens: int = 64
     """A prompt with at most so many uncached tokens may be computed by a decode worker."""
-    hang_after_s: float = 1.8
+    hang_after_s: float = 1.3
     """Silence after which a worker counts as hung, seconds; it is noticed up to 0.1 s later."""
     resume_timeout_s: float = 2.0
     """How long a re-attach waits for the workers' answers, seconds."""

@@ -78,6 +78,7 @@ class Dispatcher:
             timeout_s=config.resume_timeout_s,
             active=self._active,
             adopt=self._adopt,
+            close=self.close,
             clock=clock,
         )
         pool.listen(self)
@@ -359,13 +360,8 @@ class Dispatcher:
 
     def _give_up(self, active: ActiveRequest) -> None:
         self._stop_waiting(active)
-        self._end_with(
-            active,
-            WorkerLost(
-                f"no worker became ready within {self._config.wait_for_workers_s:g} s; retry later",
-                retry_after_s=1.0,
-            ),
-        )
+        waited_s = self._config.wait_for_workers_s
+        self._end_with(active, WorkerLost(f"no worker became ready within {waited_s:g} s; retry later"))
 
     def _end_with(self, active: ActiveRequest, error: DiphaseError) -> None:
         if error.retryable and error.retry_after_s is None:

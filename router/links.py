@@ -7,7 +7,8 @@ event loop, or while an earlier frame is still being written, leaves in one fram
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections import deque
+from collections.abc import Callable
 from typing import Protocol
 
 import grpc
@@ -20,6 +21,9 @@ from ..proto.worker_pb2_grpc import WorkerStub
 
 FIRST_FRAME_S = 5.0
 """A worker that was dialled answers the hello within this."""
+
+MESSAGES_A_FRAME = 256
+"""Keeps a frame after a pause below the size limit of a message."""
 
 FrameSink = Callable[[pb.WorkerFrame], None]
 
@@ -58,7 +62,7 @@ class GrpcLink:
 
     def __init__(self, address: str, hello: pb.GatewayHello) -> None:
         self._address = address
-        self._outgoing = [pb.GatewayMessage(hello=hello)]
+        self._outgoing = deque([pb.GatewayMessage(hello=hello)])
         self._has_outgoing = asyncio.Event()
         self._has_outgoing.set()
 
@@ -75,8 +79,8 @@ class GrpcLink:
 
     async def run(self, on_frame: FrameSink) -> None:
         async with grpc.aio.insecure_channel(self._address, options=INTERNAL_OPTIONS) as channel:
-            stub = WorkerStub(channel)
-            call: grpc.aio.StreamStreamCall[pb.GatewayFrame, pb.WorkerFrame] = stub.Attach(self._frames())
+            call: grpc.aio.StreamStreamCall[pb.GatewayFrame, pb.WorkerFrame] = WorkerStub(channel).Attach()
+            writer = asyncio.create_task(self._write(call))
             try:
                 async with asyncio.timeout(FIRST_FRAME_S) as until_first_frame:
                     async for frame in call:
@@ -92,11 +96,20 @@ class GrpcLink:
                 ) from exc
             finally:
                 call.cancel()
+                writer.cancel()
+                await asyncio.wait([writer])
         raise WorkerLost(f"the worker at {self._address} ended its stream")
 
-    async def _frames(self) -> AsyncIterator[pb.GatewayFrame]:
-        while True:
-            await self._has_outgoing.wait()
-            self._has_outgoing.clear()
-            messages, self._outgoing = self._outgoing, []
-            yield pb.GatewayFrame(messages=messages)
+    async def _write(self, call: grpc.aio.StreamStreamCall[pb.GatewayFrame, pb.WorkerFrame]) -> None:
+        """Until the stream ends; why it did, its reader hears too."""
+        try:
+            while True:
+                await self._has_outgoing.wait()
+                while self._outgoing:
+                    count = min(len(self._outgoing), MESSAGES_A_FRAME)
+                    await call.write(
+                        pb.GatewayFrame(messages=[self._outgoing.popleft() for _ in range(count)])
+                    )
+                self._has_outgoing.clear()
+        except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            return

@@ -13,7 +13,7 @@ from ..proto import inference_pb2, worker_pb2
 from ..proto.clock import Clock
 from ..proto.errors import InvalidRequest, NotFound, WorkerLost, from_wire
 from ..proto.slo import Slo, slo_from_proto
-from .active_request import ActiveRequest
+from .active_request import ActiveRequest, RequestStream
 from .journal import Journal, JournalUnavailable
 from .text import PreparedRequest
 from .worker_handle import WorkerHandle
@@ -32,6 +32,8 @@ class _Search:
     def __init__(self) -> None:
         self.silent: set[str] = set()
         self.answers = asyncio.Event()
+        self.adopted: RequestStream | None = None
+        """Of the request, once it is found; its reader is whoever searches."""
 
     def answered(self, worker: WorkerHandle) -> None:
         self.silent.discard(worker.worker_id)
@@ -51,6 +53,7 @@ class Reattacher:
         timeout_s: float,
         active: dict[str, ActiveRequest],
         adopt: Callable[[ActiveRequest], None],
+        close: Callable[[RequestStream], None],
         clock: Clock,
     ) -> None:
         self._pool = pool
@@ -58,6 +61,7 @@ class Reattacher:
         self._timeout_s = timeout_s
         self._active = active
         self._adopt = adopt
+        self._close = close
         self._clock = clock
         self._searches: dict[str, _Search] = {}
 
@@ -81,6 +85,11 @@ class Reattacher:
                         break
         except TimeoutError:
             logger.warning("resume_unanswered request_id=%s workers=%s", request_id, sorted(search.silent))
+        except asyncio.CancelledError:
+            # Its client left: what was found meanwhile has no reader, unless another call took it.
+            if search.adopted is not None:
+                self._close(search.adopted)
+            raise
         finally:
             del self._searches[request_id]
         active = self._active.get(request_id)
@@ -103,6 +112,8 @@ class Reattacher:
                 self._merge(known, worker, message)
             if active is None:
                 self._adopt(known)
+                if search is not None:
+                    search.adopted = known.stream
         if search is not None:
             search.answered(worker)
 

@@ -20,6 +20,7 @@ from diphase.kv_transfer.memory_link import LinkNetwork, MemoryDialer
 from diphase.kv_transfer.receiver import HandoffReceiver, ReceiverEvent
 from diphase.kv_transfer.registry import TransportSet
 from diphase.kv_transfer.sender import HandoffSender, SenderEvent
+from diphase.kv_transfer.side import HandoffSide
 from diphase.proto.ids import HandoffKey
 from diphase.proto.kv_layout import KvLayout
 from diphase.proto.worker_pb2 import PeerAddress, Submit
@@ -85,14 +86,7 @@ class Pair:
         self.receiver = self.new_receiver(self.d)
         self.dialer = MemoryDialer(self.links, "p:1")
         self.sender = HandoffSender(
-            config=config,
-            layout=layout,
-            pool=self.p.pool,
-            transports=self.p.transports,
-            dialer=self.dialer,
-            identity=self.p.identity,
-            clock=self.clock,
-            events=self.p.events.append,
+            self.side(self.p), pool=self.p.pool, dialer=self.dialer, events=self.p.events.append
         )
 
     def worker(self, name: str, incarnation: str = "") -> Worker:
@@ -113,16 +107,17 @@ class Pair:
             ),
         )
 
-    def new_receiver(self, worker: Worker) -> HandoffReceiver:
-        receiver = HandoffReceiver(
+    def side(self, worker: Worker) -> HandoffSide:
+        return HandoffSide(
             config=self.config,
             layout=self.layout,
-            pool=worker.pool,
             transports=worker.transports,
             identity=worker.identity,
             clock=self.clock,
-            events=worker.events.append,
         )
+
+    def new_receiver(self, worker: Worker) -> HandoffReceiver:
+        receiver = HandoffReceiver(self.side(worker), pool=worker.pool, events=worker.events.append)
         self.links.listen("d:1", receiver)
         return receiver
 

@@ -20,6 +20,7 @@ from diphase.kv_transfer.link import LinkIdentity
 from diphase.kv_transfer.receiver import HandoffReceiver, Ready, ReceiveFailed
 from diphase.kv_transfer.registry import TransportSet, open_transports
 from diphase.kv_transfer.sender import HandoffSender, SendFailed, Sent
+from diphase.kv_transfer.side import HandoffSide
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.handoff_pb2 import HandoffFrame, HandoffMessage
 from diphase.proto.handoff_pb2_grpc import HandoffStub
@@ -53,16 +54,14 @@ class Side:
             token="secret",
         )
 
-    def parts(self, config: KvTransferConfig) -> dict[str, Any]:
-        return {
-            "config": config,
-            "layout": LAYOUT,
-            "pool": self.pool,
-            "transports": self.transports,
-            "identity": self.identity,
-            "clock": MonotonicClock(),
-            "events": self.events.put_nowait,
-        }
+    def handoff_side(self, config: KvTransferConfig) -> HandoffSide:
+        return HandoffSide(
+            config=config,
+            layout=LAYOUT,
+            transports=self.transports,
+            identity=self.identity,
+            clock=MonotonicClock(),
+        )
 
     def close(self) -> None:
         self.transports.close()
@@ -75,8 +74,15 @@ class Cluster:
     def __init__(self, config: KvTransferConfig, **identity: Any) -> None:
         self.p, self.d = Side("p", config), Side("d", config)
         self.d.identity = dataclasses.replace(self.d.identity, **identity)
-        self.sender = HandoffSender(**self.p.parts(config), dialer=GrpcDialer())
-        self.receiver = HandoffReceiver(**self.d.parts(config))
+        self.sender = HandoffSender(
+            self.p.handoff_side(config),
+            pool=self.p.pool,
+            dialer=GrpcDialer(),
+            events=self.p.events.put_nowait,
+        )
+        self.receiver = HandoffReceiver(
+            self.d.handoff_side(config), pool=self.d.pool, events=self.d.events.put_nowait
+        )
         self.server = grpc.aio.server()
         handoff_service(self.receiver)(self.server)
         self.port = self.server.add_insecure_port("127.0.0.1:0")

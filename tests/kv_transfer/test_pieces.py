@@ -13,6 +13,7 @@ import xxhash
 from diphase.kv_transfer.admission import REMEMBERED, NewestAttempts, check_reservation
 from diphase.kv_transfer.base import Region, TransportContext
 from diphase.kv_transfer.config import KvTransferConfig
+from diphase.kv_transfer.counters import HandoffCollector, HandoffCounters
 from diphase.kv_transfer.digest import DigestWorker, digest_runs
 from diphase.kv_transfer.local import LocalHub, LocalTransport
 from diphase.kv_transfer.push_plan import advance, pieces
@@ -23,6 +24,7 @@ from diphase.proto.errors import ConfigError, InvalidRequest, PromptTooLong, Tra
 from diphase.proto.handoff_pb2 import Reserve
 from diphase.proto.ids import HandoffKey
 from diphase.proto.kv_layout import KvLayout
+from prometheus_client import CollectorRegistry
 
 LAYOUT = KvLayout(model="test", num_layers=4, num_kv_heads=1, head_dim=4, block_size=4, dtype="bf16")
 
@@ -214,3 +216,23 @@ def test_attempts_are_remembered_but_not_for_ever() -> None:
     for i in range(REMEMBERED):
         attempts.begin(HandoffKey(f"other{i}", 0))
     assert attempts.begin(HandoffKey("r", 0)) is None
+
+
+def test_prometheus_reads_the_counters_as_they_are_when_it_asks() -> None:
+    counters = HandoffCounters()
+    registry = CollectorRegistry()
+    registry.register(HandoffCollector(counters))
+    counters.failures["peer_lost"] += 2
+    counters.refused["stale"] += 1
+    counters.quarantined_blocks += 7
+    values = {
+        (sample.name, *sample.labels.values()): sample.value
+        for metric in registry.collect()
+        for sample in metric.samples
+    }
+    assert values == {
+        ("diphase_failed_handoffs_total", "peer_lost"): 2,
+        ("diphase_refused_handoff_messages_total", "stale"): 1,
+        ("diphase_digest_mismatches_total",): 0,
+        ("diphase_quarantined_blocks_total",): 7,
+    }

@@ -14,7 +14,7 @@ from diphase.proto import worker_pb2 as pb
 from diphase.proto.errors import WorkerLost
 from diphase.proto.rpc import INTERNAL_OPTIONS
 from diphase.proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
-from diphase.router.links import GrpcLink
+from diphase.router.links import MESSAGES_A_FRAME, GrpcLink
 
 HELLO = pb.GatewayHello(gateway_id="g", cluster_token="secret")
 
@@ -104,6 +104,28 @@ async def test_what_nobody_waits_for_leaves_with_the_next_message_or_at_a_flush(
         link.send_later(ping(4))
         link.flush()
         assert await pongs.get() == 4
+        task.cancel()
+        await asyncio.wait([task])
+
+
+async def test_what_piled_up_leaves_in_frames_of_bounded_size() -> None:
+    async with serving() as (peer, address), asyncio.timeout(10):
+        link = GrpcLink(address, HELLO)
+        count = 2 * MESSAGES_A_FRAME + 1
+        for i in range(count):
+            link.send(ping(i))
+        answers: list[float] = []
+        arrived = asyncio.Event()
+
+        def on_frame(frame: pb.WorkerFrame) -> None:
+            answers.extend(message.pong.sent_at for message in frame.messages)
+            if len(answers) == count:
+                arrived.set()
+
+        task = asyncio.create_task(link.run(on_frame))
+        await arrived.wait()
+        assert answers == list(range(count))
+        assert max(len(frame.messages) for frame in peer.frames) == MESSAGES_A_FRAME
         task.cancel()
         await asyncio.wait([task])
 

@@ -117,6 +117,44 @@ def test_the_same_gateway_hands_the_stream_over() -> None:
     run_virtually(main())
 
 
+def test_a_request_whose_re_attaching_client_leaves_during_the_search_is_cancelled_everywhere() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                generation = await start_generation(first, token_request(PROMPT, 100, request_id="r"))
+                await read(generation, Outcome(), limit=3)
+                cluster.network.silence(cluster.workers["p0"].address)  # the search waits for its answer
+                call = asyncio.create_task(generate(second, resume_request("r", 3)))
+                await asyncio.sleep(0.1)
+                assert second.dispatcher.open_requests == 1
+                call.cancel()
+                await asyncio.wait([call])
+                assert second.dispatcher.open_requests == 0
+                await second.dispatcher.drain()
+                await asyncio.sleep(0.1)
+                assert not cluster.workers["d0"].live
+
+    run_virtually(main())
+
+
+def test_a_client_that_leaves_during_the_search_takes_nothing_from_another_that_stays() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                generation = await start_generation(first, token_request(PROMPT, 100, request_id="r"))
+                before = await read(generation, Outcome(), limit=3)
+                cluster.network.silence(cluster.workers["p0"].address)
+                leaving = asyncio.create_task(generate(second, resume_request("r", 3)))
+                await asyncio.sleep(0.1)
+                staying = asyncio.create_task(generate(second, resume_request("r", 3)))
+                await asyncio.sleep(0.1)
+                leaving.cancel()
+                after = await staying
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 100)
+
+    run_virtually(main())
+
+
 def test_a_re_attached_request_survives_the_next_loss() -> None:
     async def main() -> None:
         with fake_cluster(decode=2) as cluster:

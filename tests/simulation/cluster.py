@@ -29,6 +29,7 @@ from diphase.kv_transfer.memory_link import LinkNetwork, MemoryDialer
 from diphase.kv_transfer.receiver import HandoffReceiver
 from diphase.kv_transfer.registry import TransportSet
 from diphase.kv_transfer.sender import HandoffSender
+from diphase.kv_transfer.side import HandoffSide
 from diphase.prefill_workers.config import PrefillSchedulerConfig
 from diphase.prefill_workers.role import PrefillRole
 from diphase.prefill_workers.scheduler import PrefillScheduler
@@ -216,23 +217,25 @@ class SimWorker:
         region = Region(buffer=self.engine.kv_buffer, fd=self.engine.kv_fd)
         return TransportSet({"local": self._transport}, region, digest_thread=False)
 
-    def _identity(self) -> LinkIdentity:
-        return LinkIdentity(
-            worker_id=self.name,
-            incarnation=self.incarnation,
-            layout_hash=self.engine.layout.fingerprint(),
+    def _side(self) -> HandoffSide:
+        return HandoffSide(
+            config=self._transfer,
+            layout=self.engine.layout,
+            transports=self._transports(),
+            identity=LinkIdentity(
+                worker_id=self.name,
+                incarnation=self.incarnation,
+                layout_hash=self.engine.layout.fingerprint(),
+            ),
+            clock=self._world.clock,
         )
 
     def _prefill_role(self, config: PrefillSchedulerConfig) -> PrefillRole:
         def open_sender(events: Callable[..., None]) -> HandoffSender:
             sender = HandoffSender(
-                config=self._transfer,
-                layout=self.engine.layout,
+                self._side(),
                 pool=self.blocks,
-                transports=self._transports(),
                 dialer=MemoryDialer(self._world.workers, self.address),
-                identity=self._identity(),
-                clock=self._world.clock,
                 events=events,
             )
             self._pump = sender.pump
@@ -249,12 +252,8 @@ class SimWorker:
     def _decode_role(self, kind: str, config: DecodeSchedulerConfig) -> DecodeRole:
         def open_receiver(pool: object, events: Callable[..., None]) -> HandoffReceiver:
             receiver = HandoffReceiver(
-                config=self._transfer,
-                layout=self.engine.layout,
+                self._side(),
                 pool=pool,  # type: ignore[arg-type]
-                transports=self._transports(),
-                identity=self._identity(),
-                clock=self._world.clock,
                 events=events,
             )
             self._pump = receiver.pump
