@@ -1,6 +1,6 @@
 """How fast the engine is on one core, beside eager transformers in the same run, on the same weights.
 
-    python -P benchmarks/engine.py [--model smollm2] [--rounds 5] [--output docs/results/engine.json]
+    .venv/bin/python -P benchmarks/engine.py [--rounds 5]   # writes docs/results/engine.json
 
 Prefill of 512 tokens, and decode steps at several batch sizes and contexts; bf16 and int8. The engines take
 turns within each round, so that a disturbance of the machine meets all of them; reported are medians and the
@@ -108,7 +108,6 @@ class Diphase:
             params=SamplingParams(),
             slo=Slo(),
             arrived_at=0.0,
-            deadline_at=0.0,
             block_table=blocks,
             num_computed=computed,
         )
@@ -278,7 +277,7 @@ def main() -> None:
     print(f"reading all bf16 weights once: {floor_ms:.1f} ms")
     result = {
         "what": "engine on one thread",
-        "command": "python -P benchmarks/engine.py",
+        "command": ".venv/bin/python -P benchmarks/engine.py",
         "date": datetime.now(UTC).date().isoformat(),
         "model": files.name,
         "processor": processor(),

@@ -1,7 +1,7 @@
 """What gateway and router cost: one core, fake workers in another process, journal, metrics and prefix
 routing on.
 
-    python -P benchmarks/gateway.py [--seconds 8] [--output docs/results/gateway.json]
+    .venv/bin/python -P benchmarks/gateway.py [--seconds 8] [--output docs/results/gateway.json]
 
 The gateway (or, for comparison, a bare gRPC server that streams the same messages back) has the first core to
 itself; the fake workers, the store and the load share the second. The workers answer over the real worker
@@ -353,7 +353,7 @@ def summarise(bare: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         return max(float(load["per_second"]) for load in result["loads"])
 
     return {
-        "command": "python -P benchmarks/gateway.py",
+        "command": ".venv/bin/python -P benchmarks/gateway.py",
         "tokenizer": MODEL,
         "prompt_tokens": PROMPT_TOKENS,
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",

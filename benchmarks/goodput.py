@@ -1,6 +1,6 @@
 """Goodput of one prefill and one decode worker against colocated workers on the same two cores.
 
-    python -P benchmarks/goodput.py            # at most 40 minutes; writes docs/results/goodput.{json,png}
+    .venv/bin/python -P benchmarks/goodput.py   # at most 40 minutes; writes docs/results/goodput.{json,png}
 
 Three arrangements serve the same requests (Azure conversation lengths scaled to means of 256 in and 48 out,
 Poisson arrivals, admission off): a prefill and a decode worker with a core each, two colocated workers with

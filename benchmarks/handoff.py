@@ -1,6 +1,6 @@
 """What disaggregation adds to one request: token 0's way to the client, and the hand-off before token 1.
 
-    python -P benchmarks/handoff.py            # about two minutes; writes docs/results/handoff.json
+    .venv/bin/python -P benchmarks/handoff.py            # about two minutes; writes docs/results/handoff.json
 
 For each transport a cluster of one prefill and one decode worker, a core each, serves lone requests of 512
 prompt tokens that nobody has cached. The stages are the server's own, measured for each request.
@@ -87,7 +87,7 @@ async def main() -> None:
     write_json(
         args.output,
         {
-            "command": "python -P benchmarks/handoff.py",
+            "command": ".venv/bin/python -P benchmarks/handoff.py",
             "prompt_tokens": PROMPT_TOKENS,
             **environment(),
             "medians": found,

@@ -1,6 +1,6 @@
 """Block-major against layer-major KV pools: what attention pays to gather, and what a hand-off pays to push.
 
-    python -P benchmarks/kv_layout.py [--output docs/results/kv_layout.json]
+    .venv/bin/python -P benchmarks/kv_layout.py [--output docs/results/kv_layout.json]
 
 Both pools hold the default model's KV (30 layers, 3 heads of 64, blocks of 16 tokens, bf16).
 block-major: [block][layer][k|v][head][slot][dim]; layer-major: [layer][block][k|v][head][slot][dim].
@@ -155,7 +155,7 @@ def main() -> None:
         print(f"{result.case:58} {result.layout:12} {result.median_ms:8.3f} ms {result.num_runs or '':>5}")
     document = {
         "what": "block-major against layer-major KV pools",
-        "command": "python -P benchmarks/kv_layout.py",
+        "command": ".venv/bin/python -P benchmarks/kv_layout.py",
         "date": datetime.now(UTC).date().isoformat(),
         "torch": torch.__version__,
         "results": [asdict(result) for result in results],

@@ -1,6 +1,6 @@
 """How soon a dead or hung process is noticed and replaced, and how long its clients pause.
 
-    python -P benchmarks/recovery.py           # about six minutes; writes docs/results/recovery.json
+    .venv/bin/python -P benchmarks/recovery.py   # about six minutes; writes docs/results/recovery.json
 
 A cluster of two workers of each kind and two gateways, with default settings, streams tokens to a client
 while a process that serves it is killed or stopped. From the signal on: when a gateway no longer calls the
@@ -189,7 +189,7 @@ async def main() -> None:
     write_json(
         args.output,
         {
-            "command": "python -P benchmarks/recovery.py",
+            "command": ".venv/bin/python -P benchmarks/recovery.py",
             "seconds_after": "the signal",
             **environment(),
             "medians": medians,

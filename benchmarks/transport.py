@@ -1,9 +1,9 @@
 """How fast the transports move KV bytes between two processes, beside what the machine can do.
 
-Run `python -P benchmarks/transport.py`. For each piece size it measures, interleaved: memcpy into warm shared
-memory, a raw loopback TCP socket (sendall against recv_into), and the transports shm and tcp. The ratios are
-the result: shm to memcpy, tcp to the raw socket, each the best of all rounds, since whatever else runs on the
-machine can only slow a round down. Writes docs/results/transport.json.
+Run `.venv/bin/python -P benchmarks/transport.py`. For each piece size it measures, interleaved: memcpy into
+warm shared memory, a raw loopback TCP socket (sendall against recv_into), and the transports shm and tcp. The
+ratios are the result: shm to memcpy, tcp to the raw socket, each the best of all rounds, since whatever else
+runs on the machine can only slow a round down. Writes docs/results/transport.json.
 """
 
 from __future__ import annotations
@@ -210,7 +210,7 @@ def measure(rounds: int, total: int) -> dict[str, Any]:
     for mover in movers.values():
         mover.close()
     return {
-        "command": "python -P benchmarks/transport.py",
+        "command": ".venv/bin/python -P benchmarks/transport.py",
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "kernel": platform.release()},
         "python": platform.python_version(),
         "depth": DEPTH,

@@ -132,7 +132,6 @@ class TorchEngine:
                 params=SamplingParams(),
                 slo=Slo(),
                 arrived_at=0.0,
-                deadline_at=0.0,
                 block_table=list(range(self.layout.num_blocks_for(length))),
             )
             self.execute(StepPlan(chunks=[Chunk(sequence=sequence, num_tokens=length, samples=True)]))

@@ -72,7 +72,6 @@ def _sequence(index: int, token_ids: list[int], params: SamplingParams) -> Seque
         params=params,
         slo=Slo(),
         arrived_at=0.0,
-        deadline_at=0.0,
     )
 
 

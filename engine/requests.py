@@ -69,7 +69,7 @@ def sequence_from_submit(submit: worker_pb2.Submit, limits: ModelLimits, now: fl
         params=params,
         slo=slo,
         arrived_at=now,
-        deadline_at=now - submit.elapsed_s + slo.ttft_ms / 1000.0,
+        waited_s=submit.elapsed_s,
     )
 
 

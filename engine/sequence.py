@@ -23,8 +23,8 @@ class Sequence:
     slo: Slo
     arrived_at: float
     """Worker clock, seconds, when the request came to this worker."""
-    deadline_at: float
-    """Worker clock, seconds, at which its TTFT objective passes (gateway's receipt + ttft)."""
+    waited_s: float = 0.0
+    """What it had waited before: at its gateway, in earlier attempts, on other workers."""
     block_table: list[int] = field(default_factory=list)
     """Block ids in order of position; block i holds positions i * block_size on."""
     block_hashes: list[bytes] = field(default_factory=list)

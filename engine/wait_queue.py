@@ -17,8 +17,9 @@ SLACK = 64
 
 
 def rank(sequence: Sequence) -> Rank:
-    """Sorts the most important sequence first. The key makes the order total, so that runs repeat exactly."""
-    return (-sequence.slo.priority, sequence.arrived_at, sequence.key)
+    """Sorts the most important sequence first, then by when the client's call came: who is tried again does
+    not queue again. The key makes the order total, so that runs repeat exactly."""
+    return (-sequence.slo.priority, sequence.arrived_at - sequence.waited_s, sequence.key)
 
 
 class WaitQueue:

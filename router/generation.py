@@ -67,6 +67,7 @@ class Generation:
             self._dispatcher.stop(self._stream)
             finish = pb.FINISH_REASON_STOP
             token_ids = token_ids[:used]
+            repeated = min(repeated, used)
         elif finish:
             text += self._text.finish()
         new_ids = token_ids[repeated:]

@@ -25,11 +25,6 @@ class StepShape(NamedTuple):
     decode_context: float = 0.0
 
 
-def prompt_shape(num_tokens: int, context_before: int = 0) -> StepShape:
-    """The shape of computing `num_tokens` prompt tokens after `context_before` cached ones."""
-    return StepShape(num_tokens, num_tokens * (context_before + num_tokens / 2))
-
-
 @dataclass(frozen=True, slots=True)
 class Coefficients:
     """Seconds: of a step, a prompt token, a unit of prompt context, a sequence, a token of decode context."""

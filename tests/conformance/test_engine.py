@@ -58,7 +58,6 @@ def sequence(
         params=params or SamplingParams(max_tokens=64),
         slo=Slo(),
         arrived_at=0.0,
-        deadline_at=0.0,
         block_table=blocks,
     )
 

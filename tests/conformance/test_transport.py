@@ -218,8 +218,12 @@ class TestEnds:
         a, b = joined(make, name)
         a.write("b", [(0, 0, 10)], b"x")
         b.until(lambda: b.tags() == [b"x"], a)
+        seen = len(a.terminals())
+        later = {a.write("b", [(0, 0, SIZE)]) for _ in range(4)}  # whoever is quick may finish one
         b.transport.close()
-        a.until(lambda: bool(a.of(PeerDown)))
+        a.until(lambda: bool(a.of(PeerDown)) and len(a.terminals()) >= seen + len(later))
+        assert later <= {event.transfer_id for event in a.terminals()}
+        assert [event.peer for event in a.of(PeerDown)] == ["b"]
         b.transport.close()
 
     def test_a_new_incarnation_takes_the_place_of_the_old(self, make: Any, name: str) -> None:

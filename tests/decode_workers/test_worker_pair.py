@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from functools import partial
 
 import pytest
@@ -20,12 +18,11 @@ from diphase.engine.server import Progress, RunningWorker
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.prefill_workers.config import PrefillSchedulerConfig, PrefillWorkerConfig
 from diphase.prefill_workers.worker import start as start_prefill
-from diphase.proto import worker_pb2 as pb
 from diphase.proto.errors import Cancelled, TransferError
 from diphase.proto.sampling import SamplingParams
-from diphase.router.links import GrpcLink
 
-from ..simulation.gateway import Gateway, Placement
+from ..live_workers import attached, placement, until_idle
+from ..simulation.gateway import Gateway
 
 LIMIT_S = 60.0
 ORACLE = FakeEngine(num_blocks=1)
@@ -57,40 +54,6 @@ async def start_pair(transport: str, num_blocks: int = 128) -> tuple[RunningWork
         load=partial(load, num_blocks),
     )
     return prefill, decode
-
-
-@asynccontextmanager
-async def attached(*workers: RunningWorker) -> AsyncIterator[Gateway]:
-    gateway = Gateway("g", GrpcLink, token="secret")
-    addresses = [worker.address for worker in workers]
-    running = asyncio.create_task(gateway.run(addresses))
-    try:
-        await gateway.attached(*addresses)
-        yield gateway
-    finally:
-        running.cancel()
-        await asyncio.wait((running,))
-
-
-def placement(prefill: RunningWorker | None, decode: RunningWorker) -> Placement:
-    def peer(worker: RunningWorker) -> pb.PeerAddress:
-        return pb.PeerAddress(
-            worker_id=worker.hello.worker_id, incarnation=worker.incarnation, address=worker.address
-        )
-
-    return Placement(peer(prefill) if prefill else None, peer(decode))
-
-
-async def until_idle(gateway: Gateway, *workers: RunningWorker) -> None:
-    """As the gateway sees it: by heartbeats."""
-    for worker in workers:
-        while True:
-            beat = gateway.heartbeats[worker.address]
-            load = beat.load
-            if load.blocks_free + load.blocks_cached == load.blocks_total and not load.handoffs:
-                break
-            gateway.heard.clear()
-            await gateway.heard.wait()
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])

@@ -28,7 +28,6 @@ def make_sequence(
         params=SamplingParams(max_tokens=max_tokens, ignore_eos=True, **sampling),  # type: ignore[arg-type]
         slo=Slo(priority=priority),
         arrived_at=arrived_at,
-        deadline_at=arrived_at + 2.0,
     )
 
 

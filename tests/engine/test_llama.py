@@ -83,7 +83,6 @@ def sequence(num_tokens: int) -> Sequence:
         params=SamplingParams(),
         slo=Slo(),
         arrived_at=0.0,
-        deadline_at=0.0,
         block_table=[5, 9, 2, 31, 17, 1, 20, 8, 11, 4],
     )
 

@@ -29,7 +29,6 @@ def sequence(
         params=params,
         slo=Slo(),
         arrived_at=0.0,
-        deadline_at=0.0,
     )
 
 

@@ -72,7 +72,6 @@ def test_fp32_logits_equal_those_of_transformers(files: ModelFiles) -> None:
         params=SamplingParams(),
         slo=Slo(),
         arrived_at=0.0,
-        deadline_at=0.0,
         block_table=list(range(engine.layout.num_blocks_for(len(prompt)))),
     )
     plan = StepPlan(chunks=[Chunk(sequence=sequence, num_tokens=len(prompt), samples=True)])

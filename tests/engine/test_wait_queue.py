@@ -57,3 +57,12 @@ def test_what_left_behind_a_blocked_head_does_not_pile_up() -> None:
         queue.add(sequence)
         queue.remove(sequence.key)
     assert len(queue._heap) <= SLACK + 4
+
+
+def test_who_was_lost_with_another_worker_does_not_queue_again() -> None:
+    queue = WaitQueue()
+    queue.add(make_sequence("here first", 5, arrived_at=7.0))
+    retried = make_sequence("retried", 5, arrived_at=8.0)
+    retried.waited_s = 3.0
+    queue.add(retried)
+    assert queue.head() is retried

@@ -14,7 +14,7 @@ from diphase.prefill_workers.config import PrefillSchedulerConfig, PrefillWorker
 from diphase.prefill_workers.worker import start as start_prefill
 from diphase.proto.sampling import SamplingParams
 
-from ..decode_workers.test_worker_pair import attached, placement, until_idle
+from ..live_workers import attached, placement, until_idle
 
 LIMIT_S = 120.0
 

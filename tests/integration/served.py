@@ -18,8 +18,10 @@ from typing import IO, Any
 
 from diphase.cluster import processes
 from diphase.cluster.generate import stream
+from diphase.proto import cluster_pb2
 from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import DiphaseError
+from google.protobuf.json_format import ParseDict
 
 DIPHASE = (sys.executable, "-P", "-m", "diphase")
 START_S = 90.0
@@ -188,6 +190,15 @@ def served(*settings: str, **environment: str) -> Iterator[Served]:
         cluster.assert_nothing_left()
     finally:
         cluster.kill()
+
+
+def idle(cluster: Served) -> bool:
+    """Whether no worker has a request or a block in use."""
+    status = ParseDict(cluster.status(), cluster_pb2.GetStatusResponse())
+    return status.running_requests == status.queued_requests == 0 and all(
+        worker.load.blocks_free + worker.load.blocks_cached == worker.load.blocks_total
+        for worker in status.workers
+    )
 
 
 def prompt_request(token_ids: Sequence[int], max_tokens: int, request_id: str = "") -> pb.GenerateRequest:

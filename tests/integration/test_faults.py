@@ -21,8 +21,7 @@ from diphase.engine.generate import generate
 from diphase.proto.inference_pb2_grpc import InferenceStub
 from diphase.proto.sampling import SamplingParams
 
-from .served import TINY, Completion, Served, command_of, follow, prompt_request, served, wait_until
-from .test_serving import idle
+from .served import TINY, Completion, Served, command_of, follow, idle, prompt_request, served, wait_until
 
 NUM_REQUESTS = 6
 MAX_TOKENS = 200

@@ -64,7 +64,6 @@ def top_two_gap(engine: TorchEngine, token_ids: list[int]) -> float:
         params=SamplingParams(),
         slo=Slo(),
         arrived_at=0.0,
-        deadline_at=0.0,
         block_table=list(range(engine.layout.num_blocks_for(len(token_ids)))),
     )
     chunk = Chunk(sequence=sequence, num_tokens=len(token_ids), samples=True)

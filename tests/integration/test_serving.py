@@ -20,21 +20,12 @@ from diphase.proto.inference_pb2_grpc import InferenceStub
 from diphase.proto.sampling import SamplingParams
 from google.protobuf.json_format import ParseDict
 
-from .served import Completion, Served, complete, follow, prompt_request, run, wait_until
+from .served import Completion, Served, complete, follow, idle, prompt_request, run, wait_until
 
 
 def prompts(lengths: list[int], seed: int) -> list[list[int]]:
     rng = random.Random(seed)
     return [[rng.randrange(512) for _ in range(length)] for length in lengths]
-
-
-def idle(cluster: Served) -> bool:
-    """Whether no worker has a request or a block in use."""
-    status = ParseDict(cluster.status(), cluster_pb2.GetStatusResponse())
-    return status.running_requests == status.queued_requests == 0 and all(
-        worker.load.blocks_free + worker.load.blocks_cached == worker.load.blocks_total
-        for worker in status.workers
-    )
 
 
 def test_the_command_line_streams_text(cluster: Served) -> None:

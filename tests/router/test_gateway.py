@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import urllib.request
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -158,6 +160,25 @@ async def test_oversized_messages_are_refused() -> None:
         code, details, _ = await status_of(inference(channel).Generate(big))
         assert code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert "10000" in details
+
+
+def nodelay_of_connections(port: int) -> list[int]:
+    """TCP_NODELAY of this process's connections from or to a port of its own."""
+    found = []
+    for entry in list(Path("/proc/self/fd").iterdir()):
+        if not os.path.realpath(entry).rpartition("/")[2].startswith("socket:"):
+            continue
+        with socket.socket(fileno=os.dup(int(entry.name))) as copy, suppress(OSError):  # not connected
+            is_tcp = copy.family in (socket.AF_INET, socket.AF_INET6)
+            if is_tcp and port in (copy.getsockname()[1], copy.getpeername()[1]):
+                found.append(copy.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+    return found
+
+
+async def test_no_message_waits_for_the_acknowledgement_of_another() -> None:
+    async with running() as (_, gateway, channel):
+        await inference(channel).Health(pb.HealthRequest())
+        assert nodelay_of_connections(int(gateway.address.rpartition(":")[2])) == [1, 1]  # client and gateway
 
 
 async def test_overload_says_when_to_come_back() -> None:

@@ -6,9 +6,11 @@ import random
 from dataclasses import astuple
 
 import pytest
-from diphase.router.latency_model import Coefficients, LatencyModel, StepShape, prompt_shape
+from diphase.router.latency_model import Coefficients, LatencyModel, StepShape
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from .shapes import prompt_shape
 
 COEFFICIENTS = st.builds(
     Coefficients,

@@ -155,6 +155,27 @@ def test_a_client_that_leaves_during_the_search_takes_nothing_from_another_that_
     run_virtually(main())
 
 
+def test_a_client_that_claims_tokens_beyond_the_stop_is_told_where_it_was() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                whole = await generate(first, token_request(PROMPT, 12))
+                stop = whole.responses[5].text
+                before = whole.text.index(stop)
+                sampling = pb.Sampling(max_tokens=12, stop=[stop])
+                stopped = await generate(first, token_request(PROMPT, sampling=sampling))
+                assert stopped.text == whole.text[:before]
+                generation = await start_generation(
+                    first, token_request(PROMPT, sampling=sampling, request_id="r")
+                )
+                await read(generation, Outcome(), limit=1)
+                after = await generate(second, resume_request("r", 11))
+                assert not after.token_ids
+                assert after.last.usage.completion_tokens == stopped.last.usage.completion_tokens
+
+    run_virtually(main())
+
+
 def test_a_re_attached_request_survives_the_next_loss() -> None:
     async def main() -> None:
         with fake_cluster(decode=2) as cluster:
