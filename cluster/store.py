@@ -6,8 +6,11 @@ reach it through the file system, so they then run on the supervisor's node.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import subprocess
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -19,8 +22,13 @@ from ..proto.errors import ConfigError, InternalError
 from .config import StoreConfig
 from .processes import start_apart
 
+logger = logging.getLogger(__name__)
+
 START_S = 10.0
 CONNECT_S = 3.0
+LOOK_S = 0.5
+LONGEST_PAUSE_S = 30.0
+"""Between two looks at a server that cannot be started; the pause doubles from LOOK_S."""
 
 
 class Store:
@@ -48,6 +56,26 @@ class Store:
         """Ends the server if it is private. Idempotent."""
         if self._private is not None:
             self._private.stop()
+
+
+async def keep_running(restart_if_dead: Callable[[], Awaitable[bool]], restarted: Callable[[], None]) -> None:
+    """Has a dead server started anew until cancelled, and calls `restarted` each time that was done.
+
+    Whatever keeps it from starting is logged and tried again, since requests are served without a store too.
+    """
+    pause_s = LOOK_S
+    while True:
+        await asyncio.sleep(pause_s)
+        try:
+            if await restart_if_dead():
+                logger.warning("store_restarted")
+                restarted()
+            pause_s = LOOK_S
+        except Exception as exc:
+            pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
+            logger.error(
+                "store_restart_failed error=%r again_in_s=%.1f serving=on", str(exc) or repr(exc), pause_s
+            )
 
 
 def open_store(config: StoreConfig, folder: Path) -> Store:

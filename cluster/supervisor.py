@@ -21,7 +21,7 @@ from ..kv_transfer.registry import load_factory
 from ..proto.clock import MonotonicClock
 from ..proto.errors import ConfigError, InternalError, WorkerLost
 from ..router.membership import RedisMembership
-from . import ray_process
+from . import ray_process, store
 from .announcer import Announcer
 from .config import ClusterConfig
 from .endpoint import StatusClient
@@ -37,7 +37,6 @@ Report = Callable[[str, str, float], None]
 """(who, what is being done, share of it that is done)."""
 
 PROGRESS_S = 0.2
-STORE_RETRY_S = 0.5
 LINK_S = 20.0
 """How long gateways may take to reach workers that serve already."""
 LINK_RETRY_S = 0.05
@@ -131,7 +130,7 @@ class Cluster:
         self._own(self._announcer.run())
         await self._all_started()
         await self._all_linked()
-        self._own(self._keep_store())
+        self._own(store.keep_running(self._restart_store, self._publish_all))
         self._own(LivenessWatch(self.slots, self._status.ask, MonotonicClock(), self.config.supervisor).run())
 
     async def wait(self) -> None:
@@ -250,12 +249,11 @@ class Cluster:
         for slot in self.slots:
             await self._members.remove(slot.assignment.worker_id)
 
-    async def _keep_store(self) -> None:
-        """Restarts the private server when it died and tells it who is there."""
-        while True:
-            await asyncio.sleep(STORE_RETRY_S)
-            if await asyncio.to_thread(self._base.store.restart_if_dead):
-                logger.warning("store_restarted")
-                for slot in self.slots:
-                    if slot.started is not None:
-                        self._announcer.publish(slot.started)
+    async def _restart_store(self) -> bool:
+        return await asyncio.to_thread(self._base.store.restart_if_dead)
+
+    def _publish_all(self) -> None:
+        """Tells a store that is empty who is there."""
+        for slot in self.slots:
+            if slot.started is not None:
+                self._announcer.publish(slot.started)

@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+import asyncio
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 from diphase.cluster import processes
 from diphase.cluster.config import StoreConfig
-from diphase.cluster.store import Store, open_store
+from diphase.cluster.store import LONGEST_PAUSE_S, LOOK_S, PrivateServer, Store, keep_running, open_store
 from diphase.proto.errors import ConfigError, InternalError
+
+from ..simulation.virtual_loop import run_virtually
 
 
 @pytest.fixture
@@ -43,6 +48,63 @@ async def test_the_private_server_is_started_anew_after_it_died(store: Store, fo
     client = store.client()
     assert await client.get("a") is None
     await client.aclose()
+
+
+def test_a_server_that_cannot_be_started_anew_is_tried_again_with_growing_pauses() -> None:
+    outcomes: list[bool | Exception] = [
+        InternalError("the private Valkey server did not start"),
+        OSError(28, "No space left on device"),
+        MemoryError(),
+        *[InternalError("it did not start")] * 5,
+        True,
+        False,
+        OSError("again"),
+        False,
+    ]
+    looked_at: list[float] = []
+    restarts: list[float] = []
+    finished = asyncio.Event()
+
+    async def restart_if_dead() -> bool:
+        looked_at.append(asyncio.get_running_loop().time())
+        if not outcomes:
+            finished.set()
+            return False
+        outcome = outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    async def main() -> None:
+        keeping = asyncio.create_task(
+            keep_running(restart_if_dead, lambda: restarts.append(asyncio.get_running_loop().time()))
+        )
+        await finished.wait()
+        keeping.cancel()
+        await asyncio.wait([keeping])
+        assert keeping.cancelled()
+
+    run_virtually(main())
+    pauses = [later - earlier for earlier, later in pairwise([0.0, *looked_at])]
+    assert pauses[:9] == pytest.approx([LOOK_S, 1.0, 2.0, 4.0, 8.0, 16.0, *[LONGEST_PAUSE_S] * 3])
+    assert pauses[9:] == pytest.approx([LOOK_S, LOOK_S, 2 * LOOK_S, LOOK_S])
+    assert restarts == [looked_at[8]]
+
+
+async def test_a_private_server_whose_folder_is_gone_for_a_while_comes_back(folder: Path) -> None:
+    inner = folder / "d"
+    inner.mkdir()
+    server = PrivateServer(inner)
+    server.start()
+    store = Store(server.url, server)
+    server.stop()
+    shutil.rmtree(inner)
+    with pytest.raises(OSError, match="No such file"):
+        store.restart_if_dead()
+    inner.mkdir()
+    assert store.restart_if_dead()
+    assert not store.restart_if_dead()
+    store.stop()
 
 
 def test_the_private_server_ends_with_stop(store: Store, folder: Path) -> None:
