@@ -176,8 +176,9 @@ class SupervisorConfig:
     """How long a process may take to start, its model's load included, seconds."""
     hang_grace_s: float = 0.25
     """A worker that every gateway calls hung for so long is killed and started anew, seconds."""
-    gateway_hang_s: float = 1.5
-    """A gateway that answers nothing for so long is killed and started anew, seconds."""
+    gateway_hang_s: float = 0.8
+    """A gateway that takes longer than this for two answers in a row is killed and started anew, some two
+    seconds after it stopped; seconds."""
     restart_pause_s: float = 5.0
     """Longest pause before a process that keeps failing is started again; it doubles from 0.1, seconds."""
 

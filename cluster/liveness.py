@@ -2,8 +2,8 @@
 by asking.
 
 A process that is stopped or stuck looks alive to Ray. Gateways call a worker hung after silence on its
-stream; when all gateways that answer agree for a while, the worker is killed. A gateway that answers
-nothing is killed as well.
+stream; when all gateways that answer agree for a while, the worker is killed. A gateway is killed as well
+when it leaves two questions in a row unanswered: one slow answer is no hang.
 """
 
 from __future__ import annotations
@@ -71,6 +71,8 @@ class LivenessWatch:
         self._clock = clock
         self._config = config
         self._hung = Persistence()
+        self._silent: set[str] = set()
+        """Incarnations of the gateways that left the last question unanswered."""
 
     async def run(self) -> None:
         """Until cancelled."""
@@ -84,7 +86,9 @@ class LivenessWatch:
         gateways = [started for _slot, started in running if started.role == "gateway"]
         answers = await asyncio.gather(*(self._view(started) for started in gateways))
         views = [answer for answer in answers if isinstance(answer, pb.GetStatusResponse)]
-        doomed = {answer for answer in answers if isinstance(answer, str)}
+        silent = {answer for answer in answers if isinstance(answer, str)}
+        doomed = silent & self._silent
+        self._silent = silent
         lasting = self._hung.update(self._clock.now(), hung_incarnations(views))
         doomed |= {name for name, seconds in lasting.items() if seconds >= self._config.hang_grace_s}
         victims = [(slot, started) for slot, started in running if started.incarnation in doomed]
@@ -93,7 +97,7 @@ class LivenessWatch:
         await asyncio.gather(*(slot.process.kill(started) for slot, started in victims))
 
     async def _view(self, gateway: Started) -> pb.GetStatusResponse | str | None:
-        """Its view; its incarnation when it hangs; None when it is not there, which its slot will notice."""
+        """Its view; its incarnation when it is silent; None when nobody is there, as its slot notices."""
         try:
             return await self._ask(gateway.address, self._config.gateway_hang_s)
         except TimeoutError:

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from diphase.cluster.config import SupervisorConfig
@@ -9,6 +10,8 @@ from diphase.cluster.liveness import LivenessWatch, Persistence, hung_incarnatio
 from diphase.cluster.roles import Started
 from diphase.proto import cluster_pb2 as pb
 from diphase.proto.errors import WorkerLost
+
+from ..simulation.virtual_loop import run_virtually
 
 
 @dataclass
@@ -146,8 +149,53 @@ async def test_one_gateway_that_disagrees_saves_the_worker() -> None:
 async def test_a_silent_gateway_is_killed_and_the_other_one_still_judges() -> None:
     stage = Stage()
     stage.answers = {"g0:1": TimeoutError(), "g1:1": view(p="hung", d="ready")}
-    assert await stage.look() == ["g0"]
+    assert await stage.look() == []
     assert set(await stage.look(after_s=1)) == {"g0", "p"}
+
+
+async def test_slow_answers_with_good_ones_between_them_kill_no_gateway() -> None:
+    stage = Stage()
+    well = stage.answers["g0:1"]
+    for answer in (TimeoutError(), well, TimeoutError(), WorkerLost("no connection"), TimeoutError(), well):
+        stage.answers["g0:1"] = answer
+        assert await stage.look(after_s=1) == []
+
+
+async def test_the_silence_of_a_gateway_is_not_held_against_its_successor() -> None:
+    stage = Stage()
+    stage.answers["g0:1"] = TimeoutError()
+    await stage.look()
+    stage.slots["g0"].started = replace(process("g0", "gateway"), incarnation="i-next")
+    assert await stage.look(after_s=1) == []
+    assert await stage.look(after_s=1) == ["g0"]
+
+
+def test_a_gateway_that_stops_is_killed_after_two_seconds_by_default() -> None:
+    async def main() -> None:
+        loop = asyncio.get_running_loop()
+        stage = Stage()
+        killed_at: list[float] = []
+
+        async def ask(address: str, timeout_s: float) -> pb.GetStatusResponse:
+            if loop.time() >= 5.0:
+                await asyncio.sleep(timeout_s)
+                raise TimeoutError
+            return view(p="ready", d="ready")
+
+        class Process(FakeProcess):
+            async def kill(self, started: Started) -> None:
+                killed_at.append(loop.time())
+                gateway.started = None
+
+        gateway = FakeSlot(process("g0", "gateway"), Process())
+        watch = LivenessWatch([gateway], ask, stage.clock, SupervisorConfig())  # type: ignore[list-item]
+        running = asyncio.create_task(watch.run())
+        await asyncio.sleep(20.0)
+        running.cancel()
+        [at] = killed_at
+        assert 6.0 < at <= 7.0
+
+    run_virtually(main())
 
 
 async def test_a_gateway_that_is_not_there_is_its_slots_business() -> None:
