@@ -12,7 +12,7 @@ from ray.exceptions import ActorDiedError, ActorUnavailableError, RayError
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from ..proto.errors import ConfigError
+from ..proto.errors import ConfigError, InternalError
 from .actors import ACTORS
 from .config import PlacementConfig
 from .node_agent import NodeAgent
@@ -70,8 +70,9 @@ class RayProcess:
             except ActorUnavailableError:  # Ray has not noticed the death, or is restarting
                 await asyncio.sleep(RETRY_S)
             except ActorDiedError as exc:
-                why = str(exc).strip().splitlines()[-1]
-                raise ProcessGone(f"Ray gave {assignment.worker_id} up: {why}") from exc
+                raise ProcessGone(f"Ray gave {assignment.worker_id} up: {_last_line(exc)}") from exc
+            except RayError as exc:  # no place or environment for it, or it raised
+                raise InternalError(f"Ray did not start {assignment.worker_id}: {_last_line(exc)}") from exc
 
     async def progress(self) -> StartProgress | None:
         """How far a start is; None while the process is not there."""
@@ -131,6 +132,12 @@ class RayProcess:
                     await self._agents.on(self._started.node_id).kill.remote(
                         self._started.pid, self._started.ticks
                     )
+
+
+def _last_line(exc: RayError) -> str:
+    """What happened, without Ray's stack traces."""
+    lines = str(exc).strip().splitlines()
+    return lines[-1] if lines else type(exc).__name__
 
 
 async def reserve(role: str, placement: PlacementConfig, timeout_s: float) -> PlacementGroup:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Protocol
 
-from ..proto.errors import DiphaseError, WorkerLost, from_wire
+from ..proto.errors import DiphaseError, InternalError, WorkerLost, from_wire
 from .config import SupervisorConfig
 from .roles import Assignment, Started, StartFailed, StartProgress
 
@@ -35,6 +35,7 @@ class Process(Protocol):
 
         Raises:
             ProcessGone: it will never come back.
+            DiphaseError: this start failed; another one may not.
         """
         ...
 
@@ -95,8 +96,8 @@ class Slot:
         """
         try:
             self.started = await self._start()
-        except (DiphaseError, ProcessGone) as exc:
-            self._first.set_exception(exc if isinstance(exc, DiphaseError) else WorkerLost(str(exc)))
+        except Exception as exc:
+            self._first.set_exception(self._reason(exc))
             self._first.exception()  # seen: the waiter may be gone already
             return
         self._first.set_result(self.started)
@@ -133,10 +134,22 @@ class Slot:
         while True:
             try:
                 return await self._start()
-            except DiphaseError as exc:
-                logger.error("restart_failed worker_id=%s error=%s", self.assignment.worker_id, exc.message)
+            except ProcessGone:
+                raise
+            except Exception as exc:
+                error = self._reason(exc)
+                logger.error("restart_failed worker_id=%s error=%s", self.assignment.worker_id, error.message)
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, self._config.restart_pause_s)
+
+    def _reason(self, exc: Exception) -> DiphaseError:
+        """Why a start failed, for a person."""
+        if isinstance(exc, DiphaseError):
+            return exc
+        if isinstance(exc, ProcessGone):
+            return WorkerLost(str(exc))
+        logger.error("start_failed worker_id=%s", self.assignment.worker_id, exc_info=exc)
+        return InternalError(f"{self.assignment.worker_id} did not start: {type(exc).__name__}: {exc}")
 
 
 def _port(address: str) -> int:

@@ -8,7 +8,7 @@ from diphase.cluster.config import SupervisorConfig, load
 from diphase.cluster.roles import Assignment, Started, StartFailed, StartProgress
 from diphase.cluster.slot import ProcessGone, Slot
 from diphase.proto.clock import system_rng
-from diphase.proto.errors import CheckpointError, WorkerLost
+from diphase.proto.errors import CheckpointError, InternalError, WorkerLost
 
 QUICK = SupervisorConfig(restart_pause_s=0.1)
 
@@ -152,6 +152,26 @@ async def test_a_start_that_takes_too_long_is_given_up() -> None:
     stage.process.starts_at_all = False
     with pytest.raises(WorkerLost, match="decode-0 did not start within"):
         await stage.slot.first_start()
+    await stage.close()
+
+
+async def test_an_unforeseen_failure_of_the_first_start_is_told_in_a_sentence() -> None:
+    process = FakeProcess()
+    process.failures = [ValueError("bad environment")]
+    stage = Stage(process=process)
+    async with asyncio.timeout(10):
+        with pytest.raises(InternalError, match=r"^decode-0 did not start: ValueError: bad environment$"):
+            await stage.slot.first_start()
+    await stage.close()
+
+
+async def test_an_unforeseen_failure_of_a_later_start_is_tried_again() -> None:
+    stage = Stage()
+    await stage.slot.first_start()
+    await stage.changes(1)
+    stage.process.failures = [ValueError("bad environment"), KeyError("placement group")]
+    stage.process.gone.set()
+    assert (await stage.changes(3))[-1] == "+life-4"
     await stage.close()
 
 

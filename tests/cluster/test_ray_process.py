@@ -1,0 +1,64 @@
+"""What Ray says of an actor that does not start becomes an error with a sentence."""
+
+from __future__ import annotations
+
+import pytest
+from diphase.cluster.config import load
+from diphase.cluster.ray_process import NodeAgents, RayProcess
+from diphase.cluster.roles import Assignment, StartFailed
+from diphase.cluster.slot import ProcessGone
+from diphase.proto.clock import system_rng
+from diphase.proto.errors import InternalError
+from ray.exceptions import (
+    ActorDiedError,
+    ActorUnavailableError,
+    ActorUnschedulableError,
+    RayTaskError,
+    RuntimeEnvSetupError,
+)
+
+
+class FakeActor:
+    """The method `start` of an actor; each call has the next outcome."""
+
+    def __init__(self, *outcomes: StartFailed | Exception) -> None:
+        self._outcomes = list(outcomes)
+        self.start = self
+
+    async def remote(self, assignment: Assignment) -> StartFailed:
+        outcome = self._outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+
+async def start(*outcomes: StartFailed | Exception) -> object:
+    process = RayProcess(FakeActor(*outcomes), NodeAgents("diphase-test"))
+    config = load(None, (), system_rng())
+    return await process.start(Assignment(worker_id="decode-0", role="decode", config=config, store_url=""))
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (ActorUnschedulableError("the bundle is gone"), "the bundle is gone"),
+        (RuntimeEnvSetupError("no such interpreter"), "no such interpreter"),
+        (RayTaskError("start", "Traceback\nValueError: boom", ValueError("boom")), "ValueError: boom"),
+    ],
+)
+async def test_a_start_that_ray_refuses_is_an_error_with_its_reason(error: Exception, sentence: str) -> None:
+    with pytest.raises(InternalError) as caught:
+        await start(error)
+    assert caught.value.message.startswith("Ray did not start decode-0: ")
+    assert caught.value.message.endswith(sentence)
+    assert "\n" not in caught.value.message
+
+
+async def test_an_actor_that_ray_is_restarting_is_waited_for() -> None:
+    answer = StartFailed(code="internal", message="later")
+    assert await start(ActorUnavailableError("restarting", None), answer) is answer
+
+
+async def test_an_actor_that_ray_gave_up_is_gone() -> None:
+    with pytest.raises(ProcessGone, match="Ray gave decode-0 up"):
+        await start(ActorDiedError())
