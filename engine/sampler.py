@@ -1,9 +1,12 @@
 """Chooses tokens from logits. Stateless: what it draws is a function of logits, sequence and parameters
 alone.
 
-Order: log-probabilities are taken first; then min_tokens masks, repetition, presence and frequency penalties,
-temperature, top-k, top-p (of what top-k left) and min-p. Equal logits rank by id, the lowest first,
-everywhere.
+Order: log-probabilities are taken first; then repetition, presence and frequency penalties, the mask of
+min_tokens, temperature, top-k, top-p (of what top-k left) and min-p. Equal logits rank by id, the lowest
+first, everywhere.
+
+Whatever the logits are, every row gives a token of the vocabulary: one that raised would take the whole batch
+with it. Hence _LIMIT.
 """
 
 from __future__ import annotations
@@ -22,6 +25,13 @@ _GOLDEN = 0x9E3779B97F4A7C15
 _MARGINS = (8.0, 16.0, math.inf)
 """How far below the highest logit the candidates of a filter are looked for, in turn: e^-8 of the highest
 probability is nearly always far enough, and sorting hundreds costs a hundredth of sorting the vocabulary."""
+
+_LIMIT = torch.finfo(torch.float32).max / 2
+"""Logits are brought between -_LIMIT and _LIMIT: differences of any two are finite. What is not a number is
+as unlikely as can be."""
+_MASKED = torch.finfo(torch.float32).min
+"""The logit of what must not be sampled: below all others, and finite, so that a row of nothing else still
+has a distribution."""
 
 
 def uniform(seed: int, index: int) -> float:
@@ -71,12 +81,12 @@ def _sample_row(row: torch.Tensor, sequence: Sequence, eos_token_ids: tuple[int,
     params = sequence.params
     if _is_plain(sequence):
         return SampledToken(token_id=int(row.argmax()))
-    row = row.to(torch.float32, copy=True)
+    row = row.to(torch.float32, copy=True).nan_to_num_(nan=-_LIMIT).clamp_(-_LIMIT, _LIMIT)
     logprobs = None if params.logprobs is None else torch.log_softmax(row, dim=0)
-    if sequence.num_generated < params.min_tokens:
-        row[[*eos_token_ids, *_inside(params.stop_token_ids, len(row))]] = -torch.inf
     if params.needs_history:
         _penalise(row, sequence)
+    if sequence.num_generated < params.min_tokens:
+        row[_inside((*eos_token_ids, *params.stop_token_ids), len(row))] = _MASKED
     token_id = int(row.argmax()) if params.greedy else _draw(row, params, sequence.num_generated)
     token = SampledToken(token_id=token_id)
     if logprobs is not None:
@@ -86,12 +96,12 @@ def _sample_row(row: torch.Tensor, sequence: Sequence, eos_token_ids: tuple[int,
 
 
 def _inside(token_ids: tuple[int, ...], vocab_size: int) -> list[int]:
-    """Those that exist: a stop token that the vocabulary lacks is never sampled anyway."""
+    """Those that exist: one that the vocabulary lacks is never sampled anyway."""
     return [token_id for token_id in token_ids if 0 <= token_id < vocab_size]
 
 
 def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
-    """Changes fp32 logits [vocab_size] in place, as SamplingParams describes the penalties."""
+    """Changes fp32 logits [vocab_size] in place, as SamplingParams describes the penalties; within _LIMIT."""
     params = sequence.params
     if params.repetition_penalty != 1.0:
         seen = torch.tensor(sequence.token_ids).unique()
@@ -103,6 +113,7 @@ def _penalise(row: torch.Tensor, sequence: Sequence) -> None:
     if generated and (params.presence_penalty or params.frequency_penalty):
         ids, counts = torch.tensor(generated).unique(return_counts=True)
         row[ids] -= params.presence_penalty + params.frequency_penalty * counts
+    row.clamp_(-_LIMIT, _LIMIT)
 
 
 def _draw(row: torch.Tensor, params: SamplingParams, index: int) -> int:

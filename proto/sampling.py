@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from . import inference_pb2 as pb
@@ -12,18 +11,23 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 256
 MAX_STOP_TOKENS = 64
 MAX_LOGPROBS = 20
+MIN_TEMPERATURE = 1e-3
+"""Of sampling. It makes the most likely token all but certain already, and logits divided by much less leave
+the range of numbers."""
+MIN_REPETITION_PENALTY, MAX_REPETITION_PENALTY = 0.1, 10.0
+"""Divisor and factor of logits: the most that either may change them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How to choose tokens. Ranges are those of proto/inference.proto."""
+    """How to choose tokens. Every value that passes keeps the arithmetic of the sampler finite."""
 
     max_tokens: int = 256
     """Most tokens to generate, at least 1."""
     min_tokens: int = 0
     """Before this many tokens, eos and stop tokens are not sampled."""
     temperature: float = 0.0
-    """0 is greedy: the highest logit, ties to the lowest id."""
+    """0 is greedy: the highest logit, ties to the lowest id. Else 0.001 to 100."""
     top_k: int = 0
     """Keep the k most likely tokens; 0 keeps all."""
     top_p: float = 1.0
@@ -31,7 +35,8 @@ class SamplingParams:
     min_p: float = 0.0
     """Drop tokens less likely than this share of the most likely one."""
     repetition_penalty: float = 1.0
-    """Divides positive and multiplies negative logits of tokens seen in prompt or output (CTRL, 2019)."""
+    """Divides positive and multiplies negative logits of tokens seen in prompt or output (CTRL, 2019);
+    0.1 to 10, 1 is off."""
     presence_penalty: float = 0.0
     """Subtracted from the logits of tokens that the output has."""
     frequency_penalty: float = 0.0
@@ -48,11 +53,18 @@ class SamplingParams:
     def __post_init__(self) -> None:
         _range("max_tokens", self.max_tokens, 1, 2**31 - 1)
         _range("min_tokens", self.min_tokens, 0, self.max_tokens, hint=" (max_tokens)")
-        _range("temperature", self.temperature, 0.0, 100.0)
+        if self.temperature != 0.0:
+            _range("temperature", self.temperature, MIN_TEMPERATURE, 100.0, hint=", or 0 for greedy")
         _range("top_k", self.top_k, 0, 2**31 - 1)
         _range("top_p", self.top_p, 0.0, 1.0, open_low=True)
         _range("min_p", self.min_p, 0.0, 1.0)
-        _range("repetition_penalty", self.repetition_penalty, 0.0, 10.0, open_low=True)
+        _range(
+            "repetition_penalty",
+            self.repetition_penalty,
+            MIN_REPETITION_PENALTY,
+            MAX_REPETITION_PENALTY,
+            hint="; 1 is off",
+        )
         _range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _range("seed", self.seed, 0, 2**64 - 1)
@@ -85,8 +97,9 @@ class SamplingParams:
 def _range(
     name: str, value: float, low: float, high: float, *, open_low: bool = False, hint: str = ""
 ) -> None:
+    # Not a number is inside of nothing.
     inside = low < value <= high if open_low else low <= value <= high
-    if not inside or math.isnan(value):
+    if not inside:
         bracket = "(" if open_low else "["
         raise InvalidRequest(f"sampling.{name} = {value} is out of range; use {bracket}{low}, {high}]{hint}")
 

@@ -12,6 +12,10 @@ from diphase.engine.sequence import Sequence
 from diphase.proto.ids import HandoffKey
 from diphase.proto.sampling import SamplingParams
 from diphase.proto.slo import Slo
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ..proto.legal_params import sampling_params
 
 VOCAB = 300
 EOS = (3,)
@@ -193,3 +197,68 @@ def test_logits_are_left_as_they_were() -> None:
 
 def test_no_rows_give_no_tokens() -> None:
     assert sample(torch.empty(0, VOCAB), [], EOS) == []
+
+
+HUGE = torch.finfo(torch.float32).max
+SMALL_VOCAB = 12
+
+
+def logit_rows() -> st.SearchStrategy[torch.Tensor]:
+    """Finite logits of a small vocabulary, with whatever float32 can hold next to each other."""
+    extremes = st.sampled_from([0.0, -0.0, 1e-45, -1e-45, 1e30, -1e30, HUGE, -HUGE])
+    value = (
+        extremes | st.floats(-30, 30, width=32) | st.floats(width=32, allow_nan=False, allow_infinity=False)
+    )
+    return st.lists(value, min_size=SMALL_VOCAB, max_size=SMALL_VOCAB).map(torch.tensor)
+
+
+@given(
+    logit_rows(),
+    sampling_params(max_token_id=SMALL_VOCAB + 1),
+    st.lists(st.integers(0, SMALL_VOCAB - 1), max_size=30),
+)
+def test_any_legal_parameters_and_any_logits_give_a_token_of_the_vocabulary(
+    row: torch.Tensor, params: SamplingParams, generated: list[int]
+) -> None:
+    [token] = sample(row.unsqueeze(0), [sequence(params, generated=generated)], (3, SMALL_VOCAB))
+    assert 0 <= token.token_id < SMALL_VOCAB
+    masked = {3, *params.stop_token_ids} if len(generated) < params.min_tokens else set()
+    assert token.token_id not in masked
+    if params.logprobs is not None:
+        assert token.logprob <= 0.0
+        assert len(token.top) == min(params.logprobs, SMALL_VOCAB)
+        assert all(math.isfinite(value) for value in [token.logprob, *(value for _, value in token.top)])
+
+
+@pytest.mark.parametrize("penalty", [0.1, 1e-40])
+@pytest.mark.parametrize("filters", [{}, {"top_k": 5}, {"top_p": 0.9}, {"min_p": 0.1}, {"temperature": 0.0}])
+def test_penalties_that_leave_the_range_of_numbers_do_not_fail_the_batch(
+    penalty: float, filters: dict[str, float]
+) -> None:
+    """Whatever came past the check of parameters: the logits of seen tokens become infinite."""
+    params = SamplingParams(**{"temperature": 1.0, "repetition_penalty": 0.1, **filters})  # type: ignore[arg-type]
+    object.__setattr__(params, "repetition_penalty", penalty)
+    row = torch.full((VOCAB,), -1.0)
+    row[5] = row[7] = 3e38 if penalty == 0.1 else 1.0
+    plain = sequence(SamplingParams())
+    tokens = sample(row.repeat(2, 1), [sequence(params, prompt=[5, 7]), plain], EOS)
+    assert tokens[0].token_id in (5, 7)
+    assert tokens[1].token_id == 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_logits_that_are_no_numbers_still_give_a_token(value: float, temperature: float) -> None:
+    params = SamplingParams(temperature=temperature, top_p=0.9, logprobs=2)
+    row = logits()
+    row[::2] = value
+    token = sample_one(row, params)
+    assert (token.token_id % 2 == 0) is (value == math.inf)
+    assert len(token.top) == 2
+    assert 0 <= sample_one(torch.full((VOCAB,), value), params).token_id < VOCAB
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_vocabulary_of_nothing_but_masked_tokens_still_gives_one(temperature: float) -> None:
+    params = SamplingParams(min_tokens=2, stop_token_ids=(0, 1, 2), temperature=temperature)
+    assert sample_one(torch.zeros(4), params).token_id in range(4)

@@ -9,33 +9,11 @@ from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import InvalidRequest
 from diphase.proto.sampling import SamplingParams, sampling_from_proto, sampling_to_proto
 from hypothesis import given
-from hypothesis import strategies as st
+
+from .legal_params import sampling_params
 
 
-def f32(low: float, high: float, **options: bool) -> st.SearchStrategy[float]:
-    return st.floats(low, high, width=32, **options)
-
-
-PARAMS = st.builds(
-    SamplingParams,
-    max_tokens=st.integers(10, 2**31 - 1),
-    min_tokens=st.integers(0, 10),
-    temperature=f32(0, 100),
-    top_k=st.integers(0, 2**31 - 1),
-    top_p=f32(0, 1, exclude_min=True),
-    min_p=f32(0, 1),
-    repetition_penalty=f32(0, 10, exclude_min=True),
-    presence_penalty=f32(-2, 2),
-    frequency_penalty=f32(-2, 2),
-    seed=st.integers(0, 2**64 - 1),
-    stop=st.lists(st.text(min_size=1, max_size=8), max_size=3).map(tuple),
-    stop_token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=3).map(tuple),
-    ignore_eos=st.booleans(),
-    logprobs=st.none() | st.integers(0, 20),
-)
-
-
-@given(PARAMS)
+@given(sampling_params())
 def test_the_wire_changes_nothing(params: SamplingParams) -> None:
     message = pb.Sampling.FromString(sampling_to_proto(params).SerializeToString())
     assert sampling_from_proto(message) == params
@@ -63,23 +41,64 @@ def test_a_zero_that_was_sent_is_not_an_absent_field() -> None:
         ("temperature", 101.0),
         ("temperature", float("nan")),
         ("temperature", float("inf")),
+        ("temperature", 1e-40),
+        ("temperature", 0.0009),
         ("top_k", 2**31),
         ("top_p", 0.0),
         ("top_p", 1.5),
         ("top_p", float("nan")),
         ("min_p", -0.25),
         ("min_p", 1.5),
+        ("min_p", float("nan")),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-40),
+        ("repetition_penalty", 0.09),
+        ("repetition_penalty", float("nan")),
+        ("repetition_penalty", float("inf")),
         ("repetition_penalty", 11.0),
         ("presence_penalty", -2.5),
         ("presence_penalty", 2.5),
+        ("presence_penalty", float("nan")),
         ("frequency_penalty", float("-inf")),
+        ("frequency_penalty", float("nan")),
         ("logprobs", 21),
     ],
 )
 def test_values_out_of_range_are_refused_by_name(field: str, value: float) -> None:
     with pytest.raises(InvalidRequest, match=rf"sampling\.{field} = .* out of range"):
         sampling_from_proto(pb.Sampling(**{field: value}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "advice"),
+    [
+        ("temperature", 1e-40, "use [0.001, 100.0], or 0 for greedy"),
+        ("repetition_penalty", 1e-40, "use [0.1, 10.0]; 1 is off"),
+        ("top_p", 0.0, "use (0.0, 1.0]"),
+    ],
+)
+def test_a_refusal_says_what_to_use(field: str, value: float, advice: str) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        sampling_from_proto(pb.Sampling(**{field: value}))  # type: ignore[arg-type]
+    assert refused.value.message.endswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.0),
+        ("temperature", 0.001),
+        ("temperature", 100.0),
+        ("top_p", 1e-40),
+        ("min_p", 1e-40),
+        ("repetition_penalty", 0.1),
+        ("repetition_penalty", 10.0),
+        ("presence_penalty", 1e-40),
+    ],
+)
+def test_the_ends_of_the_ranges_are_allowed_as_the_wire_rounds_them(field: str, value: float) -> None:
+    message = pb.Sampling.FromString(pb.Sampling(**{field: value}).SerializeToString())  # type: ignore[arg-type]
+    assert getattr(sampling_from_proto(message), field) == pytest.approx(value, rel=1e-6, abs=1e-44)
 
 
 @pytest.mark.parametrize(
