@@ -208,6 +208,8 @@ class DecodeRole:
         if not self._shell.adopt(handoff.submit, (handoff.token_id,), logprobs):
             self._blocks.release(handoff.block_ids)
             return
+        # elapsed_s ends where the prefill side asked for the reservation: what it computed since counts, too.
+        sequence.waited_s += handoff.verified_at - handoff.reserved_at
         sequence.token_ids.append(handoff.token_id)
         sequence.block_table = handoff.block_ids
         sequence.num_computed = handoff.num_tokens
