@@ -1,4 +1,8 @@
-"""What a worker tells Prometheus. One registry a worker, so that several can live in one process."""
+"""What a worker tells Prometheus. One registry a worker, so that several can live in one process.
+
+What a gateway counts by the same word, but from where it stands, has `worker_` in its name here: gateways and
+workers are scraped into one database.
+"""
 
 from __future__ import annotations
 
@@ -42,22 +46,22 @@ class HostMetrics:
         )
         self._failed_steps = Counter("diphase_failed_steps_total", "Steps that raised", registry=registry)
         self._handoff_seconds = Histogram(
-            "diphase_handoff_seconds",
+            "diphase_worker_handoff_seconds",
             "From a hand-off's grant to its verification",
             buckets=_HANDOFF_SECONDS,
             registry=registry,
         )
         self._handoff_tail_seconds = Histogram(
-            "diphase_handoff_tail_seconds",
+            "diphase_worker_handoff_tail_seconds",
             "From the prefill side's last word to the verification: what a hand-off adds after the prompt",
             buckets=_HANDOFF_SECONDS,
             registry=registry,
         )
         self._handoff_bytes = Histogram(
-            "diphase_handoff_bytes", "KV bytes of a hand-off", buckets=_BYTES, registry=registry
+            "diphase_worker_handoff_bytes", "KV bytes of a hand-off", buckets=_BYTES, registry=registry
         )
         self._handoff_segments = Histogram(
-            "diphase_handoff_segments", "Pieces of a hand-off", buckets=_COUNTS, registry=registry
+            "diphase_worker_handoff_segments", "Pieces of a hand-off", buckets=_COUNTS, registry=registry
         )
         self._terminals = Counter(
             "diphase_worker_terminals_total",
@@ -66,7 +70,9 @@ class HostMetrics:
             registry=registry,
         )
         self._stale = Counter(
-            "diphase_stale_outputs_total", "Outputs of attempts that were superseded", registry=registry
+            "diphase_worker_stale_outputs_total",
+            "Outputs of attempts that were superseded",
+            registry=registry,
         )
         self._refused = Counter(
             "diphase_refused_submits_total", "Submits that were refused", ["code"], registry=registry

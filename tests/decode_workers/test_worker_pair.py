@@ -76,8 +76,8 @@ async def test_many_requests_at_once_give_the_single_engines_tokens(transport: s
         async with attached(prefill, decode) as gateway:
             await until_idle(gateway, prefill, decode)
         value = decode.host.metrics.registry.get_sample_value
-        assert (value("diphase_handoff_seconds_count") or 0) >= 20
-        assert (value("diphase_handoff_bytes_sum") or 0) > 0
+        assert (value("diphase_worker_handoff_seconds_count") or 0) >= 20
+        assert (value("diphase_worker_handoff_bytes_sum") or 0) > 0
         await prefill.close()
         await decode.close()
 
