@@ -16,7 +16,7 @@ from prometheus_client import start_http_server
 from ..proto.clock import Clock
 from ..proto.errors import ConfigError
 from ..proto.ids import PROTOCOL_VERSION
-from ..proto.rpc import INTERNAL_OPTIONS
+from ..proto.rpc import INTERNAL_OPTIONS, host_port
 from ..proto.worker_pb2 import WorkerHello
 from .base import Engine
 from .config import EngineConfig
@@ -165,7 +165,7 @@ async def serve(
         WorkerService(host, config.hello_timeout_s).add_to(server)
         for add in role.servicers():
             add(server)
-        address = f"{config.host}:{_bind(server, config)}"
+        address = host_port(config.host, _bind(server, config))
         metrics_address = _serve_metrics(host, config, parts)
         await server.start()
     except BaseException:
@@ -179,7 +179,7 @@ async def serve(
 
 
 def _bind(server: grpc.aio.Server, config: HostConfig) -> int:
-    wanted = f"{config.host}:{config.port}"
+    wanted = host_port(config.host, config.port)
     try:
         return server.add_insecure_port(wanted)
     except RuntimeError as exc:
@@ -200,4 +200,4 @@ def _serve_metrics(host: WorkerHost, config: HostConfig, parts: ExitStack) -> st
     parts.callback(thread.join)
     parts.callback(server.server_close)
     parts.callback(server.shutdown)
-    return f"{config.host}:{server.server_port}"
+    return host_port(config.host, server.server_port)

@@ -1,4 +1,4 @@
-"""Channel and server options that every gRPC socket of the project uses."""
+"""Addresses, and channel and server options, of every gRPC socket of the project."""
 
 from __future__ import annotations
 
@@ -18,6 +18,11 @@ INTERNAL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
     ("grpc.use_local_subchannel_pool", 1),
 )
+
+
+def host_port(host: str, port: int) -> str:
+    """An address as gRPC and URLs take it: [::1]:50051 where the host is an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def server_options(max_message_bytes: int) -> tuple[tuple[str, int], ...]:

@@ -20,7 +20,7 @@ from ..proto import worker_pb2
 from ..proto.clock import Clock, MonotonicClock, Rng, system_rng
 from ..proto.errors import ConfigError
 from ..proto.ids import PROTOCOL_VERSION, draw_id
-from ..proto.rpc import server_options
+from ..proto.rpc import host_port, server_options
 from .config import GatewayConfig, RouterConfig, SloConfig, is_loopback
 from .dispatcher import Dispatcher
 from .journal import Journal, RedisJournal
@@ -147,10 +147,10 @@ class RunningGateway:
         names = (INFERENCE, CLUSTER, health.SERVICE_NAME, reflection.SERVICE_NAME)
         reflection.enable_server_reflection(names, self._server)
         try:
-            bound = self._server.add_insecure_port(f"{_bracketed(host)}:{port}")
+            bound = self._server.add_insecure_port(host_port(host, port))
         except RuntimeError as exc:
             raise ConfigError(_taken("gateway.port", host, port)) from exc
-        self.address = f"{_bracketed(host)}:{bound}"
+        self.address = host_port(host, bound)
         try:
             self._metrics_server, _ = prometheus_client.start_http_server(
                 metrics_port, host, self.router.metrics.registry
@@ -158,7 +158,7 @@ class RunningGateway:
         except OSError as exc:
             await self._server.stop(None)
             raise ConfigError(_taken("gateway.metrics_port", host, metrics_port)) from exc
-        self.metrics_address = f"{_bracketed(host)}:{self._metrics_server.server_port}"
+        self.metrics_address = host_port(host, self._metrics_server.server_port)
         await self._server.start()
         self._background = asyncio.create_task(self._run())
         logger.info("gateway_started gateway=%s address=%s", self._parts.gateway_id, self.address)
@@ -290,10 +290,6 @@ async def start(
         raise
     gateway.on_stop(client)
     return gateway
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host else host
 
 
 def _taken(name: str, host: str, port: int) -> str:

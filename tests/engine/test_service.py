@@ -113,14 +113,39 @@ async def test_a_malformed_frame_ends_only_its_own_stream(worker: RunningWorker)
     assert code is grpc.StatusCode.UNAUTHENTICATED
 
 
-async def test_metrics_are_served(worker: RunningWorker) -> None:
+async def metrics_of(worker: RunningWorker) -> str:
     def fetch() -> str:
         with urllib.request.urlopen(f"http://{worker.metrics_address}/metrics", timeout=LIMIT_S) as response:
             return str(response.read().decode())
 
-    text = await asyncio.get_running_loop().run_in_executor(None, fetch)
+    return await asyncio.get_running_loop().run_in_executor(None, fetch)
+
+
+async def test_metrics_are_served(worker: RunningWorker) -> None:
+    text = await metrics_of(worker)
     assert "diphase_kv_blocks" in text
     assert "diphase_step_seconds" in text
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="this machine has no ::1")
+async def test_a_worker_on_an_ipv6_address_is_reached_at_the_addresses_it_announces() -> None:
+    worker = await start_worker(host="::1", cluster_token="secret")
+    try:
+        assert worker.address.startswith("[::1]:")
+        code, _ = await refusal(worker.address, hello(cluster_token="guess"))
+        assert code is grpc.StatusCode.UNAUTHENTICATED
+        assert "diphase_kv_blocks" in await metrics_of(worker)
+    finally:
+        await worker.close()
 
 
 @pytest.mark.parametrize("field", ["port", "metrics_port"])
