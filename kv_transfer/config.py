@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ..proto.errors import ConfigError
 
 MIB = 1024 * 1024
+IN_PROCESS = "local"
+"""The transport that joins roles of one process: who composes them gives it a hub; nobody configures it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +43,11 @@ class KvTransferConfig:
     def __post_init__(self) -> None:
         if not self.transport:
             raise ConfigError('kv_transfer.transport is empty; use "auto" or the name of a transport')
+        if self.transport == IN_PROCESS:
+            raise ConfigError(
+                f'kv_transfer.transport = "{IN_PROCESS}" joins roles of one process, and every worker is a '
+                'process of its own; use "auto" or the name of another transport'
+            )
         if self.host in ("", "0.0.0.0", "::"):
             raise ConfigError(
                 f"kv_transfer.host = {self.host!r} is no address that a peer could dial; "

@@ -12,11 +12,11 @@ from collections.abc import Callable, Mapping
 from ..proto.clock import Clock
 from ..proto.errors import ConfigError, TransferError
 from .base import Event, LocalPeers, Region, Transport, TransportContext, TransportFactory
-from .config import KvTransferConfig
+from .config import IN_PROCESS, KvTransferConfig
 from .digest import DigestWorker
 
 TRANSPORTS: Mapping[str, str] = {
-    "local": "diphase.kv_transfer.local:LocalTransport",
+    IN_PROCESS: "diphase.kv_transfer.local:LocalTransport",
     "shm": "diphase.kv_transfer.shm:ShmTransport",
     "tcp": "diphase.kv_transfer.tcp:TcpTransport",
 }
@@ -121,7 +121,7 @@ def load_factory(name: str) -> TransportFactory:
         ConfigError: there is no such transport, or what it needs is not installed.
     """
     if name not in TRANSPORTS:
-        known = ", ".join(("auto", *TRANSPORTS))
+        known = ", ".join(("auto", *(each for each in TRANSPORTS if each != IN_PROCESS)))
         raise ConfigError(f"kv_transfer.transport = {name!r} is unknown; use one of {known}")
     module, _, attribute = TRANSPORTS[name].partition(":")
     try:
@@ -140,7 +140,8 @@ def open_transports(
     token: str = "",
     hub: LocalPeers | None = None,
 ) -> TransportSet:
-    """Opens the configured transport, or with "auto" all that work here. `hub` joins roles of one process.
+    """Opens the configured transport, or with "auto" all that work here. `hub` joins roles of one process;
+    without one the transport that needs it is not tried.
 
     Raises:
         ConfigError: the configured transport is unknown.
@@ -151,7 +152,8 @@ def open_transports(
         incarnation=incarnation, wake=waker, clock=clock, token=token, host=config.host, hub=hub
     )
     opened: dict[str, Transport] = {}
-    for name in TRANSPORTS if config.transport == "auto" else (config.transport,):
+    every = [name for name in TRANSPORTS if name != IN_PROCESS or hub is not None]
+    for name in every if config.transport == "auto" else (config.transport,):
         try:
             opened[name] = load_factory(name)(context)
         except (TransferError, OSError) as error:

@@ -18,7 +18,7 @@ from diphase.engine.server import Progress, RunningWorker
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.prefill_workers.config import PrefillSchedulerConfig, PrefillWorkerConfig
 from diphase.prefill_workers.worker import start as start_prefill
-from diphase.proto.errors import Cancelled, TransferError
+from diphase.proto.errors import Cancelled, ConfigError
 from diphase.proto.sampling import SamplingParams
 
 from ..live_workers import attached, placement, until_idle
@@ -172,8 +172,8 @@ async def test_an_unknown_transport_fails_the_start_and_frees_the_engine() -> No
             closed.append(True)
             super().close()
 
-    config = PrefillWorkerConfig(kv_transfer=KvTransferConfig(transport="local"))
-    with pytest.raises(TransferError, match="local"):
+    config = PrefillWorkerConfig(kv_transfer=KvTransferConfig(transport="pigeon"))
+    with pytest.raises(ConfigError, match="pigeon"):
         await start_prefill(
             config, worker_id="p", incarnation="p", load=lambda config, *, progress: Watched(num_blocks=4)
         )

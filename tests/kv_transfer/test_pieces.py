@@ -153,7 +153,7 @@ def region(size: int = 64) -> Region:
 
 
 def test_an_unknown_transport_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"pigeon.*auto, local, shm, tcp"):
+    with pytest.raises(ConfigError, match=r"pigeon.*use one of auto, shm, tcp"):
         load_factory("pigeon")
     assert [load_factory(name).__module__.rpartition(".")[2] for name in TRANSPORTS] == [
         "local",
@@ -165,10 +165,28 @@ def test_an_unknown_transport_is_refused_with_those_that_exist() -> None:
 def test_transports_that_cannot_work_are_left_out_and_a_wanted_one_is_an_error() -> None:
     clock = MonotonicClock()
     transports = open_transports(KvTransferConfig(), incarnation="a", region=region(), clock=clock)
-    assert transports.names == ["tcp"]  # no hub, no memfd
+    assert transports.names == ["tcp"]  # no memfd
     transports.close()
     with pytest.raises(TransferError, match="shm"):
         open_transports(KvTransferConfig(transport="shm"), incarnation="a", region=region(), clock=clock)
+
+
+def test_the_transport_of_one_process_is_tried_only_where_there_is_a_hub(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("INFO")
+    for hub, wanted in ((LocalHub(), True), (None, False)):
+        transports = open_transports(
+            KvTransferConfig(), incarnation="a", region=region(), clock=MonotonicClock(), hub=hub
+        )
+        assert ("local" in transports.names) is wanted
+        transports.close()
+    assert "name=local" not in caplog.text
+
+
+def test_the_transport_of_one_process_cannot_be_configured() -> None:
+    with pytest.raises(ConfigError, match=r'"local" joins roles of one process.*use "auto"'):
+        KvTransferConfig(transport="local")
 
 
 def test_a_host_that_is_not_ours_is_an_error() -> None:

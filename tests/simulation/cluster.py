@@ -143,9 +143,7 @@ class SimWorker:
         self.engine = FakeEngine(num_blocks=num_blocks, cost=cost)
         self.blocks = BlockManager(num_blocks, self.engine.layout.block_size)
         self._world = world
-        self._transfer = transfer or KvTransferConfig(
-            transport="local", layerwise_tokens=48, layers_per_push=1
-        )
+        self._transfer = transfer or KvTransferConfig(layerwise_tokens=48, layers_per_push=1)
         self._tables = BlockTables(self.blocks, root_hash(self.engine.layout.fingerprint()))
         self.role: PrefillRole | DecodeRole
         if role == "prefill":

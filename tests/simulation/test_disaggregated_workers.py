@@ -128,7 +128,7 @@ def test_a_prompt_waits_under_lease_while_decode_has_no_room() -> None:
 
 
 def test_short_prompts_go_whole_and_long_ones_layer_by_layer() -> None:
-    transfer = KvTransferConfig(transport="local", layerwise_tokens=64, layers_per_push=1)
+    transfer = KvTransferConfig(layerwise_tokens=64, layers_per_push=1)
 
     def make(world: World) -> list[SimWorker]:
         return [
