@@ -34,6 +34,7 @@ from ..proto.worker_pb2 import (
     Pong,
     PrefixDelta,
     PrefixSnapshot,
+    Resume,
     Resumed,
     SequenceOutput,
     StepOutput,
@@ -145,7 +146,8 @@ class WorkerHost:
         if self._stopped:
             raise Draining("the worker has stopped")
         link = GatewayLink(
-            hello.gateway_id,
+            # A process of its own: what one that died had accepted is not its successor's to cancel.
+            f"{hello.gateway_id}/{hello.incarnation}",
             max_queued=self._config.max_queued_messages,
             on_message=self._receive,
             on_close=self._gateways.closed,
@@ -163,7 +165,7 @@ class WorkerHost:
                 case "cancel":
                     self._cancel(message.cancel)
                 case "resume":
-                    self._resume(link, message.resume.request_id)
+                    self._resume(link, message.resume)
                 case "acknowledge":
                     self._retention.acknowledge(message.acknowledge.request_id, message.acknowledge.attempt)
                 case "ping":
@@ -185,11 +187,7 @@ class WorkerHost:
         now = self._clock.now()
         known = self._retention.get(submit.request_id)
         if known is not None and known.submit.attempt >= submit.attempt:
-            # Sent again, or overtaken; unless it is somebody else's request under the same name.
-            if known.gateway_id != link.gateway_id or known.terminal is not None:
-                taken = f"request_id {submit.request_id!r} is in use, or was a moment ago; send another"
-                self._refuse(link, submit, InvalidRequest(taken))
-            return
+            return  # sent again, or overtaken
         if known is not None:
             self._supersede(known)
         submit.gateway_id = link.gateway_id
@@ -221,13 +219,20 @@ class WorkerHost:
             self.emit([cancelled_output(known.key, len(known.token_ids))])
         self._work.set()
 
-    def _resume(self, link: GatewayLink, request_id: str) -> None:
-        now = self._clock.now()
-        known = self._retention.get(request_id)
-        if known is None:
+    def _resume(self, link: GatewayLink, resume: Resume) -> None:
+        now, request_id = self._clock.now(), resume.request_id
+        known = self._retention.get(request_id) if request_id else None
+        answer = Resumed(request_id=request_id, client_request_id=resume.client_request_id)
+        if not request_id:
+            if named := self._retention.find(resume.client_request_id):
+                answer.known = True
+                answer.submit.request_id = named.submit.request_id
+                answer.submit.elapsed_s = named.submit.elapsed_s + now - named.since
+        elif known is None:
             # Its hand-off may be on the way: what comes of it should go to the new gateway.
             self._retention.redirect(request_id, link.gateway_id, now)
-            link.send(WorkerMessage(resumed=Resumed(request_id=request_id, known=False)))
+        if known is None:
+            link.send(WorkerMessage(resumed=answer))
             return
         if known.gateway_id != link.gateway_id:
             moved = Moved(request_id=request_id, attempt=known.submit.attempt)

@@ -38,6 +38,7 @@ class Retained:
         """Everything another gateway needs to go on."""
         resumed = Resumed(
             request_id=self.submit.request_id,
+            client_request_id=self.submit.client_request_id,
             known=True,
             submit=self.submit,
             token_ids=self.token_ids,
@@ -64,6 +65,12 @@ class Retention:
 
     def get(self, request_id: str) -> Retained | None:
         return self._live.get(request_id) or self._ended.get(request_id)
+
+    def find(self, client_request_id: str) -> Retained | None:
+        """The newest request that a client calls so."""
+        known = [*self._live.values(), *self._ended.values()]
+        named = [retained for retained in known if retained.submit.client_request_id == client_request_id]
+        return max(named, key=lambda retained: retained.since - retained.submit.elapsed_s, default=None)
 
     def open(self, submit: Submit, gateway_id: str, now: float) -> Retained:
         """Remembers a new attempt in place of what was known of the request."""

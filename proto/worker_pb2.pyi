@@ -54,7 +54,7 @@ class PeerAddress(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., address: _Optional[str] = ...) -> None: ...
 
 class Submit(_message.Message):
-    __slots__ = ("request_id", "attempt", "gateway_id", "prompt_token_ids", "emitted_token_ids", "sampling", "slo", "elapsed_s", "decode")
+    __slots__ = ("request_id", "attempt", "gateway_id", "prompt_token_ids", "emitted_token_ids", "sampling", "slo", "elapsed_s", "decode", "client_request_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     ATTEMPT_FIELD_NUMBER: _ClassVar[int]
     GATEWAY_ID_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +64,7 @@ class Submit(_message.Message):
     SLO_FIELD_NUMBER: _ClassVar[int]
     ELAPSED_S_FIELD_NUMBER: _ClassVar[int]
     DECODE_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     attempt: int
     gateway_id: str
@@ -73,7 +74,8 @@ class Submit(_message.Message):
     slo: _inference_pb2.Slo
     elapsed_s: float
     decode: PeerAddress
-    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., gateway_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., slo: _Optional[_Union[_inference_pb2.Slo, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., decode: _Optional[_Union[PeerAddress, _Mapping]] = ...) -> None: ...
+    client_request_id: str
+    def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ..., gateway_id: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ..., emitted_token_ids: _Optional[_Iterable[int]] = ..., sampling: _Optional[_Union[_inference_pb2.Sampling, _Mapping]] = ..., slo: _Optional[_Union[_inference_pb2.Slo, _Mapping]] = ..., elapsed_s: _Optional[float] = ..., decode: _Optional[_Union[PeerAddress, _Mapping]] = ..., client_request_id: _Optional[str] = ...) -> None: ...
 
 class Cancel(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -84,10 +86,12 @@ class Cancel(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class Resume(_message.Message):
-    __slots__ = ("request_id",)
+    __slots__ = ("request_id", "client_request_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
-    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+    client_request_id: str
+    def __init__(self, request_id: _Optional[str] = ..., client_request_id: _Optional[str] = ...) -> None: ...
 
 class Acknowledge(_message.Message):
     __slots__ = ("request_id", "attempt")
@@ -326,20 +330,22 @@ class PrefixSnapshot(_message.Message):
     def __init__(self, sequence: _Optional[int] = ..., hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Resumed(_message.Message):
-    __slots__ = ("request_id", "known", "submit", "token_ids", "logprobs", "terminal")
+    __slots__ = ("request_id", "known", "submit", "token_ids", "logprobs", "terminal", "client_request_id")
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     KNOWN_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TERMINAL_FIELD_NUMBER: _ClassVar[int]
+    CLIENT_REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     request_id: str
     known: bool
     submit: Submit
     token_ids: _containers.RepeatedScalarFieldContainer[int]
     logprobs: _containers.RepeatedCompositeFieldContainer[_inference_pb2.TokenLogprobs]
     terminal: Terminal
-    def __init__(self, request_id: _Optional[str] = ..., known: _Optional[bool] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., terminal: _Optional[_Union[Terminal, _Mapping]] = ...) -> None: ...
+    client_request_id: str
+    def __init__(self, request_id: _Optional[str] = ..., known: _Optional[bool] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[_Union[_inference_pb2.TokenLogprobs, _Mapping]]] = ..., terminal: _Optional[_Union[Terminal, _Mapping]] = ..., client_request_id: _Optional[str] = ...) -> None: ...
 
 class Moved(_message.Message):
     __slots__ = ("request_id", "attempt")

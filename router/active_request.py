@@ -78,6 +78,10 @@ class ActiveRequest:
         return self.request.request_id
 
     @property
+    def client_request_id(self) -> str:
+        return self.request.client_request_id
+
+    @property
     def token_ids(self) -> list[int]:
         """Completion tokens so far, in order."""
         return self._order.token_ids
@@ -130,9 +134,15 @@ class ActiveRequest:
         self._terminal = None
         self._order.drop_early()
 
+    def supersede(self, attempt: int) -> None:
+        """A newer attempt than the one that was found first; how that one ended does not matter."""
+        while self.attempt < attempt:
+            self.next_attempt()
+        self.error = None
+
     def reattach(self) -> RequestStream:
         """A stream from token 0; the one before it ends."""
-        self.stream.detach(Cancelled(f"request {self.request_id} was re-attached by another call"))
+        self.stream.detach(Cancelled(f"request {self.client_request_id} was re-attached by another call"))
         self.stream = RequestStream(self)
         return self.stream
 

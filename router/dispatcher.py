@@ -67,6 +67,7 @@ class Dispatcher:
         self._journal = journal
         self._clock = clock
         self._active: dict[str, ActiveRequest] = {}
+        self._by_client_id: dict[str, ActiveRequest] = {}
         self._unplaced: dict[str, ActiveRequest] = {}
         self._roots: dict[str, bytes] = {}
         self._draining = False
@@ -115,7 +116,7 @@ class Dispatcher:
         self._submit_or_wait(active, placement)
         return active.stream
 
-    async def resume(self, request_id: str) -> RequestStream:
+    async def resume(self, client_request_id: str) -> RequestStream:
         """Re-attaches to a running request, wherever it was accepted; its stream starts at token 0.
 
         Raises:
@@ -125,7 +126,9 @@ class Dispatcher:
         """
         if self._draining:
             raise Draining("this gateway stops; use another one", retry_after_s=1.0)
-        active = self._active.get(request_id) or await self._reattacher.find(request_id)
+        active = self._by_client_id.get(client_request_id)
+        if active is None:
+            active = await self._reattacher.find(client_request_id)
         return active.reattach()
 
     def stop(self, stream: RequestStream) -> None:
@@ -144,7 +147,7 @@ class Dispatcher:
         if active.delivered:
             self._policy.observe_completion(active.times.num_written)
             if active.finisher is not None:
-                active.finisher.send_later(_acknowledge(active.request_id, active.attempt))
+                active.finisher.acknowledge(active.request_id, active.attempt)
             verdict = active.times.verdict(active.request.slo)
             self.metrics.finished(active.times, verdict, len(active.request.prompt_token_ids))
             self._journalise(active, "finished")
@@ -188,7 +191,7 @@ class Dispatcher:
         if active is not None and message.attempt >= active.attempt:
             self._forget(active)
             active.stream.detach(
-                WorkerLost(f"request {active.request_id} was re-attached through another gateway")
+                WorkerLost(f"request {active.client_request_id} was re-attached through another gateway")
             )
 
     def lost(self, worker: WorkerHandle, reason: str) -> None:
@@ -199,6 +202,7 @@ class Dispatcher:
                 self._fail_attempt(active, error, retryable=True, blamed=[worker])
 
     def available(self, worker: WorkerHandle) -> None:
+        self._reattacher.available(worker)
         for active in list(self._unplaced.values()):
             placement = self._choose(active)
             if placement is not None:
@@ -235,6 +239,7 @@ class Dispatcher:
         active.prefill, active.decode = placement.prefill, placement.decode
         submit = pb.Submit(
             request_id=request.request_id,
+            client_request_id=request.client_request_id,
             attempt=active.attempt,
             gateway_id=self.gateway_id,
             prompt_token_ids=request.prompt_token_ids,
@@ -284,6 +289,7 @@ class Dispatcher:
             error: DiphaseError = WorkerLost(f"worker {worker.worker_id} gave the request up")
             self._fail_attempt(active, error, retryable=True, blamed=[worker])
         else:
+            worker.acknowledge(active.request_id, active.attempt)
             error = from_wire(terminal.error.code, terminal.error.message)
             # When a hand-off fails, either side may be the reason.
             blamed = active.workers if isinstance(error, TransferError) else [worker]
@@ -297,7 +303,7 @@ class Dispatcher:
             return
         logger.info(
             "attempt_failed request_id=%s attempt=%d code=%s message=%r",
-            active.request_id, active.attempt, error.code, error.message,
+            active.client_request_id, active.attempt, error.code, error.message,
         )  # fmt: skip
         self._cancel_attempt(active)
         active.failed_workers.update(worker.worker_id for worker in blamed)
@@ -312,24 +318,25 @@ class Dispatcher:
 
     def _cancel_attempt(self, active: ActiveRequest) -> None:
         for worker in active.workers:
-            worker.send(_cancel(active.request_id, active.attempt))
+            worker.cancel(active.request_id, active.attempt)
             worker.forget_sequence(active.request_id)
 
     def _refuse_stale(self, worker: WorkerHandle, output: pb.SequenceOutput) -> None:
         self.metrics.stale()
         if output.HasField("terminal"):
-            worker.send_later(_acknowledge(output.request_id, output.attempt))
+            worker.acknowledge(output.request_id, output.attempt)
         else:
-            worker.send(_cancel(output.request_id, output.attempt))
+            worker.cancel(output.request_id, output.attempt)
 
     # bookkeeping
 
     def _check_room(self, request: PreparedRequest) -> None:
         if self._draining:
             raise Draining("this gateway stops; use another one", retry_after_s=1.0)
-        if request.request_id in self._active:
+        if request.client_request_id in self._by_client_id:
+            name = request.client_request_id
             raise InvalidRequest(
-                f"request_id {request.request_id!r} is running already; choose another, or set resume_from"
+                f"request_id {name!r} is running already; choose another, or set resume_from"
             )
         if len(self._active) >= self._max_open_requests:
             raise Overloaded(
@@ -340,10 +347,13 @@ class Dispatcher:
 
     def _register(self, active: ActiveRequest) -> None:
         self._active[active.request_id] = active
+        self._by_client_id[active.client_request_id] = active
         self._idle.clear()
 
     def _forget(self, active: ActiveRequest) -> None:
         del self._active[active.request_id]
+        if self._by_client_id.get(active.client_request_id) is active:
+            del self._by_client_id[active.client_request_id]
         self._stop_waiting(active)
         if active.queued:
             active.queued = False
@@ -376,7 +386,7 @@ class Dispatcher:
 
     def _journalise(self, active: ActiveRequest, state: str) -> None:
         self._journal.record(
-            active.request_id,
+            active.client_request_id,
             JournalRecord(
                 state,
                 self.gateway_id,
@@ -384,13 +394,6 @@ class Dispatcher:
                 active.prefill.worker_id if active.prefill is not None else "",
                 active.decode.worker_id if active.decode is not None else "",
                 active.request.sampling.seed,
+                active.request_id,
             ),
         )
-
-
-def _cancel(request_id: str, attempt: int) -> pb.GatewayMessage:
-    return pb.GatewayMessage(cancel=pb.Cancel(request_id=request_id, attempt=attempt))
-
-
-def _acknowledge(request_id: str, attempt: int) -> pb.GatewayMessage:
-    return pb.GatewayMessage(acknowledge=pb.Acknowledge(request_id=request_id, attempt=attempt))

@@ -76,7 +76,7 @@ class Generation:
         self._stamp(len(new_ids))
         first = tokens.first + repeated
         response = pb.GenerateResponse(
-            request_id=active.request_id, index=first, token_ids=new_ids, text=text
+            request_id=active.client_request_id, index=first, token_ids=new_ids, text=text
         )
         if tokens.logprobs:
             response.logprobs.extend(tokens.logprobs[repeated : repeated + len(new_ids)])

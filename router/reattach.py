@@ -14,7 +14,7 @@ from ..proto.clock import Clock
 from ..proto.errors import InvalidRequest, NotFound, WorkerLost, from_wire
 from ..proto.slo import Slo, slo_from_proto
 from .active_request import ActiveRequest, RequestStream
-from .journal import Journal, JournalUnavailable
+from .journal import Journal, JournalRecord, JournalUnavailable
 from .text import PreparedRequest
 from .worker_handle import WorkerHandle
 from .workers import WorkerPool
@@ -30,14 +30,29 @@ class _Search:
     """One request that is being looked for."""
 
     def __init__(self) -> None:
+        self.request_id = ""
+        """What the workers call it; empty while nobody has said."""
+        self.unasked: set[str] = set()
+        """Workers that have no stream yet: asked when they do."""
         self.silent: set[str] = set()
+        self.candidates: list[worker_pb2.Submit] = []
+        """Requests that the client may mean."""
+        self.found: ActiveRequest | None = None
+        self.stream: RequestStream | None = None
+        """Of what was found; its reader is whoever searches."""
         self.answers = asyncio.Event()
-        self.adopted: RequestStream | None = None
-        """Of the request, once it is found; its reader is whoever searches."""
+
+    def question(self, client_request_id: str) -> worker_pb2.GatewayMessage:
+        resume = worker_pb2.Resume(request_id=self.request_id, client_request_id=client_request_id)
+        return worker_pb2.GatewayMessage(resume=resume)
 
     def answered(self, worker: WorkerHandle) -> None:
+        self.unasked.discard(worker.worker_id)
         self.silent.discard(worker.worker_id)
-        if not self.silent:
+        # A decode worker knows every token; a prefill worker's answer leaves the question of the other, and a
+        # failure that of a newer attempt.
+        whole = self.found is not None and self.found.decoding and self.found.error is None
+        if whole or not (self.silent or self.unasked):
             self.answers.set()
 
 
@@ -65,55 +80,84 @@ class Reattacher:
         self._clock = clock
         self._searches: dict[str, _Search] = {}
 
-    async def find(self, request_id: str) -> ActiveRequest:
+    async def find(self, client_request_id: str) -> ActiveRequest:
         """Raises:
         NotFound: no such request runs.
         WorkerLost: it ran, and whoever had it is lost.
         InvalidRequest: another call is re-attaching to it right now.
         """
-        workers, journalled = await self._candidates(request_id)
-        if request_id in self._searches:
-            raise InvalidRequest(f"another call is re-attaching to request {request_id!r}; keep that one")
-        search = self._searches[request_id] = _Search()
+        record, may_be_lost = await self._lookup(client_request_id)
+        if client_request_id in self._searches:
+            raise InvalidRequest(
+                f"another call is re-attaching to request {client_request_id!r}; keep that one"
+            )
+        search = self._searches[client_request_id] = _Search()
         try:
             async with asyncio.timeout(self._timeout_s):
-                for round_ in range(ROUNDS):
-                    if round_:
-                        await asyncio.sleep(BETWEEN_ROUNDS_S)
-                    await self._ask(request_id, search, workers)
-                    if request_id in self._active:
-                        break
+                await self._search(client_request_id, search, record)
         except TimeoutError:
-            logger.warning("resume_unanswered request_id=%s workers=%s", request_id, sorted(search.silent))
+            logger.warning(
+                "resume_unanswered request_id=%s workers=%s",
+                client_request_id, sorted(search.silent | search.unasked),
+            )  # fmt: skip
         except asyncio.CancelledError:
             # Its client left: what was found meanwhile has no reader, unless another call took it.
-            if search.adopted is not None:
-                self._close(search.adopted)
+            if search.stream is not None:
+                self._close(search.stream)
             raise
         finally:
-            del self._searches[request_id]
-        active = self._active.get(request_id)
-        if active is None and not journalled:
-            raise NotFound(f"no request {request_id!r} is known; start it without resume_from")
-        if active is None:
+            del self._searches[client_request_id]
+        if search.found is not None:
+            return search.found
+        if may_be_lost or search.request_id:
             raise WorkerLost(
-                f"request {request_id!r} was lost with its gateway and its worker; send it again",
+                f"request {client_request_id!r} was lost with its gateway and its worker; send it again",
                 retry_after_s=1.0,
             )
-        return active
+        raise NotFound(f"no request {client_request_id!r} is known; start it without resume_from")
+
+    async def _search(self, client_request_id: str, search: _Search, record: JournalRecord | None) -> None:
+        """Fills `search`. What a client calls a request need not be unique: the workers are asked which one
+        it is, if the journal does not know, and then for that one."""
+        workers = self._pool.handles()
+        if record is not None:
+            search.request_id = record.request_id
+            named = [self._pool.get(worker_id) for worker_id in (record.prefill, record.decode)]
+            workers = [worker for worker in named if worker is not None]
+        for round_ in range(ROUNDS):
+            if round_:
+                await asyncio.sleep(BETWEEN_ROUNDS_S)
+            if not search.request_id:
+                await self._ask(client_request_id, search, workers)
+                if search.candidates:
+                    search.request_id = min(search.candidates, key=lambda s: s.elapsed_s).request_id
+            if search.request_id:
+                await self._ask(client_request_id, search, workers)
+            if search.found is not None:
+                return
 
     def resumed(self, worker: WorkerHandle, message: worker_pb2.Resumed) -> None:
         """A worker's answer."""
-        search = self._searches.get(message.request_id)
-        active = self._active.get(message.request_id)
-        if message.known and (search is not None or active is not None):
-            known = active or _rebuild(message.submit, self._clock.now())
-            if message.submit.attempt == known.attempt:
-                self._merge(known, worker, message)
-            if active is None:
-                self._adopt(known)
+        search = self._searches.get(message.client_request_id)
+        if search is not None and message.request_id != search.request_id:
+            search = None  # it answers an older question
+        if not message.request_id:
+            if search is not None and message.known:
+                search.candidates.append(message.submit)
+        elif message.known:
+            active = self._active.get(message.request_id)
+            if active is not None or search is not None:
+                known = active or _rebuild(message.submit, self._clock.now())
+                if message.submit.attempt > known.attempt:
+                    known.supersede(message.submit.attempt)
+                if message.submit.attempt == known.attempt:
+                    self._merge(known, worker, message)
+                if active is None:
+                    self._adopt(known)
+                    if search is not None:
+                        search.stream = known.stream
                 if search is not None:
-                    search.adopted = known.stream
+                    search.found = known
         if search is not None:
             search.answered(worker)
 
@@ -122,31 +166,40 @@ class Reattacher:
         for search in self._searches.values():
             search.answered(worker)
 
-    async def _ask(self, request_id: str, search: _Search, workers: list[WorkerHandle]) -> None:
-        """Returns when each has answered or is lost."""
-        asked = [worker for worker in workers if worker.usable]
+    def available(self, worker: WorkerHandle) -> None:
+        """It can be asked now."""
+        for client_request_id, search in self._searches.items():
+            if worker.worker_id in search.unasked:
+                search.unasked.discard(worker.worker_id)
+                search.silent.add(worker.worker_id)
+                worker.send(search.question(client_request_id))
+
+    async def _ask(self, client_request_id: str, search: _Search, workers: list[WorkerHandle]) -> None:
+        """Returns when each has answered or is lost, or when one has said everything."""
         search.answers.clear()
-        search.silent = {worker.worker_id for worker in asked}
-        for worker in asked:
-            worker.send(worker_pb2.GatewayMessage(resume=worker_pb2.Resume(request_id=request_id)))
-        if asked:
+        search.silent = {worker.worker_id for worker in workers if worker.usable}
+        search.unasked = {worker.worker_id for worker in workers} - search.silent
+        for worker in workers:
+            if worker.usable:
+                worker.send(search.question(client_request_id))
+        if workers:
             await search.answers.wait()
 
-    async def _candidates(self, request_id: str) -> tuple[list[WorkerHandle], bool]:
-        """The workers to ask: those that the journal names, or every one when it is away or knows nothing,
-        since a gateway that was killed takes its last records along. And whether the request may have been
-        lost."""
+    async def _lookup(self, client_request_id: str) -> tuple[JournalRecord | None, bool]:
+        """What the journal knows; and whether the request may have been lost, since a journal that is away
+        tells nothing.
+
+        Raises:
+            NotFound: it is over.
+        """
         try:
-            record = await self._journal.lookup(request_id)
+            record = await self._journal.lookup(client_request_id)
         except JournalUnavailable as exc:
-            logger.warning("resume_without_journal request_id=%s error=%s", request_id, exc)
-            return self._pool.handles(), True
-        if record is None:
-            return self._pool.handles(), False
-        if record.ended:
-            raise NotFound(f"request {request_id!r} is over ({record.state}); start a new one")
-        named = [self._pool.get(worker_id) for worker_id in (record.prefill, record.decode)]
-        return [worker for worker in named if worker is not None], True
+            logger.warning("resume_without_journal request_id=%s error=%s", client_request_id, exc)
+            return None, True
+        if record is not None and record.ended:
+            raise NotFound(f"request {client_request_id!r} is over ({record.state}); start a new one")
+        return record, record is not None
 
     def _merge(self, active: ActiveRequest, worker: WorkerHandle, message: worker_pb2.Resumed) -> None:
         """Takes in what one of its workers knows."""
@@ -175,14 +228,15 @@ class Reattacher:
 
 
 def _rebuild(submit: worker_pb2.Submit, now: float) -> ActiveRequest:
-    """The request as its first gateway had submitted it. Its latency counts from now on: the stamps of the
-    first gateway died with it."""
+    """The request as its first gateway had submitted it. The stamps of that gateway died with it, all but how
+    long ago the request came: its TTFT ends with the first token that this gateway writes."""
     request = PreparedRequest(
         request_id=submit.request_id,
+        client_request_id=submit.client_request_id,
         prompt_token_ids=list(submit.prompt_token_ids),
         sampling=submit.sampling,
         slo=slo_from_proto(submit.slo, Slo()),
-        received_at=now,
-        tokenised_at=now,
+        received_at=now - submit.elapsed_s,
+        tokenised_at=now - submit.elapsed_s,
     )
     return ActiveRequest(request, submit.attempt)

@@ -56,6 +56,8 @@ class PreparedRequest:
     """A request that is in order."""
 
     request_id: str
+    """Drawn here: no two requests of a cluster share it, whatever their clients call them."""
+    client_request_id: str
     prompt_token_ids: list[int]
     sampling: pb.Sampling
     """Checked and complete; max_tokens fits the context."""
@@ -81,7 +83,8 @@ class TextProcessor:
         InvalidRequest: something about the request can never work; the message says what to change.
         NotFound: it names another model.
         """
-        request_id = check_request_id(message.request_id) if message.request_id else draw_id(self._rng)
+        request_id = draw_id(self._rng)
+        client_request_id = check_request_id(message.request_id) if message.request_id else request_id
         if message.model and message.model != self.model.name:
             raise NotFound(
                 f"this cluster serves model {self.model.name!r}, not {message.model[:200]!r}; "
@@ -93,6 +96,7 @@ class TextProcessor:
         self._fit(sampling, len(token_ids))
         return PreparedRequest(
             request_id=request_id,
+            client_request_id=client_request_id,
             prompt_token_ids=token_ids,
             sampling=sampling,
             slo=slo,

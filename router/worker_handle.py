@@ -42,6 +42,8 @@ class WorkerHandle:
         self.incarnation = member.incarnation
         self.retired = False
         self.state = WorkerState.CONNECTING
+        self.detail = ""
+        """Why there is no stream to it; empty while there is one, and before the first dial has failed."""
         self.link: Link | None = None
         self.hello: pb.WorkerHello | None = None
         self.layout_hash = ""
@@ -104,6 +106,14 @@ class WorkerHandle:
         """As send(), for what nobody waits for."""
         if self.link is not None:
             self.link.send_later(message)
+
+    def cancel(self, request_id: str, attempt: int) -> None:
+        """Ends this attempt and older ones."""
+        self.send(pb.GatewayMessage(cancel=pb.Cancel(request_id=request_id, attempt=attempt)))
+
+    def acknowledge(self, request_id: str, attempt: int) -> None:
+        """The terminal event of this attempt is here."""
+        self.send_later(pb.GatewayMessage(acknowledge=pb.Acknowledge(request_id=request_id, attempt=attempt)))
 
     def flush(self) -> None:
         if self.link is not None:

@@ -148,20 +148,6 @@ def test_a_submit_that_comes_again_runs_once() -> None:
     with_worker(body)
 
 
-def test_a_request_id_that_another_gateway_uses_is_refused_there_and_goes_on_here() -> None:
-    async def body(worker: SimWorker) -> None:
-        first, second = Client(worker), Client(worker, "other")
-        first.send(submit=make_submit("r", PROMPT, max_tokens=3))
-        second.send(submit=make_submit("r", PROMPT, max_tokens=3))
-        await asyncio.sleep(1.0)
-        assert first.tokens() == expected(3)
-        refused = second.terminal()
-        assert refused is not None
-        assert refused.error.code == "invalid_request"
-
-    with_worker(body)
-
-
 def test_a_newer_attempt_supersedes_the_older_and_goes_on_where_it_stopped() -> None:
     async def body(worker: SimWorker) -> None:
         client = Client(worker)

@@ -44,7 +44,7 @@ class LoopClock:
 
 
 @dataclass(eq=False)
-class _Attempt:
+class Attempt:
     submit: wpb.Submit
     gateway_id: str
     token_ids: list[int]
@@ -81,7 +81,7 @@ class FakeWorker:
     snapshots_sent: int = 0
 
     def __post_init__(self) -> None:
-        self.attempts: dict[str, _Attempt] = {}
+        self.attempts: dict[str, Attempt] = {}
         self.redirects: dict[str, str] = {}
         self.ends: dict[str, WorkerEnd] = {}
         self.stored: list[bytes] = []
@@ -137,9 +137,10 @@ class FakeWorker:
         for message in frame.messages:
             match message.WhichOneof("kind"):
                 case "hello":
-                    self._names[end] = message.hello.gateway_id
-                    self.ends[message.hello.gateway_id] = end
-                    self._send(message.hello.gateway_id, wpb.WorkerMessage(hello=self.hello()))
+                    name = f"{message.hello.gateway_id}/{message.hello.incarnation}"
+                    self._names[end] = name
+                    self.ends[name] = end
+                    self._send(name, wpb.WorkerMessage(hello=self.hello()))
                 case "ping":
                     pong = wpb.Pong(sent_at=message.ping.sent_at, at=self.clock.now())
                     self._send(self._names[end], wpb.WorkerMessage(pong=pong))
@@ -151,7 +152,7 @@ class FakeWorker:
                 case "acknowledge":
                     self._on_acknowledge(message.acknowledge)
                 case "resume":
-                    self._on_resume(self._names[end], message.resume.request_id)
+                    self._on_resume(self._names[end], message.resume)
                 case "prefix_snapshot":
                     self.snapshots_sent += 1
                     snapshot = wpb.PrefixSnapshot(sequence=0, hashes=self.stored)
@@ -179,7 +180,7 @@ class FakeWorker:
         known = self.attempts.get(submit.request_id)
         if known is not None and known.task is not None:
             known.task.cancel()  # a newer attempt ends an older one without a word
-        attempt = _Attempt(submit, gateway_id, list(submit.emitted_token_ids))
+        attempt = Attempt(submit, gateway_id, list(submit.emitted_token_ids))
         if self.refuse:
             self._output(attempt, [], wpb.Terminal(error=self.refuse.pop(0)))
             return
@@ -201,26 +202,44 @@ class FakeWorker:
             attempt.task.cancel()
         self._output(attempt, [], wpb.Terminal(cancelled=True))
 
-    def _on_resume(self, gateway_id: str, request_id: str) -> None:
-        attempt = self.attempts.get(request_id)
-        if attempt is None:
-            self.redirects[request_id] = gateway_id
-            answer = wpb.Resumed(request_id=request_id, known=False)
+    def named(self, client_request_id: str) -> str:
+        """What workers call the request that its client calls so; empty when it is not here."""
+        names = [
+            request_id
+            for request_id, attempt in self.attempts.items()
+            if attempt.submit.client_request_id == client_request_id
+        ]
+        return names[-1] if names else ""
+
+    def _on_resume(self, gateway_id: str, resume: wpb.Resume) -> None:
+        answer = wpb.Resumed(request_id=resume.request_id, client_request_id=resume.client_request_id)
+        attempt = self.attempts.get(resume.request_id)
+        if not resume.request_id:
+            if name := self.named(resume.client_request_id):
+                answer.known = True
+                answer.submit.request_id = name
+        elif attempt is None:
+            self.redirects[resume.request_id] = gateway_id
         else:
             if attempt.gateway_id != gateway_id:
-                moved = wpb.Moved(request_id=request_id, attempt=attempt.submit.attempt)
+                moved = wpb.Moved(request_id=resume.request_id, attempt=attempt.submit.attempt)
                 self._send(attempt.gateway_id, wpb.WorkerMessage(moved=moved))
             attempt.gateway_id = gateway_id
             answer = wpb.Resumed(
-                request_id=request_id,
+                request_id=resume.request_id,
+                client_request_id=resume.client_request_id,
                 known=True,
                 submit=attempt.submit,
                 token_ids=attempt.token_ids,
                 terminal=attempt.terminal,
             )
+            if attempt.submit.sampling.HasField("logprobs"):
+                answer.logprobs.extend(
+                    pb.TokenLogprobs(logprob=-float(i)) for i in range(len(attempt.token_ids))
+                )
         self._send(gateway_id, wpb.WorkerMessage(resumed=answer))
 
-    async def _prefill(self, attempt: _Attempt) -> None:
+    async def _prefill(self, attempt: Attempt) -> None:
         submit = attempt.submit
         received = self.clock.now()
         scheduled = await self._pause(self.prompt_s / 5)
@@ -243,7 +262,7 @@ class FakeWorker:
         del self.attempts[submit.request_id]
         peer.take_over(attempt)
 
-    def take_over(self, attempt: _Attempt) -> None:
+    def take_over(self, attempt: Attempt) -> None:
         """The hand-off has arrived."""
         submit = attempt.submit
         known = self.attempts.get(submit.request_id)
@@ -252,12 +271,12 @@ class FakeWorker:
         if known is not None and known.task is not None:
             known.task.cancel()
         gateway_id = self.redirects.pop(submit.request_id, attempt.gateway_id)
-        mine = _Attempt(submit, gateway_id, list(attempt.token_ids))
+        mine = Attempt(submit, gateway_id, list(attempt.token_ids))
         self.attempts[submit.request_id] = mine
         verified = self.clock.now()
         mine.task = self._spawn(self._decode(mine, verified))
 
-    async def _decode(self, attempt: _Attempt, verified: float | None) -> None:
+    async def _decode(self, attempt: Attempt, verified: float | None) -> None:
         submit = attempt.submit
         scheduled = await self._pause(self.step_s / 10)
         first = True
@@ -287,12 +306,12 @@ class FakeWorker:
             first = False
             self._output(attempt, [token], _finished() if last else None, prefill=prefill, decode=decode)
 
-    def _next_token(self, attempt: _Attempt) -> int:
+    def _next_token(self, attempt: Attempt) -> int:
         return expected_token(attempt.submit.prompt_token_ids, len(attempt.token_ids))
 
     def _output(
         self,
-        attempt: _Attempt,
+        attempt: Attempt,
         tokens: list[int],
         terminal: wpb.Terminal | None,
         prefill: wpb.PrefillTimes | None = None,

@@ -7,6 +7,7 @@ import random
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+from itertools import count
 from typing import Any
 
 from diphase.checkpoints.lookup import resolve
@@ -89,8 +90,8 @@ class FakeCluster:
         )
         self.journal = MemoryJournal()
         self.workers: dict[str, FakeWorker] = {}
-        for role, count in (("prefill", prefill), ("decode", decode), ("colocated", colocated)):
-            for i in range(count):
+        for role, number in (("prefill", prefill), ("decode", decode), ("colocated", colocated)):
+            for i in range(number):
                 name = f"{role[0]}{i}"
                 FakeWorker(
                     name,
@@ -100,7 +101,8 @@ class FakeCluster:
                     jitter=self.jitter,
                     **worker,
                 ).start()
-        self.routers: list[Router] = []
+        self._seeds = count(7)
+        """Each router draws ids of its own."""
 
     @asynccontextmanager
     async def router(
@@ -119,7 +121,7 @@ class FakeCluster:
             slo=slo,
             link_factory=self.network.link,
             clock=LoopClock(),
-            rng=random.Random(7),
+            rng=random.Random(next(self._seeds)),
         )
         router = Router(parts)
         task = asyncio.get_running_loop().create_task(router.pool.run())

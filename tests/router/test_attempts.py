@@ -33,7 +33,11 @@ class Scene:
         handle = self.router.pool.get(worker)
         assert handle is not None
         output = wpb.SequenceOutput(
-            request_id="r", attempt=attempt, index=index, token_ids=tokens, terminal=terminal
+            request_id=self.active.request_id,
+            attempt=attempt,
+            index=index,
+            token_ids=tokens,
+            terminal=terminal,
         )
         self.router.dispatcher.outputs(handle, [output])
 
@@ -97,7 +101,8 @@ def test_outputs_of_a_worker_without_the_attempt_are_refused() -> None:
         scene.say("d1", 0, 0, [999])
         await asyncio.sleep(0.01)
         assert scene.active.token_ids == []
-        assert [cancel.request_id for cancel in scene.cluster.workers["d1"].cancels] == ["r"]
+        [cancel] = scene.cluster.workers["d1"].cancels
+        assert cancel.request_id == scene.active.request_id
 
     play(body, decode=2)
 
@@ -141,7 +146,8 @@ def test_a_failed_attempt_is_cancelled_on_both_sides() -> None:
         scene.say("d0", 0, 1, [], failed())
         await asyncio.sleep(0.01)
         for worker in scene.cluster.workers.values():
-            assert [(cancel.request_id, cancel.attempt) for cancel in worker.cancels] == [("r", 0)]
+            [cancel] = worker.cancels
+            assert (cancel.request_id, cancel.attempt) == (scene.active.request_id, 0)
 
     play(body)
 

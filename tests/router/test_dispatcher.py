@@ -66,7 +66,7 @@ def test_a_submit_is_complete() -> None:
             async with cluster.router() as router:
                 await generate(router, token_request(PROMPT, 6, request_id="r-1"))
             (submit,) = cluster.workers["p0"].submits
-            assert submit.request_id == "r-1"
+            assert submit.client_request_id == "r-1"
             assert submit.gateway_id == "g0"
             assert submit.decode.worker_id == "d0"
             assert submit.decode.address == "d0:1"
@@ -299,7 +299,7 @@ def test_the_finisher_is_acknowledged_and_stale_outputs_are_cancelled() -> None:
             async with cluster.router() as router:
                 await generate(router, token_request(PROMPT, 4, request_id="r"))
                 await asyncio.sleep(0.2)
-                assert cluster.workers["d0"].acknowledged == ["r"]
+                assert cluster.workers["d0"].acknowledged == [cluster.journal.records["r"].request_id]
                 assert not cluster.workers["d0"].attempts
                 stale = wpb.SequenceOutput(request_id="unheard-of", attempt=2, token_ids=[7])
                 router.dispatcher.outputs(router.pool.handles()[0], [stale])

@@ -6,10 +6,11 @@ import asyncio
 
 import pytest
 from diphase.proto import inference_pb2 as pb
+from diphase.proto import worker_pb2 as wpb
 from diphase.proto.errors import Cancelled, InvalidRequest, NotFound, WorkerLost
 
 from ..simulation.virtual_loop import run_virtually
-from .fake_workers import expected_tokens
+from .fake_workers import Attempt, expected_tokens
 from .fakes import Outcome, fake_cluster, generate, read, start_generation, token_request
 
 PROMPT = list(range(100))
@@ -73,10 +74,11 @@ def test_workers_are_asked_again_when_neither_knows_a_running_request() -> None:
                 generation = await start_generation(first, token_request(PROMPT, 12, request_id="r"))
                 before = await read(generation, Outcome(), limit=2)
                 decode = cluster.workers["d0"]
-                between = decode.attempts.pop("r")  # prefill has let go, decode has not taken hold
+                name = decode.named("r")
+                between = decode.attempts.pop(name)  # prefill has let go, decode has not taken hold
                 call = asyncio.create_task(generate(second, resume_request("r", 2)))
                 await asyncio.sleep(0.1)
-                decode.attempts["r"] = between
+                decode.attempts[name] = between
                 after = await call
                 assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 12)
 
@@ -217,8 +219,9 @@ def test_log_probabilities_are_replayed_with_their_tokens() -> None:
                 before = await read(generation, Outcome(), limit=4)
                 first_half = [x.logprob for response in before.responses for x in response.logprobs]
                 assert first_half == [0.0, -1.0, -2.0, -3.0]
-                after = await generate(second, resume_request("r", 4))
-                assert len(after.token_ids) == 4
+                after = await generate(second, resume_request("r", 2))
+                replayed = [x.logprob for response in after.responses for x in response.logprobs]
+                assert replayed == [-2.0, -3.0, -4.0, -5.0, -6.0, -7.0]
 
     run_virtually(main())
 
@@ -264,6 +267,98 @@ def test_a_gateway_that_died_is_replaced_by_another() -> None:
                 await asyncio.sleep(0.1)
                 after = await generate(second, resume_request("r", 3))
                 assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 12)
+
+    run_virtually(main())
+
+
+def test_a_gateway_that_was_restarted_under_its_name_cancels_nothing_and_can_be_asked() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first:
+                generation = await start_generation(first, token_request(PROMPT, 100, request_id="r"))
+                before = await read(generation, Outcome(), limit=3)
+            cluster.network.silence(cluster.workers["d0"].address)
+            async with cluster.router("g0") as again:
+                call = asyncio.create_task(generate(again, resume_request("r", 3)))
+                await asyncio.sleep(0.3)
+                cluster.network.unsilence(cluster.workers["d0"].address)
+                after = await call
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 100)
+                assert not any(worker.cancels for worker in cluster.workers.values())
+
+    run_virtually(main())
+
+
+def test_two_clients_may_call_their_requests_the_same() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                calls = [
+                    asyncio.create_task(generate(first, token_request(PROMPT, 30, request_id="r"))),
+                    asyncio.create_task(generate(second, token_request(PROMPT[:50], 12, request_id="r"))),
+                ]
+                outcomes = [await call for call in calls]
+                assert outcomes[0].token_ids == expected_tokens(PROMPT, 30)
+                assert outcomes[1].token_ids == expected_tokens(PROMPT[:50], 12)
+
+    run_virtually(main())
+
+
+def test_without_the_journal_the_newest_request_of_that_name_is_meant_and_the_other_goes_on() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                other = asyncio.create_task(generate(first, token_request(PROMPT, 60, request_id="r")))
+                await asyncio.sleep(0.2)
+                generation = await start_generation(second, token_request(PROMPT[:50], 60, request_id="r"))
+                before = await read(generation, Outcome(), limit=3)
+                del cluster.journal.records["r"]
+                async with cluster.router("g2") as third:
+                    after = await generate(third, resume_request("r", 3))
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT[:50], 60)
+                assert (await other).token_ids == expected_tokens(PROMPT, 60)
+
+    run_virtually(main())
+
+
+def test_a_name_may_be_used_again_also_after_asking_for_it_elsewhere() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                for _ in range(4):
+                    unknown = await generate(second, resume_request("r", 0))
+                    assert isinstance(unknown.error, NotFound)
+                    outcome = await generate(first, token_request(PROMPT, 12, request_id="r"))
+                    assert outcome.token_ids == expected_tokens(PROMPT, 12)
+                    assert outcome.last.stages.attempts == 1
+
+    run_virtually(main())
+
+
+def test_a_failed_attempt_that_answers_first_does_not_stand_for_the_one_that_runs() -> None:
+    async def main() -> None:
+        with fake_cluster(colocated=1) as cluster:
+            failed_at = cluster.workers["c0"]
+            failed_at.load = wpb.Load(blocks_total=1000, waiting_tokens=10**6)
+            error = wpb.WireError(code="overloaded", message="broke", retryable=True)
+            cluster.workers["p0"].refuse.append(error)
+            async with cluster.router("g0") as first, cluster.router("g1") as second:
+                await asyncio.sleep(1.0)
+                generation = await start_generation(first, token_request(PROMPT, 30, request_id="r"))
+                before = await read(generation, Outcome(), limit=3)
+                [running] = cluster.workers["d0"].attempts.values()
+                submit = running.submit
+                assert submit.attempt == 1
+                earlier = wpb.Submit()
+                earlier.CopyFrom(submit)
+                earlier.attempt = 0
+                failed_at.attempts[submit.request_id] = Attempt(
+                    earlier, "gone", [], terminal=wpb.Terminal(error=error)
+                )
+                del cluster.journal.records["r"]
+                after = await generate(second, resume_request("r", 3))
+                assert after.error is None
+                assert before.token_ids + after.token_ids == expected_tokens(PROMPT, 30)
 
     run_virtually(main())
 

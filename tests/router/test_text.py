@@ -30,7 +30,7 @@ async def prepare(**fields: object) -> PreparedRequest:
 async def test_a_prompt_is_tokenised() -> None:
     request = await prepare(prompt="héllo", request_id="r.1")
     assert MODEL.tokenizer.decode(request.prompt_token_ids) == "héllo"
-    assert request.request_id == "r.1"
+    assert request.client_request_id == "r.1"
     assert request.sampling.max_tokens == 256
     assert request.slo == Slo(ttft_ms=1234.0)
     assert request.tokenised_at >= 0.0

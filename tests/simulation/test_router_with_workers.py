@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
+from itertools import count
 
 import pytest
 from diphase.checkpoints.chat_template import ChatTemplate
@@ -51,6 +52,7 @@ class Cluster:
         self.journal = MemoryJournal()
         self.workers = {name: SimWorker(self.world, role, name) for name, role in self.pools.items()}
         self.members = Members([])
+        self._starts = count()  # of gateways: each draws ids of its own
         self._publish()
 
     def _publish(self) -> None:
@@ -81,7 +83,7 @@ class Cluster:
                 slo=SloConfig(),
                 link_factory=self.world.gateways.link,
                 clock=self.world.clock,
-                rng=random.Random(gateway_id),
+                rng=random.Random(f"{gateway_id}/{next(self._starts)}"),
             )
         )
         running = asyncio.create_task(router.pool.run())
@@ -169,14 +171,17 @@ def test_kills_and_cancels_lose_nothing_and_leave_nothing(seed: int) -> None:
     run_virtually(main())
 
 
+@pytest.mark.parametrize("successor", ["another", "restarted"])
 @pytest.mark.parametrize("seed", range(10))
-def test_a_lost_gateways_requests_go_on_through_another(seed: int) -> None:
+def test_a_lost_gateways_requests_go_on_through_its_successor(seed: int, successor: str) -> None:
     async def main() -> None:
         cluster = Cluster(seed)
         rng = random.Random(seed)
         messages = [draw_request(rng, number) for number in range(8)]
         before = [Outcome() for _ in messages]
-        async with cluster.router("g1", max_attempts=10) as second:
+        async with AsyncExitStack() as stack:
+            if successor == "another":
+                second = await stack.enter_async_context(cluster.router("g1", max_attempts=10))
             async with cluster.router("g0", max_attempts=10) as first:
                 for message, outcome in zip(messages, before, strict=True):
                     generation = await start_generation(first, message)
@@ -187,6 +192,8 @@ def test_a_lost_gateways_requests_go_on_through_another(seed: int) -> None:
                         generation.delivered()
                         generation.close()
                 await asyncio.sleep(0.01)  # the last submit has left
+            if successor == "restarted":
+                second = await stack.enter_async_context(cluster.router("g0", max_attempts=10))
             for message, outcome in zip(messages, before, strict=True):
                 if outcome.responses and outcome.last.finish_reason:
                     continue
