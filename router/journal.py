@@ -3,8 +3,8 @@ workers.
 
 It holds no tokens and nobody waits for it. Records are written in the background, those of one request within
 a moment as one; when Redis is away they wait, up to a bound, and beyond it the oldest are dropped and
-counted. A request's record is one JSON string under `diphase:{cluster}:request:{request_id}` with a time to
-live.
+counted. A request's record is one JSON string under `diphase:{cluster}:request:{client_request_id}` with a
+time to live.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ class JournalRecord(NamedTuple):
     decode: str = ""
     seed: int = 0
     """Of its sampling, drawn by the gateway when the client gave none."""
+    request_id: str = ""
+    """What the workers call it."""
 
     @property
     def ended(self) -> bool:
