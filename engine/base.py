@@ -28,8 +28,6 @@ class StepPlan:
     """One step: chunks of prompts and single tokens of decoding sequences, mixed as the scheduler likes."""
 
     chunks: list[Chunk]
-    predicted_s: float = 0.0
-    """How long the scheduler expects it to take; 0 while unknown."""
 
 
 @dataclass(slots=True, kw_only=True)

@@ -295,7 +295,7 @@ class WorkerHost:
         """Runs one step and sends what it gave; False when the engine raised."""
         hook = self._role.layer_hook(plan)
         sample = describe(plan)
-        plan.predicted_s = self._step_predicted_s = self._predictor.predict(sample)
+        self._step_predicted_s = self._predictor.predict(sample)
         started = self._step_started_at = self._clock.now()
         try:
             result = await self._execute(plan, hook)
