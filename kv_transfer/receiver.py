@@ -104,11 +104,6 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
             self._settle()
 
     @property
-    def waiting(self) -> int:
-        """Reservations that wait for room."""
-        return len(self._waiting)
-
-    @property
     def reserved_blocks(self) -> int:
         """Blocks granted to hand-offs that are not Ready, cached ones included, quarantined ones not."""
         return sum(
@@ -116,10 +111,6 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
             for handoff in self._handoffs.values()
             if not handoff.quarantined
         )
-
-    @property
-    def quarantined_blocks(self) -> int:
-        return sum(len(handoff.block_ids) for handoff in self._handoffs.values() if handoff.quarantined)
 
     def refuse_new(self) -> None:
         """Draining: reservations that come from now on are refused; those in flight go on."""

@@ -171,11 +171,6 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
         """Ends a hand-off in whatever state; unknown keys are fine. No event follows."""
         self._end(key, k.Fault.of(error))
 
-    @property
-    def held_blocks(self) -> int:
-        """References to blocks that hand-offs hold."""
-        return sum(len(handoff.block_ids) for handoff in self._handoffs.values())
-
     async def close(self) -> None:
         """Ends every hand-off and link; no event follows. The transports are the caller's to close,
         afterwards."""

@@ -85,15 +85,8 @@ class LatencyModel:
         return self.num_samples >= INFORMED_SAMPLES
 
     @property
-    def coefficients(self) -> Coefficients:
-        """The fit to everything observed so far."""
-        if self._unfitted:
-            self._fit()
-        return Coefficients(*self._theta)
-
-    @property
     def terms(self) -> tuple[float, ...]:
-        """The coefficients in order, from a fit that may lack the last few samples."""
+        """The fields of Coefficients in order, from a fit that may lack the last few samples."""
         if self._unfitted >= REFIT_EVERY or (self._unfitted and self.num_samples <= REFIT_EVERY):
             self._fit()
         return self._theta

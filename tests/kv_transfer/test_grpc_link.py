@@ -193,7 +193,7 @@ async def test_a_stopped_service_fails_what_is_in_flight_on_both_sides(make: Mak
     cluster = await make(transport="tcp")
     taken = cluster.d.pool.allocate(NUM_BLOCKS)
     cluster.send(HandoffKey("r", 0), 10)
-    while not cluster.receiver.waiting:  # noqa: ASYNC110 (the receiver tells nobody that something waits)
+    while not cluster.receiver.in_flight:  # noqa: ASYNC110 (the receiver tells nobody that something waits)
         await asyncio.sleep(0)
     await cluster.server.stop(0)
     assert isinstance(await event(cluster.p), SendFailed)

@@ -33,7 +33,7 @@ class TestGoodCourse:
     async def test_a_prompt_arrives_whole_and_the_prefill_side_lets_go(self, make_pair: Any) -> None:
         pair = make_pair()
         blocks = send(pair)
-        assert pair.sender.held_blocks == 3
+        assert pair.p.pool.counts().used == 3
         pair.pump()
         [ready] = pair.received()
         assert isinstance(ready, Ready)
@@ -120,9 +120,9 @@ class TestGoodCourse:
         send(pair, hashes=hashes)
         send(pair, OTHER, num_tokens=4)
         pair.pass_time(100.0)  # far longer than the lease: decode says that it lives
-        assert pair.receiver.waiting == 2
+        assert (pair.receiver.in_flight, pair.receiver.reserved_blocks) == (2, 0)
         assert pair.received() == pair.sent() == []
-        assert pair.sender.held_blocks == 4
+        assert pair.p.pool.counts().used == 4
         pair.d.pool.release(taken)
         pair.receiver.room_freed()
         pair.pump()
@@ -206,7 +206,7 @@ class TestFailures:
             pair.clock.time += 0.25
             pair.receiver.pump()
         assert error_codes(pair.received()) == ["deadline_exceeded"]
-        assert pair.receiver.quarantined_blocks == 3
+        assert pair.d.pool.counts().quarantined == 3
         pair.pump()  # and now prefill's
         assert error_codes(pair.sent()) == ["deadline_exceeded"]
         pair.p.pool.release(blocks)
@@ -320,7 +320,7 @@ class TestFailures:
             pair.begin(HandoffKey(f"r{i}", 0), 4)
         pair.pump()
         assert error_codes(pair.sent()) == ["overloaded"]
-        assert pair.receiver.waiting == 1
+        assert (pair.receiver.in_flight, pair.receiver.reserved_blocks) == (1, 0)
 
     @pytest.mark.parametrize(
         ("change", "words"),
