@@ -3,10 +3,14 @@ sentence."""
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Set
+from typing import TypeVar
+
 import grpc
 import grpc.aio
 
-from ..proto import cluster_pb2
+from ..proto import cluster_pb2, inference_pb2
 from ..proto.cluster_pb2_grpc import ClusterStub
 from ..proto.errors import (
     Cancelled,
@@ -17,9 +21,15 @@ from ..proto.errors import (
     Overloaded,
     WorkerLost,
 )
+from ..proto.inference_pb2_grpc import InferenceStub
 from ..proto.rpc import INTERNAL_OPTIONS
 
 CONNECT_S = 5.0
+LINK_S = 20.0
+"""How long gateways may take to reach workers that serve already."""
+LINK_RETRY_S = 0.05
+
+Answer = TypeVar("Answer")
 
 _ERRORS: dict[grpc.StatusCode, type[DiphaseError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidRequest,
@@ -61,14 +71,36 @@ class StatusClient:
             TimeoutError: it is silent for `timeout_s`.
             DiphaseError: nobody is there, or it refuses.
         """
+        request = cluster_pb2.GetStatusRequest()
+        status: cluster_pb2.GetStatusResponse = await self._call(
+            address,
+            lambda channel: ClusterStub(channel).GetStatus(
+                request, timeout=timeout_s, metadata=self._metadata
+            ),
+        )
+        return status
+
+    async def not_ready(self, address: str, timeout_s: float) -> str:
+        """Which workers one gateway cannot use and why, as a sentence; empty when there is none.
+
+        Raises:
+            TimeoutError, DiphaseError: as ask().
+        """
+        request = inference_pb2.HealthRequest()
+        health: inference_pb2.HealthResponse = await self._call(
+            address,
+            lambda channel: InferenceStub(channel).Health(
+                request, timeout=timeout_s, metadata=self._metadata
+            ),
+        )
+        return str(health.detail)
+
+    async def _call(self, address: str, method: Callable[[grpc.aio.Channel], Awaitable[Answer]]) -> Answer:
         channel = self._channels.get(address)
         if channel is None:
             channel = self._channels[address] = open_channel(address)
         try:
-            status: cluster_pb2.GetStatusResponse = await ClusterStub(channel).GetStatus(
-                cluster_pb2.GetStatusRequest(), timeout=timeout_s, metadata=self._metadata
-            )
-            return status
+            return await method(channel)
         except grpc.aio.AioRpcError as exc:
             if exc.code() == grpc.StatusCode.DEADLINE_EXCEEDED:
                 raise TimeoutError(f"the gateway at {address} is silent") from exc
@@ -81,3 +113,40 @@ class StatusClient:
         for channel in self._channels.values():
             await channel.close(None)
         self._channels.clear()
+
+
+async def wait_linked(client: StatusClient, address: str, workers: Set[str]) -> None:
+    """Until the gateway at `address` has a stream to each of `workers`.
+
+    Raises:
+        WorkerLost: it has not after LINK_S; the message has the gateway's reason.
+    """
+    missing = workers
+    try:
+        async with asyncio.timeout(LINK_S):
+            while True:
+                missing = workers - await _linked(client, address)
+                if not missing:
+                    return
+                await asyncio.sleep(LINK_RETRY_S)
+    except TimeoutError:
+        sentence = f"the gateway at {address} gets no stream to {', '.join(sorted(missing))}"
+        if why := await _why(client, address):
+            sentence += f"; it says: {why}"
+        raise WorkerLost(sentence) from None
+
+
+async def _linked(client: StatusClient, address: str) -> set[str]:
+    """Workers that the gateway sees as ready."""
+    try:
+        view = await client.ask(address, LINK_S)
+    except WorkerLost:
+        return set()
+    return {worker.worker_id for worker in view.workers if worker.state == "ready"}
+
+
+async def _why(client: StatusClient, address: str) -> str:
+    try:
+        return await client.not_ready(address, CONNECT_S)
+    except (TimeoutError, DiphaseError):
+        return ""

@@ -9,6 +9,7 @@ import sys
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console
 from rich.live import Live
+from rich.table import Table
 
 from ..proto.errors import WorkerLost
 from .endpoint import CONNECT_S, StatusClient
@@ -37,15 +38,20 @@ def run(args: argparse.Namespace, address: str, token: str) -> int:
 async def _show(args: argparse.Namespace, address: str, token: str) -> None:
     client = StatusClient(token)
     try:
-        status = await client.ask(address, CONNECT_S)
         if args.json:
+            status = await client.ask(address, CONNECT_S)
             sys.stdout.write(MessageToJson(status, preserving_proto_field_name=True) + "\n")
         elif not args.watch:
-            Console().print(status_table(status))
+            Console().print(await _table(client, address))
         else:
-            with Live(status_table(status), auto_refresh=False) as live:
+            with Live(await _table(client, address), auto_refresh=False) as live:
                 while True:
                     await asyncio.sleep(max(args.every_s, 0.05))
-                    live.update(status_table(await client.ask(address, CONNECT_S)), refresh=True)
+                    live.update(await _table(client, address), refresh=True)
     finally:
         await client.close()
+
+
+async def _table(client: StatusClient, address: str) -> Table:
+    status = await client.ask(address, CONNECT_S)
+    return status_table(status, await client.not_ready(address, CONNECT_S))

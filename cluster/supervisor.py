@@ -19,12 +19,12 @@ from redis.exceptions import RedisError
 from ..checkpoints import lookup
 from ..kv_transfer.registry import load_factory
 from ..proto.clock import MonotonicClock
-from ..proto.errors import ConfigError, InternalError, WorkerLost
+from ..proto.errors import ConfigError, InternalError
 from ..router.membership import RedisMembership
 from . import ray_process, store
 from .announcer import Announcer
 from .config import ClusterConfig
-from .endpoint import StatusClient
+from .endpoint import StatusClient, wait_linked
 from .foundation import Foundation, foundation
 from .liveness import LivenessWatch
 from .ray_process import NodeAgents, RayProcess
@@ -37,9 +37,6 @@ Report = Callable[[str, str, float], None]
 """(who, what is being done, share of it that is done)."""
 
 PROGRESS_S = 0.2
-LINK_S = 20.0
-"""How long gateways may take to reach workers that serve already."""
-LINK_RETRY_S = 0.05
 WORKER_DRAIN_S = 10.0
 """Workers have nothing left to do once the gateways are drained, but for leases and last messages."""
 
@@ -217,26 +214,7 @@ class Cluster:
         prompts, as it does when the prefill pool is dead."""
         workers = {slot.assignment.worker_id for slot in self.slots if slot.assignment.role != "gateway"}
         for address in self.addresses:
-            missing = workers
-            try:
-                async with asyncio.timeout(LINK_S):
-                    while True:
-                        missing = workers - await self._linked(address)
-                        if not missing:
-                            break
-                        await asyncio.sleep(LINK_RETRY_S)
-            except TimeoutError:
-                raise WorkerLost(
-                    f"the gateway at {address} gets no stream to {', '.join(sorted(missing))}"
-                ) from None
-
-    async def _linked(self, address: str) -> set[str]:
-        """Workers that the gateway sees as ready."""
-        try:
-            view = await self._status.ask(address, LINK_S)
-        except WorkerLost:
-            return set()
-        return {worker.worker_id for worker in view.workers if worker.state == "ready"}
+            await wait_linked(self._status, address, workers)
 
     async def _show_progress(self, slot: Slot) -> None:
         while slot.started is None:

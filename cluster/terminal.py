@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from ..proto import cluster_pb2
 from ..proto import inference_pb2 as pb
@@ -48,15 +49,18 @@ class StartDisplay:
             self._console.print(f"{who}: {stage}", markup=False, highlight=False)
 
 
-def status_table(status: cluster_pb2.GetStatusResponse) -> Table:
-    """The workers, one a row, and the requests in the title."""
+def status_table(status: cluster_pb2.GetStatusResponse, not_ready: str) -> Table:
+    """The workers, one a row, and the requests in the title; below, why some are not ready."""
     verdicts = ", ".join(
         f"{count} {verdict}" for verdict, count in sorted(status.requests_by_slo.items()) if count
     )
+    caption = f"requests since start: {verdicts or 'none'} · seen by {status.gateway_id}"
+    if not_ready:
+        caption += f"\n{not_ready}"
     table = Table(
         title=f"{status.model} · {status.running_requests} running, {status.queued_requests} queued "
         f"({status.queued_tokens} tokens)",
-        caption=f"requests since start: {verdicts or 'none'} · seen by {status.gateway_id}",
+        caption=Text(caption),  # no markup: others wrote some of it
     )
     table.add_column("worker", no_wrap=True)
     table.add_column("state", no_wrap=True)

@@ -23,6 +23,7 @@ from ..proto.slo import slo_to_proto
 from .dispatcher import Dispatcher
 from .generation import Generation
 from .text import TextProcessor
+from .worker_handle import WorkerState
 from .workers import WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -180,9 +181,14 @@ class GatewayServices:
         )
 
     def _health(self, _: pb.HealthRequest) -> pb.HealthResponse:
+        """Also when it is ready, the detail names the workers that are not."""
+        states = ", ".join(
+            f"{worker.worker_id} is {worker.state}" + (f" ({worker.detail})" if worker.detail else "")
+            for worker in self._pool.handles()
+            if worker.state is not WorkerState.READY
+        )
         if self.ready:
-            return pb.HealthResponse(ready=True)
-        states = ", ".join(f"{worker.worker_id} is {worker.state}" for worker in self._pool.handles())
+            return pb.HealthResponse(ready=True, detail=states)
         return pb.HealthResponse(detail=f"no worker that decodes is ready: {states or 'none is known'}")
 
     def _get_status(self, _: cluster_pb2.GetStatusRequest) -> cluster_pb2.GetStatusResponse:

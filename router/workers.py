@@ -154,13 +154,17 @@ class WorkerPool:
                 await handle.link.run(lambda frame: self._on_frame(handle, frame))
             except WorkerLost as exc:
                 reason = exc.message
-            except Exception:
+            except Exception as exc:
+                reason = f"this gateway failed: {type(exc).__name__}: {exc}"
                 logger.exception("worker_stream_failed worker=%s", handle.worker_id)
             if task.cancelling():
                 return  # dropped: gRPC may answer the cancellation of a stream that breaks with its break
             if handle.attached:
                 pause = RECONNECT_S[0]
                 logger.warning("worker_detached worker=%s reason=%r", handle.worker_id, reason)
+            elif reason != handle.detail:
+                logger.warning("worker_not_attached worker=%s reason=%r", handle.worker_id, reason)
+            handle.detail = reason
             if handle.retired:
                 self._drop(handle, reason)
                 return
@@ -207,6 +211,7 @@ class WorkerPool:
         if hello.model != self._model:
             raise WorkerLost(f"it serves model {hello.model!r}, this gateway {self._model!r}")
         handle.on_hello(hello)
+        handle.detail = ""
         self.prefixes.expect_snapshot(handle.worker_id)
         handle.send(pb.GatewayMessage(prefix_snapshot=pb.PrefixSnapshotRequest()))
         self._ping(handle, now)

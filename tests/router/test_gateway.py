@@ -223,6 +223,19 @@ async def test_health_follows_the_workers() -> None:
         assert "d0 is connecting" in answer.detail
 
 
+async def test_health_says_why_a_worker_is_not_used_also_when_others_are() -> None:
+    async with running(workers=(2, 1)) as (cluster, _, channel):
+        stub = inference(channel)
+        assert (await stub.Health(pb.HealthRequest())).detail == ""
+        cluster.workers["p1"].kill()
+
+        async def told() -> bool:
+            answer = await stub.Health(pb.HealthRequest())
+            return bool(answer.ready and answer.detail == "p1 is connecting (nobody listens at p1:1)")
+
+        await until(told)
+
+
 async def test_model_and_status_are_told() -> None:
     async with running() as (_, _, channel):
         model = await inference(channel).GetModel(inference_pb2.GetModelRequest())

@@ -192,6 +192,37 @@ def test_a_worker_of_another_model_or_protocol_is_never_used(monkeypatch: pytest
     run_virtually(wrong(protocol_version=99))
 
 
+def test_why_a_worker_never_attaches_is_kept_and_logged_whenever_it_changes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def said() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.getMessage().startswith("worker_not_attached")]
+
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            worker = cluster.workers["d0"]
+            good = worker.hello()
+            other = worker.hello()
+            other.model = "another"
+            monkeypatch.setattr(worker, "hello", lambda: other)
+            async with cluster.router() as router:
+                handle = handle_of(router, "d0")
+                await asyncio.sleep(5.0)  # several dials
+                assert "it serves model 'another'" in handle.detail
+                assert len(said()) == 1
+                assert "worker=d0" in said()[0]
+                assert handle.detail in said()[0]
+                other.protocol_version = 99
+                await asyncio.sleep(5.0)
+                assert "it speaks protocol 99" in handle.detail
+                assert len(said()) == 2
+                monkeypatch.setattr(worker, "hello", lambda: good)
+                await seconds_until(router, "d0", WorkerState.READY)
+                assert handle.detail == ""
+
+    run_virtually(main())
+
+
 def test_step_samples_feed_the_latency_model_of_worker_and_role() -> None:
     async def main() -> None:
         with fake_cluster(prefill=0, decode=1, step_s=0.02) as cluster:
