@@ -12,9 +12,9 @@ import grpc.aio
 import pytest
 from diphase.proto import worker_pb2 as pb
 from diphase.proto.errors import WorkerLost
-from diphase.proto.rpc import INTERNAL_OPTIONS
+from diphase.proto.rpc import INTERNAL_OPTIONS, MAX_MESSAGE_BYTES
 from diphase.proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
-from diphase.router.links import MESSAGES_A_FRAME, GrpcLink
+from diphase.router.links import FRAME_BYTES, MESSAGES_A_FRAME, GrpcLink
 
 HELLO = pb.GatewayHello(gateway_id="g", cluster_token="secret")
 
@@ -128,6 +128,31 @@ async def test_what_piled_up_leaves_in_frames_of_bounded_size() -> None:
         assert max(len(frame.messages) for frame in peer.frames) == MESSAGES_A_FRAME
         task.cancel()
         await asyncio.wait([task])
+
+
+async def test_a_burst_of_long_prompts_leaves_in_frames_that_fit_and_in_order() -> None:
+    tokens = [49_151] * 131_072
+    sizes = [131_072] * 50 + [1, 1] + [1_500_000] + [131_072] * 3  # one is larger than a frame
+    async with serving() as (peer, address), asyncio.timeout(60):
+        link = GrpcLink(address, HELLO)
+        for number, size in enumerate(sizes):
+            ids = (tokens * (size // len(tokens) + 1))[:size]
+            submit = pb.Submit(request_id=str(number), prompt_token_ids=ids)
+            link.send(pb.GatewayMessage(submit=submit))
+        link.send(ping(1))
+        arrived = asyncio.Event()
+        task = asyncio.create_task(link.run(lambda frame: arrived.set()))
+        await asyncio.wait([task, asyncio.ensure_future(arrived.wait())], return_when="FIRST_COMPLETED")
+        assert not task.done()
+        task.cancel()
+        await asyncio.wait([task])
+    messages = [message for frame in peer.frames for message in frame.messages]
+    submits = [message.submit for message in messages if message.HasField("submit")]
+    assert sum(submit.ByteSize() for submit in submits) > MAX_MESSAGE_BYTES
+    assert [int(submit.request_id) for submit in submits] == list(range(len(sizes)))
+    assert [len(submit.prompt_token_ids) for submit in submits] == sizes
+    large = [frame for frame in peer.frames if frame.ByteSize() > FRAME_BYTES + 1024]
+    assert [len(frame.messages) for frame in large] == [1]
 
 
 @pytest.mark.parametrize(
