@@ -5,11 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import grpc
+import pytest
 from diphase.proto import inference_pb2 as pb
 from diphase.router.gateway import Router
 from diphase.router.services import GatewayServices
+from diphase.router.text import TextProcessor, TextStream
 
 from ..simulation.virtual_loop import run_virtually
 from .fake_workers import LoopClock
@@ -96,15 +99,47 @@ def test_a_call_that_gRPC_cancels_stays_cancelled() -> None:
     run_virtually(main())
 
 
-def test_a_bug_fails_its_request_alone() -> None:
+def test_a_bug_fails_its_request_alone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken:
+        """Text of a request that hits a bug with its third message."""
+
+        def __init__(self, text: TextStream) -> None:
+            self._text = text
+            self._pushed = 0
+
+        def push(self, token_ids: Sequence[int]) -> tuple[str, int, bool]:
+            self._pushed += 1
+            if self._pushed == 3:
+                raise ZeroDivisionError("a bug")
+            return self._text.push(token_ids)
+
+    good = TextProcessor.stream
+
+    def stream(self: TextProcessor, sampling: pb.Sampling) -> Any:
+        text = good(self, sampling)
+        return Broken(text) if sampling.max_tokens == 50 else text
+
     async def main() -> None:
+        monkeypatch.setattr(TextProcessor, "stream", stream)
         with fake_cluster() as cluster:
             async with cluster.router() as router:
                 services = services_of(router, client_stall_s=60.0)
-                router.text.model.tokenizer.pieces.clear()  # nothing can be turned into text any more
-                context = Context(reads=100)
-                await call(services, context, token_request(range(100), 5))
-                assert context.status in (grpc.StatusCode.INTERNAL, grpc.StatusCode.INVALID_ARGUMENT)
+                broken, beside, after = (Context(reads=100) for _ in range(3))
+                async with asyncio.TaskGroup() as group:
+                    group.create_task(call(services, broken, token_request(range(100), 50)))
+                    group.create_task(call(services, beside, token_request(range(100), 20)))
+                await call(services, after, token_request(range(100), 20))
+                assert broken.status is grpc.StatusCode.INTERNAL
+                assert "ZeroDivisionError" in broken.details
+                assert not any(response.finish_reason for response in broken.written)
+                for context in (beside, after):
+                    assert context.status is None
+                    assert context.written[-1].finish_reason == pb.FINISH_REASON_LENGTH
+                    assert sum(len(response.token_ids) for response in context.written) == 20
                 assert router.dispatcher.open_requests == 0
+                assert sum(router.metrics.requests_by_slo.values()) == 3
 
     run_virtually(main())
+    assert [record.getMessage() for record in caplog.records if record.exc_info] == ["generate_failed"]
