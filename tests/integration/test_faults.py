@@ -10,6 +10,7 @@ import asyncio
 import os
 import random
 import signal
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +21,7 @@ from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import generate
 from diphase.proto.inference_pb2_grpc import InferenceStub
 from diphase.proto.sampling import SamplingParams
+from diphase.proto.slo import Verdict
 
 from .served import TINY, Completion, Served, command_of, follow, idle, prompt_request, served, wait_until
 
@@ -29,6 +31,7 @@ RECOVER_S = 60.0
 TRIES = 4
 STORM = 1000
 STORM_TOKENS = 24
+FINISHED = (Verdict.MET, Verdict.TTFT, Verdict.TPOT, Verdict.BOTH)
 
 
 @pytest.fixture(scope="module")
@@ -110,9 +113,13 @@ async def strike(
     return any(completion.last and completion.last.stages.attempts > 1 for completion in completions)
 
 
-def settled(cluster: Served) -> int:
-    """Terminal events that gateway 0 has counted."""
-    return sum(map(int, cluster.status().get("requests_by_slo", {}).values()))
+def settled(cluster: Served) -> Counter[str]:
+    """Terminal events that gateway 0 has counted: finished (whatever the verdict), cancelled, rejected,
+    error."""
+    counts: Counter[str] = Counter()
+    for verdict, count in cluster.status().get("requests_by_slo", {}).items():
+        counts["finished" if verdict in FINISHED else verdict] += int(count)
+    return counts
 
 
 async def test_a_thousand_requests_with_cancels_and_deaths_each_end_once(
@@ -120,22 +127,24 @@ async def test_a_thousand_requests_with_cancels_and_deaths_each_end_once(
 ) -> None:
     rng = random.Random(5)
     prompts = [[rng.randrange(512) for _ in range(rng.randrange(1, 120))] for _ in range(40)]
-    # A client that leaves does so after so many tokens.
+    # A client that leaves does so after so many tokens, and had asked for so many more that its request
+    # cannot finish before the cancel arrives.
     leaves = {i: rng.randrange(20) for i in rng.sample(range(STORM), STORM // 5)}
-    truth = [token_ids[:STORM_TOKENS] for token_ids in expected(engine, prompts)]
+    truth = expected(engine, prompts)
     before = await asyncio.to_thread(settled, cluster)
     places = asyncio.Semaphore(24)
     ended = 0
     deaths = {STORM // 4: "prefill-0", STORM // 2: "decode-0", 3 * STORM // 4: "prefill-1"}
 
-    async def one(stub: InferenceStub, i: int) -> list[int]:
+    async def one(stub: InferenceStub, i: int) -> Completion:
         nonlocal ended
         completion = Completion()
+        max_tokens = MAX_TOKENS if i in leaves else STORM_TOKENS
         async with places:
-            call = stub.Generate(prompt_request(prompts[i % 40], STORM_TOKENS, request_id=f"storm-{i}"))
+            call = stub.Generate(prompt_request(prompts[i % 40], max_tokens, request_id=f"storm-{i}"))
             async for response in call:
                 completion.take(response)
-                if len(completion.token_ids) > leaves.get(i, STORM_TOKENS):
+                if len(completion.token_ids) > leaves.get(i, max_tokens):
                     call.cancel()
                     break
             else:
@@ -143,20 +152,22 @@ async def test_a_thousand_requests_with_cancels_and_deaths_each_end_once(
         ended += 1
         if victim := deaths.get(ended):
             cluster.signal_worker(victim, signal.SIGKILL)
-        return completion.token_ids
+        return completion
 
     async with asyncio.timeout(3 * RECOVER_S), open_channel(cluster.addresses[0]) as channel:
         stub = InferenceStub(channel)
         async with asyncio.TaskGroup() as group:
             requests = [group.create_task(one(stub, i)) for i in range(STORM)]
-    for i, request in enumerate(requests):
-        token_ids = request.result()
-        assert token_ids == truth[i % 40][: len(token_ids)]
-        assert len(token_ids) == STORM_TOKENS or i in leaves
+    completions = [request.result() for request in requests]
+    for i, completion in enumerate(completions):
+        assert completion.token_ids == truth[i % 40][: len(completion.token_ids)]
+        assert (completion.last is None) == (i in leaves)
+        assert len(completion.token_ids) == STORM_TOKENS or i in leaves
     for victim in deaths.values():
         await ready(cluster, victim)
     await asyncio.to_thread(wait_until, lambda: idle(cluster), "every block to be free or cached", 30)
-    assert await asyncio.to_thread(settled, cluster) == before + STORM
+    seen = Counter("finished" if completion.last else "cancelled" for completion in completions)
+    assert await asyncio.to_thread(settled, cluster) - before == seen
 
 
 async def test_a_dead_store_stops_no_request_and_comes_back(cluster: Served, engine: TorchEngine) -> None:
