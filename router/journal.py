@@ -93,11 +93,6 @@ class RedisJournal:
         self._reachable = True
         self.dropped = 0
 
-    @property
-    def reachable(self) -> bool:
-        """Whether the last write succeeded."""
-        return self._reachable
-
     def record(self, request_id: str, record: JournalRecord) -> None:
         self._pending[request_id] = record
         if len(self._pending) > self._max_pending:
@@ -117,7 +112,10 @@ class RedisJournal:
         return None if text is None else JournalRecord(*json.loads(text))
 
     async def run(self) -> None:
-        while True:
+        task = asyncio.current_task()
+        assert task is not None
+        # A connection that breaks while the task is cancelled raises its own error, not the cancellation.
+        while not task.cancelling():
             await self._has_pending.wait()
             await asyncio.sleep(self._flush_s if self._reachable else RETRY_S)
             await self._write()
@@ -138,6 +136,9 @@ class RedisJournal:
                 for request_id, record in batch.items():
                     pipe.set(self._prefix + request_id, json.dumps(record), ex=self._ttl_s)
                 await pipe.execute()
+        except asyncio.CancelledError:
+            self._give_back(batch)  # flush() writes it again, which does no harm
+            raise
         except (RedisError, OSError, TimeoutError) as exc:
             self._give_back(batch)
             if self._reachable:

@@ -72,17 +72,21 @@ async def test_without_a_store_the_newest_records_wait_and_the_oldest_are_droppe
             journal.record(f"r{i}", PLACED)
         assert journal.dropped == 15
         await journal.flush()
-        assert not journal.reachable
         assert [await journal.lookup(f"r{i}") for i in (15, 24)] == [PLACED, PLACED]
         journal.record("r25", PLACED)
         assert journal.dropped == 16
 
 
 class StuckClient:
-    """A client whose pipeline fails when it is told to."""
+    """A client whose pipeline waits until it is told to work or to fail."""
 
     def __init__(self) -> None:
+        self.writing = asyncio.Event()
+        self.works = asyncio.Event()
         self.fails = asyncio.Event()
+        self.hides_cancellation = False
+        self.written: list[object] = []
+        self._queued: list[object] = []
 
     def pipeline(self, transaction: bool) -> StuckClient:
         return self
@@ -93,11 +97,21 @@ class StuckClient:
     async def __aexit__(self, *exc_info: object) -> None:
         return None
 
-    def set(self, *command: object, ex: int) -> None:
-        return None
+    def set(self, key: str, value: str, ex: int) -> None:
+        self._queued.append(key)
 
     async def execute(self) -> None:
-        await self.fails.wait()
+        queued, self._queued = self._queued, []
+        self.writing.set()
+        if self.works.is_set():
+            self.written += queued
+            return
+        try:
+            await self.fails.wait()
+        except asyncio.CancelledError:
+            if self.hides_cancellation:
+                raise ConnectionError("broken") from None
+            raise
         raise ConnectionError("gone")
 
 
@@ -110,8 +124,34 @@ async def test_records_that_could_not_be_written_never_replace_newer_ones() -> N
     journal.record("r", PLACED._replace(state="finished"))
     client.fails.set()
     await writing
-    assert not journal.reachable
     assert await journal.lookup("r") == PLACED._replace(state="finished")
+
+
+async def test_a_record_whose_write_is_cut_off_is_written_at_the_end() -> None:
+    client = StuckClient()
+    journal = journal_of(client)  # type: ignore[arg-type]
+    task = asyncio.create_task(journal.run())
+    journal.record("r", PLACED)
+    await client.writing.wait()
+    task.cancel()
+    await asyncio.wait([task])
+    assert task.cancelled()
+    client.works.set()
+    await journal.flush()
+    assert client.written == ["diphase:c:request:r"]
+
+
+async def test_a_cancellation_that_the_stores_error_hides_ends_it_all_the_same() -> None:
+    client = StuckClient()
+    client.hides_cancellation = True
+    journal = journal_of(client)  # type: ignore[arg-type]
+    task = asyncio.create_task(journal.run())
+    journal.record("r", PLACED)
+    await client.writing.wait()
+    task.cancel()
+    async with asyncio.timeout(10):
+        await asyncio.wait([task])
+    assert await journal.lookup("r") == PLACED
 
 
 async def test_it_goes_on_when_the_store_is_back() -> None:
@@ -121,8 +161,6 @@ async def test_it_goes_on_when_the_store_is_back() -> None:
             server.stop()
             journal.record("r", PLACED)
             await journal.flush()
-            assert not journal.reachable
             server.start()
             await journal.flush()
-            assert journal.reachable
             assert await journal_of(client).lookup("r") == PLACED
