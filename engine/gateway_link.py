@@ -10,10 +10,8 @@ from collections import deque
 from collections.abc import Callable
 
 from ..proto.errors import DiphaseError, Overloaded
+from ..proto.frames import take_frame
 from ..proto.worker_pb2 import GatewayFrame, GatewayMessage, WorkerFrame, WorkerMessage
-
-MESSAGES_A_FRAME = 256
-"""Keeps a frame after a pause below the size limit of a message."""
 
 
 class GatewayLink:
@@ -70,8 +68,7 @@ class GatewayLink:
             await self._changed.wait()
         if self.closed:
             return None
-        count = min(len(self._queued), MESSAGES_A_FRAME)
-        frame = WorkerFrame(messages=[self._queued.popleft() for _ in range(count)])
+        frame = WorkerFrame(messages=take_frame(self._queued))
         if not self._queued:
             self._empty.set()
         return frame

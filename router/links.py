@@ -16,16 +16,12 @@ import grpc.aio
 
 from ..proto import worker_pb2 as pb
 from ..proto.errors import WorkerLost
-from ..proto.rpc import INTERNAL_OPTIONS, MAX_MESSAGE_BYTES
+from ..proto.frames import take_frame
+from ..proto.rpc import INTERNAL_OPTIONS
 from ..proto.worker_pb2_grpc import WorkerStub
 
 FIRST_FRAME_S = 5.0
 """A worker that was dialled answers the hello within this."""
-
-MESSAGES_A_FRAME = 256
-FRAME_BYTES = MAX_MESSAGE_BYTES // 4
-"""Where a frame ends that has much to carry: far below the size limit of a message. A frame of one message
-may be larger."""
 
 FrameSink = Callable[[pb.WorkerFrame], None]
 
@@ -108,19 +104,7 @@ class GrpcLink:
             while True:
                 await self._has_outgoing.wait()
                 while self._outgoing:
-                    await call.write(_next_frame(self._outgoing))
+                    await call.write(pb.GatewayFrame(messages=take_frame(self._outgoing)))
                 self._has_outgoing.clear()
         except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
             return
-
-
-def _next_frame(outgoing: deque[pb.GatewayMessage]) -> pb.GatewayFrame:
-    """Takes the oldest messages that one frame may hold, at least one."""
-    messages = [outgoing.popleft()]
-    size_bytes = messages[0].ByteSize() if outgoing else 0
-    while outgoing and len(messages) < MESSAGES_A_FRAME:
-        size_bytes += outgoing[0].ByteSize()
-        if size_bytes > FRAME_BYTES:
-            break
-        messages.append(outgoing.popleft())
-    return pb.GatewayFrame(messages=messages)

@@ -12,9 +12,10 @@ import grpc.aio
 import pytest
 from diphase.proto import worker_pb2 as pb
 from diphase.proto.errors import WorkerLost
+from diphase.proto.frames import FRAME_BYTES, MESSAGES_A_FRAME
 from diphase.proto.rpc import INTERNAL_OPTIONS, MAX_MESSAGE_BYTES
 from diphase.proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
-from diphase.router.links import FRAME_BYTES, MESSAGES_A_FRAME, GrpcLink
+from diphase.router.links import GrpcLink
 
 HELLO = pb.GatewayHello(gateway_id="g", cluster_token="secret")
 
