@@ -187,4 +187,4 @@ def _worker_config(assignment: Assignment, node_ip: str) -> PrefillWorkerConfig 
 
 def _reachable(address: str, node_ip: str) -> str:
     host, _colon, port = address.rpartition(":")
-    return f"{node_ip}:{port}" if host.strip("[]") in WILDCARDS else address
+    return host_port(node_ip, int(port)) if host.strip("[]") in WILDCARDS else address
