@@ -14,6 +14,7 @@ from ..decode_workers.config import DecodeWorkerConfig
 from ..prefill_workers.config import PrefillWorkerConfig
 from ..proto.clock import system_rng
 from ..proto.ids import draw_id
+from ..proto.rpc import host_port
 from .config import ClusterConfig
 
 _PACKAGE = __name__.split(".", maxsplit=1)[0]
