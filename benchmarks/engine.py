@@ -13,20 +13,18 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import os
-import platform
 import random
 import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import transformers
+from diphase.benchmarks import harness
 from diphase.checkpoints.lookup import resolve
 from diphase.checkpoints.model_files import ModelFiles
 from diphase.checkpoints.weights import open_weights
@@ -234,13 +232,6 @@ def read_floor_ms(files: ModelFiles) -> float:
     return statistics.median(times)
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def report(timings: list[Timing]) -> None:
     engines = list(dict.fromkeys(timing.engine for timing in timings))
     by_case = {(timing.engine, timing.case): timing for timing in timings}
@@ -277,17 +268,9 @@ def main() -> None:
     print(f"reading all bf16 weights once: {floor_ms:.1f} ms")
     result = {
         "what": "engine on one thread",
-        "command": ".venv/bin/python -P benchmarks/engine.py",
-        "date": datetime.now(UTC).date().isoformat(),
         "model": files.name,
-        "processor": processor(),
-        "cores": os.cpu_count(),
         "amx": torch.cpu._is_amx_tile_supported(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
+        "transformers": transformers.__version__,
         "read_all_bf16_weights_ms": round(floor_ms, 2),
         "prefill_tokens_per_s": {
             timing.engine: round(PREFILL_TOKENS / timing.median_ms * 1000.0)
@@ -297,8 +280,7 @@ def main() -> None:
         "greedy_after_the_capital_of_france_is": answers,
         "timings": [asdict(timing) for timing in timings],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    harness.write_result(options.output, result)
     for engine in engines:
         engine.close()
 

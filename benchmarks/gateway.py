@@ -19,7 +19,6 @@ import itertools
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -29,10 +28,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import grpc
 import grpc.aio
 import redis.asyncio
 import uvloop
+from diphase.benchmarks import harness
 from diphase.checkpoints.lookup import resolve
 from diphase.checkpoints.model_files import ModelFiles
 from diphase.checkpoints.tokenizer import load_tokenizer
@@ -353,11 +352,8 @@ def summarise(bare: dict[str, Any], ours: dict[str, Any]) -> dict[str, Any]:
         return max(float(load["per_second"]) for load in result["loads"])
 
     return {
-        "command": ".venv/bin/python -P benchmarks/gateway.py",
         "tokenizer": MODEL,
         "prompt_tokens": PROMPT_TOKENS,
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}",
-        "grpcio": grpc.__version__,
         "requests_per_second": best(ours),
         "echo_requests_per_second": best(bare),
         "ratio_to_echo": best(ours) / best(bare),
@@ -375,8 +371,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("docs/results/gateway.json"))
     options = parser.parse_args()
     result = benchmark(options.seconds)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    harness.write_result(options.output, result)
     print(json.dumps({key: value for key, value in result.items() if not isinstance(value, dict)}, indent=2))
     for name in ("gateway", "echo"):
         for load in result[name]["loads"]:

@@ -15,10 +15,7 @@ while time is left."""
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
-import shlex
-import signal
 import sys
 import tempfile
 import time
@@ -26,6 +23,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diphase.benchmarks import harness
 from diphase.cluster.endpoint import open_channel
 from diphase.cluster.load.client import LoadClient, LoopTimer, Outcome, RequestResult, fetch_model
 from diphase.cluster.load.comparison import (
@@ -40,7 +38,6 @@ from diphase.cluster.load.comparison import (
     ratio,
 )
 from diphase.cluster.load.plot import attainment_plot
-from diphase.cluster.load.report import environment, write_json
 from diphase.cluster.load.search import TARGET, RateSearch
 from diphase.cluster.load.served import serving
 from diphase.cluster.load.traces import TraceRecord, data_folder, load_trace
@@ -182,7 +179,7 @@ class Comparison:
                 rate = search.next_rate(curves(self.runs, name, REGIMES), floor)
                 if rate is None:
                     break
-                results = await self._client(stub).run_open_loop(self._plan(shape, rate, round_index))
+                results = await self._client(stub).run_open_loop(self._plan(shape, rate))
                 check_whole(results, rate)
                 run = judge_run(
                     results,
@@ -196,7 +193,7 @@ class Comparison:
 
     async def _send_lone(self, stub: InferenceStub, shape: ModelShape, name: str) -> list[RequestResult]:
         """Single requests: the arrangement's first turn measures with them, later ones only warm up."""
-        plan = sorted(self._plan(shape, 1.0, 0), key=lambda planned: planned.input_tokens)
+        plan = sorted(self._plan(shape, 1.0), key=lambda planned: planned.input_tokens)
         count = 3 if name in self.unloaded else self.options.lone
         # Evenly over the lengths, so that few requests show the same percentiles as all.
         picks = [plan[int((i + 0.5) * len(plan) / count)] for i in range(count)]
@@ -204,14 +201,14 @@ class Comparison:
         await client.run_one_by_one(picks[:1])
         return await client.run_one_by_one(picks)
 
-    def _plan(self, shape: ModelShape, rate: float, round_index: int) -> list[PlannedRequest]:
-        """The same arrivals and lengths for every arrangement of a round; prompts that nobody has seen
-        before."""
+    def _plan(self, shape: ModelShape, rate: float) -> list[PlannedRequest]:
+        """The same arrivals and lengths for every arrangement; prompts that nobody has seen before."""
         workload = WorkloadConfig(
             num_requests=self.options.requests,
             mean_input=256,
             mean_output=48,
-            seed=self.options.seed + round_index,
+            # The lengths that the unloaded latency was measured with, in every round: their tail decides.
+            seed=self.options.seed,
         )
         self.sent_plans += 1
         return plan_load(workload, self.records, shape, rate, self.sent_plans)
@@ -248,8 +245,6 @@ class Comparison:
         self.console.print(comparison_table(found, OURS, self.objectives))
         output = Path(self.options.output)
         content = {
-            "command": shlex.join(["python", "-P", "benchmarks/goodput.py", *sys.argv[1:]]),
-            **environment(),
             "load_average_before": self.load_before,
             "arrangements": settings(self.options.cores),
             "further_settings": self.options.set,
@@ -262,7 +257,7 @@ class Comparison:
             "faults": self.faults,
             "runs": self.runs,
         }
-        write_json(output.with_name(output.name + ".json"), content)
+        harness.write_result(output.with_name(output.name + ".json"), content)
         panels = {
             f"{regime}: TTFT ≤ {slo.ttft_ms:.0f} ms, TPOT ≤ {slo.tpot_ms:.0f} ms": {
                 name: curves(self.runs, name, REGIMES)[regime] for name in names
@@ -308,13 +303,9 @@ async def compare(options: argparse.Namespace, console: Console) -> int:
         comparison = Comparison(
             options=options, console=console, records=records, log=Path(folder) / "serve.log"
         )
-        # Told to end, it still stops its cluster and writes what it has.
-        task = asyncio.current_task()
-        if task is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             await comparison.measure()
-        finally:
+        finally:  # also when told to end: what there is by then is written
             if comparison.runs:
                 comparison.conclude()
         return 1 if comparison.faults else 0
@@ -323,11 +314,11 @@ async def compare(options: argparse.Namespace, console: Console) -> int:
 def main() -> int:
     console = Console()
     try:
-        return asyncio.run(compare(parse(), console))
+        return harness.run(compare(parse(), console))
     except DiphaseError as exc:
         console.print(exc.message, style="red", markup=False, highlight=False)
         return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except KeyboardInterrupt:
         return 130
 
 

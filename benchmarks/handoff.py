@@ -9,7 +9,6 @@ prompt tokens that nobody has cached. The stages are the server's own, measured 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import os
 import random
 import statistics
@@ -18,8 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from diphase.benchmarks import harness
 from diphase.cluster.generate import stream
-from diphase.cluster.load.report import environment, write_json
 from diphase.cluster.load.served import serving
 from diphase.proto import inference_pb2 as pb
 
@@ -84,16 +83,8 @@ async def main() -> None:
         for transport in ("shm", "tcp"):
             found[transport] = await measure(transport, args.requests, Path(folder) / "serve.log")
             print(transport, found[transport])
-    write_json(
-        args.output,
-        {
-            "command": ".venv/bin/python -P benchmarks/handoff.py",
-            "prompt_tokens": PROMPT_TOKENS,
-            **environment(),
-            "medians": found,
-        },
-    )
+    harness.write_result(args.output, {"prompt_tokens": PROMPT_TOKENS, "medians": found})
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    harness.run(main())

@@ -12,7 +12,6 @@ which is what costs on real transports (a descriptor each). Blocks lie scattered
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import random
@@ -20,11 +19,11 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
+from diphase.benchmarks import harness
 from diphase.proto.kv_layout import KvLayout
 
 LAYOUT = KvLayout(model="smollm2", num_layers=30, num_kv_heads=3, head_dim=64, block_size=16, dtype="bf16")
@@ -155,13 +154,9 @@ def main() -> None:
         print(f"{result.case:58} {result.layout:12} {result.median_ms:8.3f} ms {result.num_runs or '':>5}")
     document = {
         "what": "block-major against layer-major KV pools",
-        "command": ".venv/bin/python -P benchmarks/kv_layout.py",
-        "date": datetime.now(UTC).date().isoformat(),
-        "torch": torch.__version__,
         "results": [asdict(result) for result in results],
     }
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    options.output.write_text(json.dumps(document, indent=2) + "\n")
+    harness.write_result(options.output, document)
 
 
 if __name__ == "__main__":

@@ -21,10 +21,10 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from diphase.benchmarks import harness
 from diphase.cluster import processes
 from diphase.cluster.endpoint import StatusClient
 from diphase.cluster.generate import stream
-from diphase.cluster.load.report import environment, write_json
 from diphase.cluster.load.served import SERVE, serving
 from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import DiphaseError
@@ -186,17 +186,8 @@ async def main() -> None:
         blow: {key: round(max(run[key] for run in runs), 2) for key in runs[0]}
         for blow, runs in blows.items()
     }
-    write_json(
-        args.output,
-        {
-            "command": ".venv/bin/python -P benchmarks/recovery.py",
-            "seconds_after": "the signal",
-            **environment(),
-            "medians": medians,
-            "worst": worst,
-        },
-    )
+    harness.write_result(args.output, {"seconds_after": "the signal", "medians": medians, "worst": worst})
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    harness.run(main())

@@ -9,7 +9,6 @@ runs on the machine can only slow a round down. Writes docs/results/transport.js
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import multiprocessing as mp
 import os
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from diphase.benchmarks import harness
 from diphase.kv_transfer.base import Done, Failed, PeerDown, Region, TransportContext
 from diphase.kv_transfer.registry import load_factory
 from diphase.proto.clock import MonotonicClock
@@ -210,9 +210,7 @@ def measure(rounds: int, total: int) -> dict[str, Any]:
     for mover in movers.values():
         mover.close()
     return {
-        "command": ".venv/bin/python -P benchmarks/transport.py",
-        "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "kernel": platform.release()},
-        "python": platform.python_version(),
+        "kernel": platform.release(),
         "depth": DEPTH,
         "rounds": rounds,
         "bytes_a_round": total,
@@ -221,20 +219,13 @@ def measure(rounds: int, total: int) -> dict[str, Any]:
     }
 
 
-def cpu_name() -> str:
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument(
         "--mib", type=int, default=128, help="moved in a round, for each piece size and mover"
     )
-    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     result = measure(options.rounds, options.mib * 1024 * 1024)
     print(
@@ -246,8 +237,7 @@ def main() -> None:
             f"{row['shm_to_memcpy']:6.0%}  {row['socket_gib_s']:7.2f} {row['tcp_gib_s']:7.2f} "
             f"{row['tcp_to_socket']:6.0%}"
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    harness.write_result(options.output, result)
 
 
 if __name__ == "__main__":

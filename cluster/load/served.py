@@ -36,7 +36,7 @@ async def serving(
     settings: Sequence[str], log: Path, *, command: Sequence[str] = SERVE, start_s: float = START_S
 ) -> AsyncIterator[str]:
     """Starts a cluster with `settings` (as of `--set`), yields its gateway's address once it can place
-    requests, and stops it as Ctrl-C does. Its output is appended to `log`.
+    requests, and stops it as Ctrl-C does: it drains. Its output is appended to `log`.
 
     Raises:
         InternalError: it ends or is not ready in time, or does not stop when told to; the message has the
@@ -80,7 +80,8 @@ async def _wait_ready(process: asyncio.subprocess.Process, address: str, log: Pa
 async def _stop(process: asyncio.subprocess.Process, log: Path) -> None:
     """Returns when the process is gone, whatever it took."""
     if process.returncode is None:
-        process.send_signal(signal.SIGINT)
+        # Not SIGINT: whoever is started in the background of a shell hands on that it is ignored.
+        process.send_signal(signal.SIGTERM)
     try:
         await asyncio.wait_for(process.wait(), STOP_S)
     except TimeoutError:

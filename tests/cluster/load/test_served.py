@@ -13,7 +13,7 @@ from diphase.cluster.load.served import serving
 from diphase.proto.errors import InternalError
 from diphase.proto.inference_pb2_grpc import InferenceStub
 
-# Stands in for `diphase serve`: notes its pid, answers on the port it is given, says on Ctrl-C what it was
+# Stands in for `diphase serve`: notes its pid, answers on the port it is given, says at its end what it was
 # told.
 STAND_IN = """
 import os, signal, sys
@@ -30,14 +30,14 @@ class Gateway(InferenceServicer):
     def GetModel(self, request, context):
         return pb.GetModelResponse(model=str(os.getpid()))
 
-signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
 settings = sys.argv[2::2]
 port = next(s for s in settings if s.startswith("gateway.port=")).partition("=")[2]
 server = grpc.server(ThreadPoolExecutor(1))
 add_InferenceServicer_to_server(Gateway(), server)
 server.add_insecure_port("127.0.0.1:" + port)
 server.start()
-signal.sigwait({signal.SIGINT})
+signal.sigwait({signal.SIGTERM})
 server.stop(0)
 print("stopped with", settings[1:], flush=True)
 """
@@ -83,7 +83,7 @@ async def test_a_cluster_that_ends_at_once_is_reported_with_its_last_words(tmp_p
 
 
 async def test_a_cluster_that_is_never_ready_is_given_up_and_stopped(tmp_path: Path) -> None:
-    command = (sys.executable, "-c", "import signal; signal.sigwait({signal.SIGINT})")
+    command = (sys.executable, "-c", "import signal; signal.sigwait({signal.SIGTERM})")
     with pytest.raises(InternalError, match=r"not ready after 0\.5 s"):
         async with serving([], tmp_path / "log", command=command, start_s=0.5):
             raise AssertionError("it was never ready")
