@@ -74,7 +74,6 @@ class Slot:
         self.assignment = assignment
         self.process = process
         self.started: Started | None = None
-        self.restarts = 0
         self._publish = publish
         self._remove = remove
         self._config = config
@@ -107,7 +106,6 @@ class Slot:
             ended, self.started = self.started, None
             logger.warning("process_ended worker_id=%s pid=%d", ended.worker_id, ended.pid)
             self._remove(ended)
-            self.restarts += 1
             self.started = await self._restart()
 
     async def _start(self) -> Started:
