@@ -18,7 +18,7 @@ from ..proto.clock import Rng
 from ..proto.errors import ConfigError
 from ..proto.ids import draw_id
 from ..router.config import GatewayConfig, RouterConfig, SloConfig, is_loopback
-from .config_reader import FLATTEN, SECRET, Source, apply_overrides, build, read_file, section
+from .config_reader import FLATTEN, SECRET, Drawn, Source, apply_overrides, build, read_file, section
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
@@ -238,7 +238,7 @@ def load(file: Path | None, settings: Iterable[str], rng: Rng) -> ClusterConfig:
     # These first, by themselves: others take values of theirs.
     security = section(SecurityConfig, table, "security", source)
     model = section(ModelConfig, table, "model", source)
-    token = security.cluster_token or f"{rng.getrandbits(256):064x}"
+    token = security.cluster_token or Drawn(f"{rng.getrandbits(256):064x}")
     source.given = dict(zip(GIVEN, (model.name, model.dtype, token, 0, 0), strict=True))
     config = build(ClusterConfig, table, source)
     if not is_loopback(config.gateway.host) and not security.cluster_token:
@@ -246,6 +246,5 @@ def load(file: Path | None, settings: Iterable[str], rng: Rng) -> ClusterConfig:
             f"{source.of('gateway.host')}: gateway.host = {config.gateway.host} is reachable from other "
             "machines; set security.cluster_token, which clients then have to send"
         )
-    return replace(
-        config, name=config.name or draw_id(rng, "c-")[:14], security=replace(security, cluster_token=token)
-    )
+    name = config.name or Drawn(draw_id(rng, "c-")[:14])
+    return replace(config, name=name, security=replace(security, cluster_token=token))

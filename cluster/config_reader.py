@@ -23,6 +23,15 @@ FLATTEN: Mapping[str, object] = {"flatten": True}
 """Field metadata: the field's keys stand in the table of its owner."""
 SECRET: Mapping[str, object] = {"secret": True}
 """Field metadata: never printed."""
+REDACTED = "<redacted>"
+"""What stands for a password in a printed address. No value that is read may hold it: whoever copied it would
+have it for a password."""
+
+
+class Drawn(str):
+    """A value that was left open and drawn for this start alone; printed as left open."""
+
+    __slots__ = ()
 
 
 @dataclass(slots=True)
@@ -214,6 +223,11 @@ def _convert_union(choices: tuple[Any, ...], value: Any, source: Source, path: s
 def _convert_scalar(hint: Any, value: Any, source: Source, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if isinstance(value, str) and REDACTED in value:
+        raise ConfigError(
+            f"{source.of(path)}: {path} holds {REDACTED}, which `diphase config` prints in place of a "
+            "password; write the password itself"
+        )
     if (
         hint in (bool, int, float, str)
         and isinstance(value, hint)

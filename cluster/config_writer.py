@@ -1,4 +1,4 @@
-"""A configuration as TOML with each field's docstring as comment; secrets are redacted. Knows no section."""
+"""A configuration as TOML with each field's docstring as comment; secrets are left out. Knows no section."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from collections.abc import Collection, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from .config_reader import REDACTED, Drawn
+
 WIDTH = 110
 _BARE_KEY = re.compile(r"[A-Za-z0-9_-]+\Z")
-_URL_PASSWORD = re.compile(r"(://[^:@/]*:)[^@/]+@")
+_URL_PASSWORD = re.compile(r"(://[^:@/?#]*:)[^/?#]+(?=@)|([?&]password=)[^&#]+")
 
 
 def to_toml(config: Any, hidden: Collection[str] = ()) -> str:
-    """The dataclass `config` as TOML text that the reader takes back, secrets apart.
+    """The dataclass `config` as TOML text that the reader takes back, secrets apart: those are comments, and
+    the reader refuses an address whose password is redacted. What was drawn is printed as left open.
 
     Args:
         hidden: dotted paths to leave out.
@@ -73,8 +76,15 @@ def _keys(config: Any, path: str, hidden: Collection[str], sections: list[tuple[
             continue
         else:
             yield from _comment(docs.get(item.name, ""))
-            shown = "<redacted>" if item.metadata.get("secret") and value else value
-            yield f"# {item.name} =" if value is None else f"{item.name} = {_value(shown)}"
+            yield _line(item.name, value, secret=bool(item.metadata.get("secret")))
+
+
+def _line(name: str, value: Any, *, secret: bool) -> str:
+    if isinstance(value, Drawn):
+        return f'{name} = ""'
+    if secret and value:
+        return f"# {name} is set and not shown; the reader of this text has to set it again"
+    return f"# {name} =" if value is None else f"{name} = {_value(value)}"
 
 
 def _comment(text: str) -> Iterator[str]:
@@ -86,7 +96,7 @@ def _value(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return json.dumps(_URL_PASSWORD.sub(r"\1<redacted>@", value), ensure_ascii=False)
+        return json.dumps(_URL_PASSWORD.sub(rf"\1\2{REDACTED}", value), ensure_ascii=False)
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(_value, value)) + "]"
     if isinstance(value, dict):

@@ -133,11 +133,47 @@ def test_the_printed_configuration_reads_back_as_the_same_one(tmp_path: Path) ->
     assert loaded("security.cluster_token=s", file=file) == config
 
 
-def test_the_printed_configuration_hides_secrets() -> None:
-    text = to_toml(loaded("security.cluster_token=hush", "store.url=redis://me:pass@host:1/0"), hidden=GIVEN)
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("redis://me:pass@host:1/0", "redis://me:<redacted>@host:1/0"),
+        ("redis://:pa@pass@host:1/0", "redis://:<redacted>@host:1/0"),
+        ("unix:///run/s?db=1&password=pass", "unix:///run/s?db=1&password=<redacted>"),
+        ("redis://me@host:1/0", "redis://me@host:1/0"),
+    ],
+)
+def test_the_printed_configuration_hides_secrets(url: str, shown: str) -> None:
+    text = to_toml(loaded("security.cluster_token=hush", f"store.url={url}"), hidden=GIVEN)
     assert "hush" not in text
-    assert "pass@" not in text
-    assert tomllib.loads(text)["store"]["url"] == "redis://me:<redacted>@host:1/0"
+    assert "# cluster_token is set and not shown" in text
+    assert "cluster_token" not in tomllib.loads(text)["security"]
+    assert tomllib.loads(text)["store"]["url"] == shown
+
+
+def test_what_was_drawn_is_printed_as_left_open_and_drawn_anew_when_read(tmp_path: Path) -> None:
+    file = tmp_path / "printed.toml"
+    file.write_text(to_toml(loaded(seed=1), hidden=GIVEN))
+    printed = tomllib.loads(file.read_text())
+    assert (printed["name"], printed["security"]["cluster_token"]) == ("", "")
+    assert loaded(file=file, seed=2) == loaded(seed=2)
+
+
+@pytest.mark.parametrize("secret", ["", "hush"])
+def test_a_printed_configuration_opens_no_gateway_to_other_machines(secret: str, tmp_path: Path) -> None:
+    file = tmp_path / "printed.toml"
+    file.write_text(to_toml(loaded(f'security.cluster_token="{secret}"'), hidden=GIVEN))
+    with pytest.raises(ConfigError, match=r"set security\.cluster_token"):
+        loaded("gateway.host=0.0.0.0", file=file)
+
+
+@pytest.mark.parametrize(
+    "setting", ["security.cluster_token=<redacted>", "store.url=redis://:<redacted>@host:1/0"]
+)
+def test_a_redacted_value_is_no_value(setting: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        loaded(setting)
+    path = setting.partition("=")[0]
+    assert caught.value.message.startswith(f"--set {setting}: {path} holds <redacted>")
 
 
 def test_every_key_is_printed_under_its_docstring() -> None:
