@@ -4,6 +4,7 @@ sentence."""
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable, Set
 from typing import TypeVar
 
@@ -28,6 +29,8 @@ CONNECT_S = 5.0
 LINK_S = 20.0
 """How long gateways may take to reach workers that serve already."""
 LINK_RETRY_S = 0.05
+WILDCARDS = ("0.0.0.0", "::")
+"""Hosts that mean every interface."""
 
 Answer = TypeVar("Answer")
 
@@ -36,8 +39,22 @@ _ERRORS: dict[grpc.StatusCode, type[DiphaseError]] = {
     grpc.StatusCode.NOT_FOUND: NotFound,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.CANCELLED: Cancelled,
-    grpc.StatusCode.UNAUTHENTICATED: ConfigError,
 }
+
+_LOST = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.CANCELLED,
+    grpc.StatusCode.INTERNAL,
+    grpc.StatusCode.UNKNOWN,
+)
+# The first words of gRPC's core, which has no code of its own for each case.
+_CUT_OFF = re.compile(
+    r"cancelling all calls|stream removed|socket closed|connection reset|broken pipe|(received )?rst_stream"
+    r"|goaway|recvmsg",
+    re.IGNORECASE,
+)
+_ABSENT = re.compile(r"failed to connect|connections to all backends failing", re.IGNORECASE)
+_UNRESOLVED = re.compile(r"errors resolving|dns resolution failed", re.IGNORECASE)
 
 
 def open_channel(address: str) -> grpc.aio.Channel:
@@ -51,10 +68,20 @@ def credentials(token: str) -> tuple[tuple[str, str], ...]:
 
 
 def from_rpc(exc: grpc.aio.AioRpcError, address: str) -> DiphaseError:
-    """The refusal of a gateway as the error that it stands for."""
-    if exc.code() == grpc.StatusCode.UNAVAILABLE and "connect" in (exc.details() or "").lower():
+    """The refusal of a gateway as the error that it stands for; the words of gRPC's core as a sentence."""
+    details = exc.details() or ""
+    if exc.code() == grpc.StatusCode.UNAUTHENTICATED:
+        return ConfigError(
+            f"the gateway at {address} asks for the cluster's token: give it with "
+            "--set security.cluster_token=... or --config FILE"
+        )
+    if _UNRESOLVED.match(details):
+        return ConfigError(f"the host name {address.rpartition(':')[0] or address} cannot be resolved")
+    if exc.code() in _LOST and _CUT_OFF.match(details):
+        return WorkerLost(f"the gateway at {address} stopped before its answer was complete; try again")
+    if exc.code() == grpc.StatusCode.UNAVAILABLE and _ABSENT.match(details):
         return ConfigError(f"no gateway answers at {address}: is `diphase serve` running there?")
-    return _ERRORS.get(exc.code(), WorkerLost)(exc.details() or exc.code().name)
+    return _ERRORS.get(exc.code(), WorkerLost)(details or exc.code().name)
 
 
 class StatusClient:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
 from io import StringIO
 from typing import Any
 
 import grpc
 import grpc.aio
 import pytest
-from diphase.cluster.endpoint import StatusClient, wait_linked
+from diphase.cluster.endpoint import StatusClient, from_rpc, wait_linked
+from diphase.cluster.generate import stream
 from diphase.cluster.terminal import status_table
 from diphase.proto import cluster_pb2
 from diphase.proto import inference_pb2 as pb
@@ -81,12 +83,58 @@ async def test_the_client_hears_which_workers_are_not_ready() -> None:
     try:
         friend, stranger = StatusClient("secret"), StatusClient("")
         assert await friend.not_ready(address, 10.0) == WHY
-        with pytest.raises(ConfigError, match="send the token"):
+        with pytest.raises(ConfigError, match=r"--set security\.cluster_token=\.\.\. or --config FILE"):
             await stranger.not_ready(address, 10.0)
         await friend.close()
         await stranger.close()
     finally:
         await server.stop(None)
+
+
+@pytest.mark.parametrize(
+    "details",
+    ["Stream removed (Socket closed)", "Cancelling all calls", "Connection reset by peer", "GOAWAY received"],
+)
+def test_a_gateway_that_went_away_is_told_in_a_sentence(details: str) -> None:
+    error = from_rpc(rpc_error(grpc.StatusCode.UNAVAILABLE, details), "g:1")
+    assert isinstance(error, WorkerLost)
+    assert error.message == "the gateway at g:1 stopped before its answer was complete; try again"
+
+
+def test_a_host_that_nobody_knows_is_told_in_a_sentence() -> None:
+    details = "errors resolving nohost:1: [field:hostname lookup error:address lookup failed for nohost:1]"
+    error = from_rpc(rpc_error(grpc.StatusCode.UNAVAILABLE, details), "nohost:1")
+    assert isinstance(error, ConfigError)
+    assert error.message == "the host name nohost cannot be resolved"
+
+
+def test_the_gateways_own_words_stay() -> None:
+    details = "decode-0 is lost: Connection reset by peer"
+    error = from_rpc(rpc_error(grpc.StatusCode.UNAVAILABLE, details), "g:1")
+    assert error.message == details
+
+
+def rpc_error(code: grpc.StatusCode, details: str) -> grpc.aio.AioRpcError:
+    return grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details, "")
+
+
+async def test_a_server_that_ends_in_the_middle_of_a_stream_is_a_sentence() -> None:
+    class Slow(InferenceServicer):
+        async def Generate(
+            self, request: pb.GenerateRequest, context: Any
+        ) -> AsyncIterator[pb.GenerateResponse]:
+            yield pb.GenerateResponse(text="a")
+            await asyncio.Event().wait()
+
+    server = grpc.aio.server()
+    add_InferenceServicer_to_server(Slow(), server)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    responses = stream(address, "", pb.GenerateRequest(prompt="x"))
+    assert (await anext(responses)).text == "a"
+    await server.stop(0.0)
+    with pytest.raises(WorkerLost, match="stopped before its answer was complete"):
+        await anext(responses)
 
 
 def test_the_status_table_shows_why_a_worker_is_not_ready() -> None:
