@@ -5,14 +5,17 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
+from collections.abc import Callable
 
 from google.protobuf.json_format import MessageToJson
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.table import Table
+from rich.text import Text
 
-from ..proto.errors import WorkerLost
-from .endpoint import CONNECT_S, StatusClient
+from ..proto import cluster_pb2
+from ..proto.errors import DiphaseError, WorkerLost
+from .endpoint import CONNECT_S, WILDCARDS, StatusClient
 from .terminal import status_table
 
 
@@ -39,19 +42,53 @@ async def _show(args: argparse.Namespace, address: str, token: str) -> None:
     client = StatusClient(token)
     try:
         if args.json:
-            status = await client.ask(address, CONNECT_S)
+            status = await ask(client, address)
             sys.stdout.write(MessageToJson(status, preserving_proto_field_name=True) + "\n")
         elif not args.watch:
             Console().print(await _table(client, address))
         else:
-            with Live(await _table(client, address), auto_refresh=False) as live:
-                while True:
-                    await asyncio.sleep(max(args.every_s, 0.05))
-                    live.update(await _table(client, address), refresh=True)
+            with Live(auto_refresh=False) as live:
+                await watch(
+                    client, address, max(args.every_s, 0.05), lambda view: live.update(view, refresh=True)
+                )
     finally:
         await client.close()
 
 
-async def _table(client: StatusClient, address: str) -> Table:
+async def watch(
+    client: StatusClient, address: str, every_s: float, show: Callable[[RenderableType], None]
+) -> None:
+    """Shows a new table every `every_s` seconds until cancelled. While the gateway does not answer, the last
+    one stays, with a sentence below that says so.
+
+    Raises:
+        TimeoutError, DiphaseError: it does not answer the first time.
+    """
+    table = await _table(client, address)
+    show(table)
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            table = await _table(client, address)
+        except (TimeoutError, DiphaseError) as exc:
+            show(Group(table, Text(f"{exc}\nThe table is the last known; still trying.", style="red")))
+        else:
+            show(table)
+
+
+async def ask(client: StatusClient, address: str) -> cluster_pb2.GetStatusResponse:
+    """The view of the gateway at `address`. Its metrics are where the gateway is: one that listens on every
+    interface knows no address of its own.
+
+    Raises:
+        TimeoutError, DiphaseError: as StatusClient.ask().
+    """
     status = await client.ask(address, CONNECT_S)
-    return status_table(status, await client.not_ready(address, CONNECT_S))
+    host, _colon, port = status.metrics_address.rpartition(":")
+    if host.strip("[]") in WILDCARDS:
+        status.metrics_address = f"{address.rpartition(':')[0]}:{port}"
+    return status
+
+
+async def _table(client: StatusClient, address: str) -> Table:
+    return status_table(await ask(client, address), await client.not_ready(address, CONNECT_S))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -50,33 +51,40 @@ class StartDisplay:
 
 
 def status_table(status: cluster_pb2.GetStatusResponse, not_ready: str) -> Table:
-    """The workers, one a row, and the requests in the title; below, why some are not ready."""
+    """The workers, one a row, and the requests in the title; below, why some are not ready. It fits a
+    terminal of 80 columns."""
     verdicts = ", ".join(
         f"{count} {verdict}" for verdict, count in sorted(status.requests_by_slo.items()) if count
     )
-    caption = f"requests since start: {verdicts or 'none'} · seen by {status.gateway_id}"
+    caption = f"requests since start: {verdicts or 'none'}\nseen by {status.gateway_id}"
+    if status.metrics_address:
+        caption += f" · its metrics: http://{status.metrics_address}/metrics"
     if not_ready:
         caption += f"\n{not_ready}"
     table = Table(
         title=f"{status.model} · {status.running_requests} running, {status.queued_requests} queued "
         f"({status.queued_tokens} tokens)",
         caption=Text(caption),  # no markup: others wrote some of it
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+        show_edge=False,
+        pad_edge=False,
     )
     table.add_column("worker", no_wrap=True)
     table.add_column("state", no_wrap=True)
-    for name in ("waiting", "running", "KV blocks used", "for hand-offs", "in flight", "heard"):
-        table.add_column(name, justify="right")
+    for name in ("waiting", "running", "KV blocks", "held", "moving", "heard"):
+        table.add_column(name, justify="right", no_wrap=True)
     for worker in sorted(status.workers, key=lambda worker: worker.worker_id):
         load = worker.load
         table.add_row(
             worker.worker_id,
             f"[{'green' if worker.state == 'ready' else 'yellow'}]{worker.state}[/]",
-            f"{load.waiting_requests}" + (f" ({load.waiting_tokens} tok)" if load.waiting_tokens else ""),
+            str(load.waiting_requests),
             str(load.running),
             _used(load.blocks_total, load.blocks_free + load.blocks_cached),
             str(load.blocks_held + load.blocks_reserved + load.blocks_quarantined),
             str(load.handoffs),
-            f"{worker.heartbeat_age_s:.1f} s",
+            f"{worker.heartbeat_age_s:.{1 if worker.heartbeat_age_s < 10.0 else 0}f} s",
         )
     return table
 
@@ -84,7 +92,7 @@ def status_table(status: cluster_pb2.GetStatusResponse, not_ready: str) -> Table
 def _used(total: int, available: int) -> str:
     if not total:
         return "-"
-    return f"{total - available}/{total} ({100 * (total - available) / total:.0f} %)"
+    return f"{total - available}/{total} {100 * (total - available) / total:.0f} %"
 
 
 def stages_table(responses: Sequence[pb.GenerateResponse]) -> Table:

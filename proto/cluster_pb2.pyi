@@ -12,7 +12,7 @@ class GetStatusRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatusResponse(_message.Message):
-    __slots__ = ("model", "gateway_id", "workers", "queued_requests", "running_requests", "queued_tokens", "requests_by_slo")
+    __slots__ = ("model", "gateway_id", "workers", "queued_requests", "running_requests", "queued_tokens", "requests_by_slo", "metrics_address")
     class RequestsBySloEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class GetStatusResponse(_message.Message):
     RUNNING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     QUEUED_TOKENS_FIELD_NUMBER: _ClassVar[int]
     REQUESTS_BY_SLO_FIELD_NUMBER: _ClassVar[int]
+    METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
     model: str
     gateway_id: str
     workers: _containers.RepeatedCompositeFieldContainer[WorkerStatus]
@@ -34,7 +35,8 @@ class GetStatusResponse(_message.Message):
     running_requests: int
     queued_tokens: int
     requests_by_slo: _containers.ScalarMap[str, int]
-    def __init__(self, model: _Optional[str] = ..., gateway_id: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., requests_by_slo: _Optional[_Mapping[str, int]] = ...) -> None: ...
+    metrics_address: str
+    def __init__(self, model: _Optional[str] = ..., gateway_id: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., requests_by_slo: _Optional[_Mapping[str, int]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
     __slots__ = ("worker_id", "role", "state", "address", "incarnation", "load", "heartbeat_age_s", "metrics_address")

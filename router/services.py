@@ -51,6 +51,8 @@ class GatewayServices:
         client_token: str,
     ) -> None:
         """`client_token`: what every call must bring as `authorization: Bearer …`; empty asks for nothing."""
+        self.metrics_address = ""
+        """host:port of the gateway's /metrics, which GetStatus tells; known once that listens."""
         self._dispatcher = dispatcher
         self._pool = pool
         self._text = text
@@ -197,6 +199,7 @@ class GatewayServices:
         return cluster_pb2.GetStatusResponse(
             model=self._text.model.name,
             gateway_id=dispatcher.gateway_id,
+            metrics_address=self.metrics_address,
             workers=[
                 cluster_pb2.WorkerStatus(
                     worker_id=worker.worker_id,

@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc
 import pytest
+from diphase.proto import cluster_pb2
 from diphase.proto import inference_pb2 as pb
 from diphase.router.gateway import Router
 from diphase.router.services import GatewayServices
@@ -143,3 +144,15 @@ def test_a_bug_fails_its_request_alone(
 
     run_virtually(main())
     assert [record.getMessage() for record in caplog.records if record.exc_info] == ["generate_failed"]
+
+
+def test_the_status_tells_where_the_gateways_metrics_are() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router() as router:
+                services = services_of(router, client_stall_s=60.0)
+                services.metrics_address = "127.0.0.1:9000"
+                status = services._get_status(cluster_pb2.GetStatusRequest())
+                assert status.metrics_address == "127.0.0.1:9000"
+
+    run_virtually(main())

@@ -1,0 +1,92 @@
+"""`diphase status`: the table of a cluster, alive or gone."""
+
+from __future__ import annotations
+
+import asyncio
+from io import StringIO
+
+import pytest
+from diphase.cluster.status import ask, watch
+from diphase.cluster.terminal import status_table
+from diphase.proto import cluster_pb2
+from diphase.proto.errors import ConfigError
+from diphase.proto.worker_pb2 import Load
+from rich.console import Console, RenderableType
+
+from ..simulation.virtual_loop import run_virtually
+from .test_endpoint import FakeClient
+
+GONE = "no gateway answers at g:1"
+
+
+def shown(view: RenderableType, width: int = 80) -> list[str]:
+    out = StringIO()
+    Console(file=out, width=width).print(view)
+    assert out.getvalue().endswith("\n")
+    return out.getvalue().splitlines()
+
+
+class Answers(FakeClient):
+    """A gateway with scripted metrics addresses, one an answer; None where it does not answer."""
+
+    def __init__(self, *metrics_addresses: str | None) -> None:
+        super().__init__({"prefill-0"})
+        self.answers = list(metrics_addresses)
+
+    async def ask(self, address: str, timeout_s: float) -> cluster_pb2.GetStatusResponse:
+        if not self.answers:
+            raise asyncio.CancelledError
+        if (metrics_address := self.answers.pop(0)) is None:
+            raise ConfigError(GONE)
+        status = await super().ask(address, timeout_s)
+        status.metrics_address = metrics_address
+        return status
+
+
+def watched(client: Answers) -> list[str]:
+    views: list[str] = []
+    with pytest.raises(asyncio.CancelledError):
+        run_virtually(
+            watch(client, "g:1", 0.5, lambda view: views.append("\n".join(shown(view)))),
+        )
+    return views
+
+
+def test_a_watch_outlives_its_cluster_and_finds_the_next() -> None:
+    before, gone, after = watched(Answers("g:9", None, "g:10"))
+    assert "http://g:9/metrics" in before
+    assert "http://g:9/metrics" in gone, "the last table stays"
+    assert "http://g:10/metrics" in after
+    assert [GONE in view for view in (before, gone, after)] == [False, True, False]
+    assert "still trying" in gone
+
+
+def test_a_watch_of_nothing_ends_at_once() -> None:
+    with pytest.raises(ConfigError, match=GONE):
+        run_virtually(watch(Answers(None), "g:1", 0.5, lambda _view: None))
+
+
+@pytest.mark.parametrize(
+    ("told", "address", "reachable"),
+    [
+        ("0.0.0.0:9000", "node:50051", "node:9000"),
+        ("[::]:9000", "[fd00::1]:50051", "[fd00::1]:9000"),
+        ("127.0.0.1:9000", "127.0.0.1:50051", "127.0.0.1:9000"),
+        ("", "node:50051", ""),
+    ],
+)
+def test_the_gateways_metrics_are_where_the_gateway_is(told: str, address: str, reachable: str) -> None:
+    assert run_virtually(ask(Answers(told), address)).metrics_address == reachable
+
+
+def test_the_table_fits_80_columns() -> None:
+    load = Load(waiting_requests=120, running=16, blocks_total=12_345, blocks_free=0, handoffs=12)
+    worker = cluster_pb2.WorkerStatus(
+        worker_id="prefill-10", state="connecting", load=load, heartbeat_age_s=120.0
+    )
+    status = cluster_pb2.GetStatusResponse(model="m", gateway_id="gateway-0", workers=[worker])
+    lines = shown(status_table(status, ""))
+    [row] = [line for line in lines if "prefill-10" in line]
+    for word in ("connecting", "120 ", " 16 ", "12345/12345 100 %", " 12 ", "120 s"):
+        assert word in row
+    assert "…" not in "".join(lines)
