@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import tomllib
 from collections.abc import AsyncIterator
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from diphase.cluster import generate
 from diphase.cluster.cli import main
 from diphase.cluster.endpoint import StatusClient, credentials, from_rpc
 from diphase.proto import inference_pb2 as pb
-from diphase.proto.errors import ConfigError, InvalidRequest, Overloaded
+from diphase.proto.errors import ConfigError, DiphaseError, InvalidRequest, Overloaded, WorkerLost
 from diphase.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
+from diphase.proto.sampling import SamplingParams
 
 
 class FakeGateway(InferenceServicer):
@@ -103,8 +105,62 @@ def test_options_become_the_request() -> None:
 
 
 def test_a_number_that_no_request_can_carry_is_refused() -> None:
-    with pytest.raises(InvalidRequest, match="max_tokens"):
-        generate.request_from(arguments("hi", "--max-tokens", "-1"))
+    for option, name, value in (("--max-tokens", "max_tokens", "-3"), ("--seed", "seed", "-1")):
+        with pytest.raises(InvalidRequest) as caught:
+            generate.request_from(arguments("hi", option, value))
+        given: dict[str, Any] = {name: int(value)}
+        with pytest.raises(InvalidRequest) as gateways:
+            SamplingParams(**given)
+        assert caught.value.message == gateways.value.message
+
+
+def stdin(monkeypatch: pytest.MonkeyPatch, content: bytes) -> None:
+    monkeypatch.setattr("sys.stdin", TextIOWrapper(BytesIO(content)))
+
+
+def test_a_prompt_can_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
+    stdin(monkeypatch, "ein längerer\nText\n".encode())
+    assert generate.request_from(arguments("-")).prompt == "ein längerer\nText"
+    stdin(monkeypatch, b"hello")
+    assert generate.request_from(arguments("-", "--chat")).chat.messages[0].content == "hello"
+    stdin(monkeypatch, b"\xff")
+    with pytest.raises(InvalidRequest, match="stdin is not UTF-8"):
+        generate.request_from(arguments("-"))
+
+
+class Scripted:
+    """In place of generate.stream(): some text, then an end or an error."""
+
+    def __init__(self, error: DiphaseError | None = None) -> None:
+        self.error = error
+
+    async def __call__(self, *_args: object) -> AsyncIterator[pb.GenerateResponse]:
+        yield pb.GenerateResponse(text="Paris")
+        if self.error is not None:
+            raise self.error
+        yield pb.GenerateResponse(stages=pb.Stages(ttft_ms=12.345678901234567, prefill_worker="prefill-0"))
+
+
+def test_stages_are_the_table_of_the_demo(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generate, "stream", Scripted())
+    assert main(["generate", "hi", "--stages"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Paris\n"
+    [ttft] = [line for line in err.splitlines() if "TTFT  " in line]
+    assert ttft.split() == ["│", "TTFT", "│", "12.3", "│"]
+    assert "prefill-0" in err
+
+
+def test_an_error_after_some_text_stands_on_its_own_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generate, "stream", Scripted(WorkerLost("it stopped")))
+    assert main(["generate", "hi"]) == 1
+    out, err = capsys.readouterr()
+    assert out == "Paris\n"
+    assert err == "diphase generate: it stopped\n"
 
 
 def test_statuses_of_the_gateway_map_to_errors() -> None:
