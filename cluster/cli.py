@@ -5,19 +5,25 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import difflib
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 
 from ..proto.clock import system_rng
 from ..proto.errors import CheckpointError, ConfigError, DiphaseError, InvalidRequest, NotFound
+from ..proto.rpc import host_port
 from . import generate, status
 from .config import GIVEN, ClusterConfig, load
 from .config_writer import to_toml
+from .endpoint import WILDCARDS
 from .load import command as bench
 
 DEMO_SETTINGS = (
@@ -26,12 +32,20 @@ DEMO_SETTINGS = (
     "router.local_prefill_tokens=0",
 )
 
+COMMANDS = ("serve", "generate", "status", "bench", "config", "demo")
+
 _USER_CAN_CHANGE = (ConfigError, CheckpointError, InvalidRequest, NotFound)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; the exit status."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, unknown = parser.parse_known_args(argv)
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return 2
+    if unknown:
+        args.parser.refuse(args, unknown)
     # gRPC's core tells stderr of every connection that ends; what matters comes as an error.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
@@ -48,12 +62,39 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="diphase", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+class _Parser(argparse.ArgumentParser):
+    """Answers a mistake with its own usage and the nearest thing that it knows."""
+
+    def error(self, message: str) -> NoReturn:
+        """As argparse, but for an unknown command."""
+        wrong = re.match(r"argument COMMAND: invalid choice: '(.*?)'", message)
+        super().error(f"unknown command {wrong[1]}{_instead(wrong[1], COMMANDS)}" if wrong else message)
+
+    def refuse(self, args: argparse.Namespace, words: Sequence[str]) -> NoReturn:
+        """Ends the program over `words`, which are left over when `args` took theirs."""
+        options = [word.partition("=")[0] for word in words if word.startswith("-")]
+        if options:
+            self.error(f"unknown option {options[0]}{_instead(options[0], self._option_string_actions)}")
+        if "prompt" in args:
+            prompt = " ".join([args.prompt, *words])
+            self.error(f'the prompt is one argument; quote it: diphase {args.command} "{prompt}"')
+        self.error(f"{args.command} takes options only, not {' '.join(words)}")
+
+
+def _instead(wrong: str, known: Iterable[str]) -> str:
+    known = list(known)
+    near = difflib.get_close_matches(wrong, known, n=1)
+    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+
+
+def _parser() -> _Parser:
+    parser = _Parser(prog="diphase", description=__doc__)
+    parser.add_argument("--version", action="version", version=f"diphase {version('diphase')}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
     def add(name: str, text: str) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(parser=command)
         command.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
         command.add_argument("--config", type=Path, metavar="FILE", help="TOML file; see `diphase config`")
         command.add_argument(
@@ -91,8 +132,8 @@ def _run_cluster(command: str, config: ClusterConfig) -> int:
 
 def _ask(args: argparse.Namespace, config: ClusterConfig) -> int:
     """The commands that talk to a running cluster."""
-    host = "127.0.0.1" if config.gateway.host in ("0.0.0.0", "::") else config.gateway.host
-    address = args.address or f"{host}:{config.gateway.port}"
+    host = "127.0.0.1" if config.gateway.host in WILDCARDS else config.gateway.host
+    address = args.address or host_port(host, config.gateway.port)
     commands: dict[str, Callable[[argparse.Namespace, str, str], int]] = {
         "generate": generate.run,
         "status": status.run,

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import argparse
+import re
 import tomllib
 from collections.abc import AsyncIterator
+from importlib.metadata import version
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ import grpc
 import grpc.aio
 import pytest
 from diphase.cluster import generate
-from diphase.cluster.cli import main
+from diphase.cluster.cli import COMMANDS, main
 from diphase.cluster.endpoint import StatusClient, credentials, from_rpc
 from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import ConfigError, DiphaseError, InvalidRequest, Overloaded, WorkerLost
@@ -206,3 +208,48 @@ def test_a_configuration_file_is_named_in_its_mistakes(
     file.write_text("[model]\nnme = 1\n")
     assert main(["config", "--config", str(file)]) == 2
     assert f"{file}: unknown key model.nme; did you mean model.name?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "usage", "sentence"),
+    [
+        (["serve", "--modle", "x"], "usage: diphase serve ", "unknown option --modle; known are "),
+        (["serve", "--confg=x"], "usage: diphase serve ", "unknown option --confg; did you mean --config?"),
+        (
+            ["generate", "hi", "--max-tokns", "3"],
+            "usage: diphase generate ",
+            "unknown option --max-tokns; did you mean --max-tokens?",
+        ),
+        (
+            ["generate", "The", "capital", "of", "France"],
+            "usage: diphase generate ",
+            'quote it: diphase generate "The capital of France"',
+        ),
+        (["config", "engine"], "usage: diphase config ", "config takes options only, not engine"),
+        (["stauts"], "usage: diphase ", "unknown command stauts; did you mean status?"),
+        (["x"], "usage: diphase ", "known are serve, generate, status, bench, config, demo"),
+    ],
+)
+def test_a_slip_of_the_keyboard_is_answered_with_what_was_meant(
+    words: list[str], usage: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    assert ended.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith(usage)
+    assert sentence in errors
+
+
+def test_without_a_command_all_of_them_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    listed = [line.split()[0] for line in lines if re.match(r" {4}\w", line)]
+    assert listed == list(COMMANDS)
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"diphase {version('diphase')}\n"
