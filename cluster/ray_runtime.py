@@ -74,7 +74,8 @@ def start(config: RayConfig, folder: Path, num_cpus: float) -> RayRuntime:
             if config.address:
                 _join(ray, config, quiet)
             else:
-                _start_private(ray, config, folder, num_cpus, quiet)
+                with _apart():
+                    _start_private(ray, config, folder, num_cpus, quiet)
         signal.signal(signal.SIGTERM, on_terminate)
         _log_instead_of_print()
         return RayRuntime(private=not config.address, node_id=ray.get_runtime_context().get_node_id())
@@ -93,6 +94,32 @@ def _start_private(ray: Any, config: RayConfig, folder: Path, num_cpus: float, q
         )
     except Exception as exc:
         raise InternalError(f"a private Ray did not start in {folder}: {_first_line(exc)}") from exc
+
+
+@contextlib.contextmanager
+def _apart() -> Iterator[None]:
+    """Ray's processes start in sessions of their own and deaf to SIGTERM: whoever ends the supervisor by a
+    signal to its process group (`timeout`) or to all that it started (systemd) would end Ray first, and this
+    process's connection then tries for a minute to reach it again, and aborts the process."""
+    from ray._private import services
+
+    class Apart(services.ConsolePopen):
+        def __init__(self, *args: Any, **options: Any) -> None:
+            super().__init__(*args, start_new_session=True, **options)
+
+        def terminate(self) -> None:
+            # Ray's polite end, which it waits a second for. There is nothing that it would save.
+            self.kill()
+
+    original = services.ConsolePopen
+    services.ConsolePopen = Apart
+    # Inherited by what is started here, and by what that starts.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        services.ConsolePopen = original
 
 
 def _join(ray: Any, config: RayConfig, quiet: dict[str, Any]) -> None:

@@ -100,6 +100,22 @@ def test_a_signal_during_the_start_gives_it_up() -> None:
         cluster.kill()
 
 
+@pytest.mark.parametrize("to_everything", [False, True])
+def test_sigterm_to_more_than_the_supervisor_ends_the_cluster_as_one_to_it_does(to_everything: bool) -> None:
+    """`timeout` signals the process group, systemd all that the supervisor has started."""
+    cluster = Served(*ONE).ready()
+    try:
+        for pid in processes.marked(cluster.folder.name) if to_everything else ():
+            if pid != cluster.process.pid:
+                os.kill(pid, signal.SIGTERM)
+        # STOP_S is less than the minute for which Ray looks for what was killed.
+        assert cluster.stop(signal.SIGTERM) == 0
+        assert "stopped" in cluster.lines
+        cluster.assert_nothing_left()
+    finally:
+        cluster.kill()
+
+
 def test_nothing_outlives_a_killed_supervisor_not_even_a_stopped_worker() -> None:
     cluster = Served(*ONE).ready()
     try:
