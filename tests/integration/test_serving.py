@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import statistics
 import time
 
@@ -32,8 +33,8 @@ def test_the_command_line_streams_text(cluster: Served) -> None:
     done = run("generate", "hello", "--max-tokens", "8", "--address", cluster.addresses[0], "--stages")
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-    assert 'prefill_worker: "prefill-0"' in done.stderr
-    assert 'decode_worker: "decode-0"' in done.stderr
+    assert re.search(r"prefilled by\W+prefill-0\W", done.stderr)
+    assert re.search(r"decoded by\W+decode-0\W", done.stderr)
 
 
 async def test_a_prompt_is_computed_in_one_process_and_its_tokens_in_another(cluster: Served) -> None:
