@@ -7,6 +7,7 @@ import asyncio
 import os
 import shlex
 import sys
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -98,24 +99,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load = parser.add_argument_group("load")
     load.add_argument("--rate", default="", metavar="R[,R…]", help="requests/s; several make a sweep")
     load.add_argument("--search", action="store_true", help="find the goodput, starting at the first --rate")
-    load.add_argument("--max-points", type=int, default=12, help="most runs of a search (%(default)s)")
-    load.add_argument("--requests", type=int, default=200, help="requests a run (%(default)s)")
+    load.add_argument(
+        "--max-points", type=int, metavar="N", default=12, help="most runs of a search (%(default)s)"
+    )
+    load.add_argument("--requests", type=int, metavar="N", default=200, help="requests a run (%(default)s)")
     load.add_argument(
         "--arrivals", choices=[*Arrivals], default=Arrivals.POISSON.value, help="default: %(default)s"
     )
-    load.add_argument("--cv", type=float, default=1.0, help="burstiness of gamma arrivals (%(default)s)")
+    load.add_argument(
+        "--cv", type=float, metavar="CV", default=1.0, help="burstiness of gamma arrivals (%(default)s)"
+    )
     load.add_argument(
         "--trace", choices=[FIXED, *TRACES], default=FIXED, help="lengths, and trace arrivals (%(default)s)"
     )
     load.add_argument("--mean-input", type=int, metavar="N", help="mean prompt tokens (fixed: 256)")
     load.add_argument("--mean-output", type=int, metavar="N", help="mean completion tokens (fixed: 48)")
     load.add_argument("--text", action="store_true", help="prompts of words instead of token ids")
-    load.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    load.add_argument("--warm-up", type=int, default=2, help="requests before the first run (%(default)s)")
+    load.add_argument("--seed", type=int, metavar="N", default=0, help="default: %(default)s")
+    load.add_argument(
+        "--warm-up", type=int, metavar="N", default=2, help="requests before the first run (%(default)s)"
+    )
     judging = parser.add_argument_group("objectives")
-    judging.add_argument("--ttft-ms", type=float, help="default: the cluster's")
-    judging.add_argument("--tpot-ms", type=float, help="default: the cluster's")
-    judging.add_argument("--timeout-s", type=float, default=600.0, help="give a request up (%(default)s)")
+    judging.add_argument("--ttft-ms", type=float, metavar="MS", help="default: the cluster's")
+    judging.add_argument("--tpot-ms", type=float, metavar="MS", help="default: the cluster's")
+    judging.add_argument(
+        "--timeout-s", type=float, metavar="S", default=600.0, help="give a request up (%(default)s)"
+    )
 
 
 def config_from(args: argparse.Namespace, address: str, token: str = "") -> BenchConfig:
@@ -173,8 +182,10 @@ async def bench(config: BenchConfig, console: Console, timer: Timer | None = Non
     """`run` on a running event loop, with a console to write to.
 
     Raises:
-        ConfigError: no gateway answers, a trace is missing, or lengths do not fit the model.
+        ConfigError: no gateway answers, a trace is missing, lengths do not fit the model, or the output's
+            folder cannot be written.
     """
+    _check_output(config.output)
     records = [] if config.trace == FIXED else load_trace(config.trace, data_folder(config.data, os.environ))
     async with open_channel(config.address) as channel:
         stub = InferenceStub(channel)
@@ -184,6 +195,16 @@ async def bench(config: BenchConfig, console: Console, timer: Timer | None = Non
         reports = await (runner.search() if config.search else runner.sweep())
     _conclude(config, console, runner, reports)
     return 0 if all(report.outcomes.get("finished") for report in reports) else 1
+
+
+def _check_output(output: Path) -> None:
+    """Before the load, which may take an hour, rather than after it."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=output.parent):
+            pass
+    except OSError as exc:
+        raise ConfigError(f"--output {output} cannot be written: {exc.strerror or exc}") from exc
 
 
 class _Runner:

@@ -29,10 +29,10 @@ def parse(*words: str) -> argparse.Namespace:
 
 async def run_bench(gateway: ScriptedGateway, tmp_path: Path, *words: str) -> tuple[int, str, dict[str, Any]]:
     """(exit code, terminal, JSON)."""
-    args = parse("--output", str(tmp_path / "out"), *words)
+    args = parse("--output", str(tmp_path / "new" / "out"), *words)
     terminal = io.StringIO()
     code = await command.bench(command.config_from(args, gateway.address), Console(file=terminal, width=160))
-    return code, terminal.getvalue(), json.loads((tmp_path / "out.json").read_text())
+    return code, terminal.getvalue(), json.loads((tmp_path / "new" / "out.json").read_text())
 
 
 async def test_one_rate_prints_a_table_and_writes_json(gateway: ScriptedGateway, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ async def test_one_rate_prints_a_table_and_writes_json(gateway: ScriptedGateway,
     assert run["num_requests"] == 12
     assert run["outcomes"] == {"finished": 12}
     assert len(gateway.requests) == 14  # two to warm up
-    assert not (tmp_path / "out.png").exists()
+    assert not (tmp_path / "new" / "out.png").exists()
 
 
 async def test_a_sweep_has_a_goodput_and_a_picture(gateway: ScriptedGateway, tmp_path: Path) -> None:
@@ -68,7 +68,7 @@ async def test_a_sweep_has_a_goodput_and_a_picture(gateway: ScriptedGateway, tmp
     assert "goodput at 90% attainment: ≥ 400.00 requests/s" in terminal
     assert [run["rate"] for run in written["runs"]] == [200.0, 400.0]
     assert written["goodput"] == {"rate": 400.0, "low": 0.0, "high": None, "bracketed": False}
-    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "out.png").read_bytes().startswith(b"\x89PNG")
     prompts = {bytes(request.token_ids.SerializeToString()) for request in gateway.requests}
     assert len(prompts) == 10, "a later run found earlier prompts"
 
@@ -124,6 +124,16 @@ def test_a_missing_trace_says_where_to_get_it(tmp_path: Path) -> None:
     words = ("--rate", "1", "--trace", "azure-conv", "--data", str(tmp_path))
     with pytest.raises(ConfigError, match="AzurePublicDataset"):
         command.run(parse(*words), ADDRESS)
+
+
+async def test_an_output_that_cannot_be_written_is_told_before_the_load(
+    gateway: ScriptedGateway, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    args = parse("--rate", "1", "--output", str(tmp_path / "file" / "out"))
+    with pytest.raises(ConfigError, match=r"--output .*file/out cannot be written: "):
+        await command.bench(command.config_from(args, gateway.address), Console(file=io.StringIO()))
+    assert not gateway.requests
 
 
 def test_fixed_lengths_are_the_default() -> None:
