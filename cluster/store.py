@@ -93,11 +93,30 @@ def open_store(config: StoreConfig, folder: Path) -> Store:
             config.url, socket_timeout=CONNECT_S, socket_connect_timeout=CONNECT_S
         ) as client:
             client.ping()
-    except ValueError as exc:
-        raise ConfigError(f"store.url is no address of a Redis server: {exc}") from exc
-    except (redis.RedisError, OSError) as exc:
-        raise ConfigError(f"store.url: no Redis server at {_place(config.url)}: {exc}") from exc
+    except (ValueError, redis.RedisError, OSError) as exc:
+        raise refusal(config.url, exc) from exc
     return Store(config.url)
+
+
+def refusal(url: str, exc: Exception) -> ConfigError:
+    """Why nothing can be done with the server at `url`, for a person; never its password."""
+    if isinstance(exc, ValueError):
+        # Not in its words: of a password with a "/" or "#" in it they quote the beginning, as a port.
+        return ConfigError(
+            "store.url is no address of a Redis server: write redis://[[USER]:PASSWORD@]HOST[:PORT], the same "
+            "with rediss://, or unix://PATH, and special characters of a password as %2F and the like"
+        )
+    place = _place(url)
+    if isinstance(exc, redis.AuthenticationError):
+        # The server's answer to a missing password is about its protocol.
+        if "@" in url or "password=" in url:
+            return ConfigError(f"store.url: the Redis server at {place} refuses the password or the user")
+        return ConfigError(
+            f"store.url: the Redis server at {place} asks for a password: write redis://:PASSWORD@..."
+        )
+    if isinstance(exc, redis.ResponseError):
+        return ConfigError(f"store.url: the Redis server at {place} refuses: {exc}")
+    return ConfigError(f"store.url: no Redis server at {place}: {exc}")
 
 
 def _place(url: str) -> str:

@@ -10,6 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
+import redis
 from diphase.cluster import processes
 from diphase.cluster.config import StoreConfig
 from diphase.cluster.store import LONGEST_PAUSE_S, LOOK_S, PrivateServer, Store, keep_running, open_store
@@ -130,6 +131,33 @@ def test_a_server_that_does_not_answer_is_named_without_its_password(folder: Pat
     assert "secret" not in caught.value.message
 
 
-def test_a_url_of_another_kind_is_refused(folder: Path) -> None:
-    with pytest.raises(ConfigError, match=r"store\.url is no address of a Redis server"):
-        open_store(StoreConfig(url="http://127.0.0.1"), folder)
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1", "redis://:secret/x@127.0.0.1:1", "redis://127.0.0.1:99999"]
+)
+def test_a_malformed_url_is_refused_without_quoting_it(url: str, folder: Path) -> None:
+    with pytest.raises(ConfigError, match=r"store\.url is no address of a Redis server") as caught:
+        open_store(StoreConfig(url=url), folder)
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("url", "sentence"),
+    [
+        ("unix://{socket}", "{socket} asks for a password"),
+        ("unix://:secret@{socket}", "{socket} refuses the password or the user"),
+        ("unix://me:secret@{socket}", "{socket} refuses the password or the user"),
+        ("unix://{socket}?password=secret", "{socket} refuses the password or the user"),
+        ("unix://:right@{socket}?db=99", "{socket} refuses: DB index is out of range"),
+    ],
+)
+def test_a_server_that_refuses_is_not_called_absent(
+    url: str, sentence: str, store: Store, folder: Path
+) -> None:
+    with redis.Redis.from_url(store.url) as client:
+        client.config_set("requirepass", "right")
+    names = {"socket": folder / "store.sock"}
+    with pytest.raises(ConfigError) as caught:
+        open_store(StoreConfig(url=url.format(**names)), folder)
+    assert caught.value.message.startswith(f"store.url: the Redis server at {sentence.format(**names)}")
+    assert "secret" not in caught.value.message
+    open_store(StoreConfig(url=f"unix://:right@{names['socket']}"), folder)
