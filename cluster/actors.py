@@ -7,12 +7,13 @@ what a role does. When the process dies, Ray starts it anew and the supervisor c
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
 from pathlib import Path
 
-from ..proto.errors import DiphaseError, InternalError
+from ..proto.errors import ConfigError, DiphaseError, InternalError
 from . import processes, roles
 from .roles import Assignment, Started, StartFailed, StartProgress
 
@@ -43,7 +44,7 @@ class RoleActor:
         try:
             if self._running is None:
                 _log_to(assignment)
-                _pin(assignment.cores)
+                _pin(assignment)
                 await self._import
                 self._running = await roles.start(assignment, _node_ip(), self._report)
                 self._watch = asyncio.create_task(self._exit_when_broken(self._running))
@@ -145,8 +146,31 @@ def _log_to(assignment: Assignment) -> None:
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.INFO)
 
 
-def _pin(cores: list[int]) -> None:
-    """Confines every thread of this process to `cores`: Ray's own threads exist before the role's."""
-    if cores:
-        for thread in Path("/proc/self/task").iterdir():
-            os.sched_setaffinity(int(thread.name), cores)
+def _pin(assignment: Assignment) -> None:
+    """Confines every thread of this process to its cores: Ray's own threads exist before the role's.
+
+    Raises:
+        ConfigError: there is no such core on this node.
+    """
+    if not assignment.cores:
+        return
+    # The system itself complains only when none of them is there.
+    there = _cores_there()
+    if missing := sorted(set(assignment.cores) - there):
+        raise ConfigError(
+            f"pools.{assignment.role}.cores: there is no core {', '.join(map(str, missing))} here; "
+            f"the cores are {', '.join(map(str, sorted(there)))}"
+        )
+    for thread in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            os.sched_setaffinity(int(thread.name), assignment.cores)
+
+
+def _cores_there() -> set[int]:
+    """The cores that this process may use, whatever it is confined to now."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, range(os.sysconf("SC_NPROCESSORS_CONF")))
+    try:
+        return os.sched_getaffinity(0)
+    finally:
+        os.sched_setaffinity(0, before)

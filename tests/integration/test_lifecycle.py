@@ -170,6 +170,10 @@ def incomplete_model(tmp_path: Path) -> Path:
         ("ray.address=127.0.0.1:1", "nothing answers there"),
         ("pools.decode.gpus=3", "no room for 1 workers"),
         ("kv_transfer.transport=pigeon", "'pigeon' is unknown"),
+        (
+            "pools.decode.cores=[0, 9999]",
+            "decode-0: pools.decode.cores: there is no core 9999 here; the cores are 0",
+        ),
         ("pools.prefill.workers=two", "must be an integer"),
     ],
 )
