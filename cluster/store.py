@@ -103,8 +103,8 @@ def refusal(url: str, exc: Exception) -> ConfigError:
     if isinstance(exc, ValueError):
         # Not in its words: of a password with a "/" or "#" in it they quote the beginning, as a port.
         return ConfigError(
-            "store.url is no address of a Redis server: write redis://[[USER]:PASSWORD@]HOST[:PORT], the same "
-            "with rediss://, or unix://PATH, and special characters of a password as %2F and the like"
+            "store.url is no address of a Redis server: write redis://[[USER]:PASSWORD@]HOST[:PORT], the "
+            "same with rediss://, or unix://PATH, and special characters of a password as %2F and the like"
         )
     place = _place(url)
     if isinstance(exc, redis.AuthenticationError):
