@@ -18,10 +18,11 @@ from redis.exceptions import RedisError
 
 from ..checkpoints import lookup
 from ..kv_transfer.registry import load_factory
-from ..proto.clock import MonotonicClock
+from ..proto.clock import MonotonicClock, system_rng
 from ..proto.errors import ConfigError, InternalError
+from ..proto.ids import draw_id
 from ..router.membership import RedisMembership
-from . import ray_process, store
+from . import name_lease, ray_process, store
 from .announcer import Announcer
 from .config import ClusterConfig
 from .endpoint import StatusClient, wait_linked
@@ -49,14 +50,27 @@ async def running(config: ClusterConfig, report: Report) -> AsyncIterator[Cluste
         DiphaseError: it could not be started; nothing is left behind.
     """
     await _check(config, report)
-    report("cluster", "starting Ray" if not config.ray.address else "joining Ray", 0.0)
-    with foundation(config) as base:
-        cluster = Cluster(config, base, report)
-        try:
-            await cluster.start()
-            yield cluster
-        finally:
-            await cluster.close()
+    async with _name(config, report):
+        report("cluster", "starting Ray" if not config.ray.address else "joining Ray", 0.0)
+        with foundation(config) as base:
+            cluster = Cluster(config, base, report)
+            try:
+                await cluster.start()
+                yield cluster
+            finally:
+                await cluster.close()
+
+
+def _name(config: ClusterConfig, report: Report) -> contextlib.AbstractAsyncContextManager[None]:
+    """Holds the cluster's name where other clusters may be: in a store that is not its own."""
+    if not config.store.url:
+        return contextlib.nullcontext()
+    return name_lease.held(
+        config.store.url,
+        config.name,
+        draw_id(system_rng()),
+        lambda: report("cluster", f"waiting for the name {config.name}, which a supervisor had or has", 0.0),
+    )
 
 
 async def _check(config: ClusterConfig, report: Report) -> None:

@@ -11,8 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import redis
 from diphase.cluster import processes
 from diphase.cluster.generate import stream
+from diphase.cluster.store import PrivateServer
 from diphase.proto.errors import DiphaseError
 
 from .served import (
@@ -54,6 +56,31 @@ async def test_two_clusters_run_side_by_side_and_the_stop_of_one_leaves_the_othe
         assert after.token_ids == one.token_ids
         assert cores_of(first.pid("colocated-0")) == {0}
     assert "worker_started worker_id=colocated-0" in (tmp_path / "colocated-0.log").read_text()
+
+
+@pytest.fixture
+def shared_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[PrivateServer]:
+    """A server that is no cluster's own. Its path is short: a unix socket's has at most 107 bytes."""
+    server = PrivateServer(tmp_path_factory.mktemp(f"l{os.getpid()}-"))
+    server.start()
+    yield server
+    server.stop()
+
+
+async def test_a_second_cluster_of_one_name_on_one_store_is_refused_and_harms_nothing(
+    shared_store: PrivateServer,
+) -> None:
+    settings = (*ONE, f"store.url={shared_store.url}", "name=twin")
+    with redis.Redis.from_url(shared_store.url) as store:
+        with served(*settings) as first:
+            members = store.hgetall("diphase:twin:members")
+            second = await asyncio.to_thread(run, "serve", *settings_words([*settings, "gateway.port=0"]))
+            assert second.returncode == 2
+            assert 'diphase serve: name = "twin": a cluster of that name runs' in second.stderr
+            assert store.hgetall("diphase:twin:members") == members
+            after = await complete(first.addresses[0], prompt_request([1, 2, 3], 5))
+            assert len(after.token_ids) == 5
+        assert not store.exists("diphase:twin:supervisor")
 
 
 async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> None:
