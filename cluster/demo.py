@@ -16,8 +16,8 @@ from ..proto import inference_pb2 as pb
 from ..proto.errors import InternalError
 from .config import ClusterConfig
 from .generate import print_stream, stream
-from .serve import StopSignals, until
-from .supervisor import Cluster, running
+from .serve import StopSignals
+from .supervisor import Cluster, running, until
 from .terminal import StartDisplay, stages_table
 
 TIMEOUT_S = 120.0
@@ -48,7 +48,9 @@ async def demo(config: ClusterConfig, console: Console) -> int:
     with stop.installed():
         async with contextlib.AsyncExitStack() as stack:
             with StartDisplay(console) as display:
-                cluster = await until(stop.drain, stack.enter_async_context(running(config, display.report)))
+                cluster = await until(
+                    stop.drain, stack.enter_async_context(running(config, display.report, stop.now))
+                )
             if cluster is None:
                 return 130
             finished = await until(stop.drain, _ask_all(cluster, console))

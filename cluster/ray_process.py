@@ -125,13 +125,16 @@ class RayProcess:
             async with asyncio.timeout(AGENT_S):
                 await self._actor.stop.remote()
         # First, so that nothing is started again; but Ray takes seconds to end a stopped process.
-        ray.kill(self._actor)
+        self.abandon()
         if self._started is not None:
             with contextlib.suppress(RayError, TimeoutError):
                 async with asyncio.timeout(AGENT_S):
                     await self._agents.on(self._started.node_id).kill.remote(
                         self._started.pid, self._started.ticks
                     )
+
+    def abandon(self) -> None:
+        ray.kill(self._actor)
 
 
 def _last_line(exc: RayError) -> str:

@@ -9,24 +9,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-from collections.abc import Coroutine, Iterator
-from typing import Any, TypeVar
+import threading
+from collections.abc import Callable, Iterator
+from queue import SimpleQueue
 
 from rich.console import Console
 
 from .config import ClusterConfig
-from .supervisor import Cluster, running
+from .supervisor import Cluster, running, until
 from .terminal import StartDisplay
-
-T = TypeVar("T")
 
 
 class StopSignals:
     """Counts SIGINT and SIGTERM: the first asks for a drain, the second for an end at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, first: Callable[[], None] = lambda: None) -> None:
+        """`first`: called at the first signal, from a thread, also while the event loop is busy."""
         self.drain = asyncio.Event()
         self.now = asyncio.Event()
+        self._first = first
 
     def receive(self) -> None:
         """One signal."""
@@ -37,29 +38,30 @@ class StopSignals:
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
         """Receives the process's signals inside the block."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self.receive)
+        # Not the loop's own handlers: the start of Ray keeps the loop waiting for seconds, and whoever
+        # pressed Ctrl-C in silence. A SimpleQueue may be put to in a signal handler.
+        came: SimpleQueue[bool] = SimpleQueue()
+        reader = threading.Thread(target=self._read, args=(asyncio.get_running_loop(), came))
+        reader.start()
+        before = {
+            number: signal.signal(number, lambda *_: came.put(True))
+            for number in (signal.SIGINT, signal.SIGTERM)
+        }
         try:
             yield
         finally:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                loop.remove_signal_handler(number)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            came.put(False)
+            reader.join()
 
-
-async def until(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
-    """The result of `work`, or None when `event` is set first; `work` is then cancelled and has ended."""
-    task = asyncio.ensure_future(work)
-    waiter = asyncio.ensure_future(event.wait())
-    try:
-        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        return None
-    finally:
-        waiter.cancel()
-        task.cancel()
-        await asyncio.gather(task, waiter, return_exceptions=True)
+    def _read(self, loop: asyncio.AbstractEventLoop, came: SimpleQueue[bool]) -> None:
+        told = False
+        while came.get():
+            loop.call_soon_threadsafe(self.receive)
+            if not told:
+                told = True
+                self._first()
 
 
 async def serve(config: ClusterConfig, console: Console) -> int:
@@ -68,17 +70,20 @@ async def serve(config: ClusterConfig, console: Console) -> int:
     Raises:
         DiphaseError: it could not be started, or cannot go on.
     """
-    stop = StopSignals()
+    stop = StopSignals(
+        lambda: console.print("stopping; Ctrl-C again does not wait for running requests", highlight=False)
+    )
     with stop.installed():
         async with contextlib.AsyncExitStack() as stack:
             with StartDisplay(console) as display:
-                cluster = await until(stop.drain, stack.enter_async_context(running(config, display.report)))
+                cluster = await until(
+                    stop.drain, stack.enter_async_context(running(config, display.report, stop.now))
+                )
             if cluster is None:
                 console.print("stopped before the cluster was up")
                 return 130
             _announce(config, cluster, console)
             await until(stop.drain, cluster.wait())
-            console.print("draining; Ctrl-C again stops at once")
             await until(stop.now, cluster.drain())
         console.print("stopped")
     return 0

@@ -57,6 +57,10 @@ class Process(Protocol):
         """Stops it for good."""
         ...
 
+    def abandon(self) -> None:
+        """Has it ended for good by force, and waits for nothing."""
+        ...
+
 
 class Slot:
     """Keeps one process running."""

@@ -11,7 +11,7 @@ import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Callable, Coroutine
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 from redis.exceptions import RedisError
@@ -34,6 +34,8 @@ from .slot import ProcessGone, Slot
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Report = Callable[[str, str, float], None]
 """(who, what is being done, share of it that is done)."""
 
@@ -43,8 +45,13 @@ WORKER_DRAIN_S = 10.0
 
 
 @contextlib.asynccontextmanager
-async def running(config: ClusterConfig, report: Report) -> AsyncIterator[Cluster]:
+async def running(
+    config: ClusterConfig, report: Report, hurry: asyncio.Event | None = None
+) -> AsyncIterator[Cluster]:
     """A cluster that serves, until the block is left. Enter it on the main thread.
+
+    Args:
+        hurry: once it is set, the end waits for no process to stop by itself.
 
     Raises:
         DiphaseError: it could not be started; nothing is left behind.
@@ -53,7 +60,7 @@ async def running(config: ClusterConfig, report: Report) -> AsyncIterator[Cluste
     async with _name(config, report):
         report("cluster", "starting Ray" if not config.ray.address else "joining Ray", 0.0)
         with foundation(config) as base:
-            cluster = Cluster(config, base, report)
+            cluster = Cluster(config, base, report, hurry or asyncio.Event())
             try:
                 await cluster.start()
                 yield cluster
@@ -86,6 +93,21 @@ async def _check(config: ClusterConfig, report: Report) -> None:
     )
 
 
+async def until(event: asyncio.Event, work: Coroutine[Any, Any, T]) -> T | None:
+    """The result of `work`, or None when `event` is set first; `work` is then cancelled and has ended."""
+    task = asyncio.ensure_future(work)
+    waiter = asyncio.ensure_future(event.wait())
+    try:
+        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        return None
+    finally:
+        waiter.cancel()
+        task.cancel()
+        await asyncio.gather(task, waiter, return_exceptions=True)
+
+
 def _check_port(host: str, port: int) -> None:
     try:
         family, kind, protocol, _name, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -101,11 +123,12 @@ def _check_port(host: str, port: int) -> None:
 class Cluster:
     """The processes of a cluster. Made by `running`."""
 
-    def __init__(self, config: ClusterConfig, base: Foundation, report: Report) -> None:
+    def __init__(self, config: ClusterConfig, base: Foundation, report: Report, hurry: asyncio.Event) -> None:
         self.config = config
         self.slots: list[Slot] = []
         self._base = base
         self._report = report
+        self._hurry = hurry
         self._agents = NodeAgents(base.folder.name)
         self._groups: list[Any] = []
         self._tasks: list[asyncio.Task[None]] = []
@@ -176,16 +199,23 @@ class Cluster:
         """Ends every process of the cluster. Idempotent."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        await asyncio.gather(*(slot.process.close() for slot in self.slots))
-        with contextlib.suppress(RedisError, OSError):
-            await self._members_gone()
+        await until(self._hurry, self._take_leave())
+        if self._hurry.is_set():
+            for slot in self.slots:
+                slot.process.abandon()
         self._agents.close()
         for group in self._groups:
             ray.util.remove_placement_group(group)
         self._groups.clear()
         await self._status.close()
         await self._redis.aclose()
+
+    async def _take_leave(self) -> None:
+        """What takes long when a process or the store does not answer."""
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await asyncio.gather(*(slot.process.close() for slot in self.slots))
+        with contextlib.suppress(RedisError, OSError):
+            await self._members_gone()
 
     def _assignment(self, role: str, index: int) -> Assignment:
         gateway = self.config.gateway

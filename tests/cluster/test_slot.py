@@ -57,6 +57,8 @@ class FakeProcess:
 
     async def close(self) -> None: ...
 
+    def abandon(self) -> None: ...
+
 
 class Stage:
     """A slot, its process, and the membership as it changes."""

@@ -89,7 +89,7 @@ async def test_sigterm_lets_running_requests_finish_and_refuses_new_ones() -> No
         responses = stream(cluster.addresses[0], "", prompt_request([5, 6, 7], 1000))
         completion.take(await anext(responses))
         cluster.process.send_signal(signal.SIGTERM)
-        await asyncio.to_thread(cluster.wait_line, "^draining")
+        await asyncio.to_thread(cluster.wait_line, "^stopping")
         refused = None
         while refused is None and completion.last is None:
             try:
@@ -109,7 +109,7 @@ async def test_a_second_signal_stops_at_once() -> None:
         responses = stream(cluster.addresses[0], "", prompt_request([5, 6, 7], LONG))
         await anext(responses)
         cluster.process.send_signal(signal.SIGINT)
-        await asyncio.to_thread(cluster.wait_line, "^draining")
+        await asyncio.to_thread(cluster.wait_line, "^stopping")
         cluster.process.send_signal(signal.SIGINT)
         with pytest.raises(DiphaseError):
             async for _ in responses:
@@ -117,11 +117,25 @@ async def test_a_second_signal_stops_at_once() -> None:
         assert await asyncio.to_thread(cluster.wait) == 0
 
 
+def test_a_second_signal_leaves_nothing_not_even_a_stopped_worker() -> None:
+    cluster = Served(*ONE).ready()
+    try:
+        cluster.signal_worker("colocated-0", signal.SIGSTOP)
+        cluster.process.send_signal(signal.SIGINT)
+        cluster.wait_line("^stopping")
+        cluster.process.send_signal(signal.SIGINT)
+        assert cluster.wait() == 0
+        cluster.assert_nothing_left()
+    finally:
+        cluster.kill()
+
+
 def test_a_signal_during_the_start_gives_it_up() -> None:
     cluster = Served(*ONE)
     try:
         cluster.wait_line("foundation_begun")
         assert cluster.stop() == 130
+        assert "stopping; Ctrl-C again does not wait for running requests" in cluster.lines
         cluster.assert_nothing_left()
     finally:
         cluster.kill()
