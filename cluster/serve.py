@@ -61,7 +61,9 @@ class StopSignals:
             loop.call_soon_threadsafe(self.receive)
             if not told:
                 told = True
-                self._first()
+                # Nobody reads the output any more (rich then exits): the second signal still counts.
+                with contextlib.suppress(OSError, SystemExit):
+                    self._first()
 
 
 async def serve(config: ClusterConfig, console: Console) -> int:
