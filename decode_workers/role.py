@@ -74,7 +74,7 @@ class DecodeRole:
     def start(self, shell: Shell) -> None:
         self._shell = shell
         if self._receiver is not None:
-            self._receiver.start()
+            self._receiver.start(shell.broken)
 
     def submit(self, message: Submit, now: float) -> None:
         sequence = sequence_from_submit(message, self._limits, now)

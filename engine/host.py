@@ -86,6 +86,7 @@ class WorkerHost:
         self._predictor = StepPredictor()
         self._gateways = Gateways(clock)
         self._work = asyncio.Event()
+        self._broken: asyncio.Future[None]
         self._draining = False
         self._stopped = False
         self._step_started_at: float | None = None
@@ -97,17 +98,19 @@ class WorkerHost:
         """Steps and heartbeats.
 
         Raises:
-            InternalError: the engine failed twice in a row; the process should end.
+            InternalError: the engine failed twice in a row, or the hand-off broke; the process should end.
         """
+        self._broken = asyncio.get_running_loop().create_future()
         self._role.start(self)
         steps = asyncio.create_task(self._run_steps(), name="steps")
         beats = asyncio.create_task(self._run_heartbeats(), name="heartbeats")
         try:
-            await asyncio.wait((steps, beats), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((steps, beats, self._broken), return_when=asyncio.FIRST_COMPLETED)
         finally:
             steps.cancel()
             beats.cancel()
-            results = await asyncio.gather(steps, beats, return_exceptions=True)
+            self._broken.cancel()
+            results = await asyncio.gather(steps, beats, self._broken, return_exceptions=True)
             self._stopped = True
             self._gateways.close(Draining("the worker has stopped"))
             await self._role.close()
@@ -269,6 +272,10 @@ class WorkerHost:
     def emit(self, outputs: Sequence[SequenceOutput]) -> None:
         for gateway_id, group in self._by_gateway(outputs).items():
             self._gateways.send(gateway_id, WorkerMessage(step=StepOutput(outputs=group)))
+
+    def broken(self, error: Exception) -> None:
+        if not self._broken.done():
+            self._broken.set_exception(InternalError(f"the hand-off broke: {error}"))
 
     def retire(self, key: HandoffKey) -> None:
         self._retention.retire(key)

@@ -36,6 +36,10 @@ class Shell(Protocol):
         """Sends outputs that come from no step: failures."""
         ...
 
+    def broken(self, error: Exception) -> None:
+        """Something that the worker cannot work without is at its end, and so is the worker."""
+        ...
+
     def retire(self, key: HandoffKey) -> None:
         """The attempt is another worker's now; whatever comes of it comes from there."""
         ...

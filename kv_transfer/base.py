@@ -151,7 +151,12 @@ class Transport(Protocol):
         ...
 
     def poll(self, max_events: int = 64) -> list[Event]:
-        """Events so far; never blocks."""
+        """Events so far; never blocks.
+
+        Raises:
+            InternalError: the transport's thread has crashed, which is a fault of its own; nothing can be
+                expected of it but close().
+        """
         ...
 
     def cancel(self, transfer_id: int) -> None:

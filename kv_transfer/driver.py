@@ -110,9 +110,10 @@ class HandoffDriver(ABC, Generic[H, R]):
     def _on_message(self, session: Session, message: HandoffMessage) -> None:
         """A message of a peer."""
 
-    def start(self) -> None:
-        """Binds to the running loop: from now on transports wake it and deadlines are kept."""
-        self._timer.start()
+    def start(self, broken: Callable[[Exception], None]) -> None:
+        """Binds to the running loop: from now on transports wake it and deadlines are kept. `broken` is told
+        once when no hand-off can be expected to end any more; the process should."""
+        self._timer.start(broken)
 
     @property
     def in_flight(self) -> int:
@@ -120,7 +121,11 @@ class HandoffDriver(ABC, Generic[H, R]):
         return len(self._handoffs)
 
     def pump(self) -> None:
-        """Handles transport events, digests and deadlines; called by itself once started."""
+        """Handles transport events, digests and deadlines; called by itself once started.
+
+        Raises:
+            InternalError: a transport is broken.
+        """
         for name, event in self._transports.poll():
             self._take(name, event)
         for ticket, digests in self._transports.digests.poll():

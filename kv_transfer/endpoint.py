@@ -26,7 +26,9 @@ def read_endpoint(data: bytes | bytearray, transport: str, types: Mapping[str, t
     """
     try:
         fields = json.loads(data)
-    except ValueError as error:
+        # Half a surrogate pair, which JSON can spell, could be neither compared nor answered nor logged.
+        json.dumps(fields, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise TransferError(f"malformed endpoint for transport {transport}: {bytes(data[:80])!r}") from error
     if not isinstance(fields, dict):
         raise TransferError(f"malformed endpoint for transport {transport}: {bytes(data[:80])!r}")

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Callable
 
 from ..proto.clock import Clock
+
+_log = logging.getLogger(__name__)
 
 
 class PumpTimer:
@@ -19,8 +22,11 @@ class PumpTimer:
         self._handle: asyncio.TimerHandle | None = None
         self._due = math.inf
         self._woken = False
+        self._broken: Callable[[Exception], None]
 
-    def start(self) -> None:
+    def start(self, broken: Callable[[Exception], None]) -> None:
+        """`broken` is told once when the pump raises, after which it is called no more."""
+        self._broken = broken
         self._loop = asyncio.get_running_loop()
         self.wake()
 
@@ -50,13 +56,21 @@ class PumpTimer:
 
     def _on_wake(self) -> None:
         self._woken = False
-        if self._loop is not None:
-            self._pump()
+        self._call()
 
     def _on_time(self) -> None:
         self._handle, self._due = None, math.inf
-        if self._loop is not None:
+        self._call()
+
+    def _call(self) -> None:
+        if self._loop is None:
+            return
+        try:
             self._pump()
+        except Exception as error:  # the top of the loop's callback: nobody above it could know
+            _log.exception("pump_crashed")
+            self.stop()
+            self._broken(error)
 
     def _cancel(self) -> None:
         if self._handle is not None:

@@ -43,6 +43,8 @@ class SocketThread:
     def __init__(self, context: TransportContext, medium: Medium, regions: list[Region]) -> None:
         self._thread = threading.Thread(target=self._run, name=f"kv-{medium.name}", daemon=True)
         self.events: deque[Event] = deque()
+        self.crash: Exception | None = None
+        """What ended the thread, if it was not stop()."""
         self.paused = False
         self._context = context
         self._medium = medium
@@ -236,8 +238,10 @@ class SocketThread:
             self._door.open()
             while not self._stopping:
                 self._turn()
-        except Exception:  # the top of this thread: nobody above it could know
+        except Exception as error:  # the top of this thread: nobody above it could know
             _log.exception("transport_thread_crashed name=%s", self._medium.name)
+            self.crash = error
+            self._context.wake()
         finally:
             self._close()
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..proto.errors import TransferError
+from ..proto.errors import InternalError, TransferError
 from .base import Done, Event, Failed, PeerDown, Region, Segments, TransportContext
 from .endpoint import read_endpoint, read_sizes, write_endpoint
 from .regions import check_segments
@@ -99,6 +99,8 @@ class SocketTransport:
         self._thread.post(partial(self._thread.write, job))
 
     def poll(self, max_events: int = 64) -> list[Event]:
+        if self._thread.crash is not None:
+            raise InternalError(f"transport {self._medium.name} crashed: {self._thread.crash!r}")
         events: list[Event] = []
         while self._thread.events and len(events) < max_events:
             event = self._thread.events.popleft()

@@ -62,7 +62,7 @@ class PrefillRole:
 
     def start(self, shell: Shell) -> None:
         self._shell = shell
-        self._sender.start()
+        self._sender.start(shell.broken)
 
     def submit(self, message: Submit, now: float) -> None:
         if not message.decode.address:

@@ -19,7 +19,9 @@ from diphase.kv_transfer.base import (
     Fenced,
     PeerDown,
 )
-from diphase.proto.errors import TransferError
+from diphase.kv_transfer.framing import HEADER
+from diphase.kv_transfer.socket_peer import Kind
+from diphase.proto.errors import InternalError, TransferError
 
 from .transport_ends import OVER_SOCKETS, PATIENCE_S, SIZE, joined
 
@@ -171,6 +173,13 @@ class TestOtherProcess:
             b"GET / HTTP/1.1\r\n\r\n" * 4,
             b"\1" + b"\0" * 15,
             b"\3\0\0\0\xff\xff\xff\xff" + b"\0" * 8,
+            hello_frame(b"[" * 60_000),
+            hello_frame(
+                b'{"transport": "%s", "version": 1, "incarnation": "x", "token": "\\ud800"}' % name.encode()
+            ),
+            hello_frame(
+                b'{"transport": "%s", "version": 1, "incarnation": "\\ud800", "token": ""}' % name.encode()
+            ),
         ):
             with socket.socket(kind, socket.SOCK_STREAM) as stranger:
                 stranger.settimeout(PATIENCE_S)
@@ -180,6 +189,24 @@ class TestOtherProcess:
                     pass
         a.write("b", [(0, 0, 8)], b"still here")
         b.until(lambda: b.tags() == [b"still here"], a)
+
+    def test_a_crash_of_its_thread_is_told_to_who_polls(self, make: Any, name: str) -> None:
+        """Else its owner waits for events that nobody makes."""
+        a, b = joined(make, name)
+        a.write("b", [(0, 0, 8)], b"connected")
+        b.until(lambda: b.tags() == [b"connected"], a)
+
+        def crash() -> None:
+            raise RuntimeError("a mistake of its own")
+
+        a.transport._thread.post(crash)  # type: ignore[attr-defined]
+        with pytest.raises(InternalError, match=f"transport {name} crashed: .*a mistake of its own"):
+            a.until(lambda: False)
+        b.until(lambda: bool(b.of(PeerDown)))
+
+
+def hello_frame(body: bytes) -> bytes:
+    return HEADER.pack(Kind.HELLO, len(body), 0) + body
 
 
 def stranger_reads(sock: Any) -> bytes:

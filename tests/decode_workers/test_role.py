@@ -29,7 +29,7 @@ class FakeReceiver:
     def __init__(self, hand_over: Callable[[ReceiverEvent], None]) -> None:
         self.hand_over = hand_over
 
-    def start(self) -> None: ...
+    def start(self, broken: object) -> None: ...
 
     def room_freed(self) -> None: ...
 
@@ -41,6 +41,8 @@ class FakeShell:
         self.handoffs: list[tuple[float, float]] = []
 
     def wake(self) -> None: ...
+
+    def broken(self, error: Exception) -> None: ...
 
     def adopt(self, submit: object, token_ids: object = (), logprobs: object = ()) -> bool:
         return True

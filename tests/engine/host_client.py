@@ -80,6 +80,7 @@ def hello(gateway_id: str = "g", **values: object) -> pb.GatewayHello:
 def with_worker(
     body: Callable[[SimWorker], Awaitable[None]],
     *,
+    role: str = "colocated",
     config: HostConfig | None = None,
     cost: StepCost | None = None,
     num_blocks: int = 64,
@@ -89,7 +90,7 @@ def with_worker(
         world = World.of(VirtualClock(asyncio.get_running_loop()), 0)
         worker = SimWorker(
             world,
-            "colocated",
+            role,
             "w",
             host=config,
             cost=cost or StepCost(base_s=0.01),

@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from diphase.decode_workers.config import ColocatedSchedulerConfig
+from diphase.decode_workers.role import DecodeRole
 from diphase.engine.base import LayerHook, StepPlan, StepResult
 from diphase.engine.fake import StepCost
 from diphase.proto import worker_pb2 as pb
@@ -124,6 +125,28 @@ def test_two_failures_in_a_row_end_the_worker() -> None:
             worker._running.result()
 
     with_worker(body, scheduler=ColocatedSchedulerConfig(max_running=1))
+
+
+def test_a_broken_hand_off_ends_the_worker() -> None:
+    """It would take requests for ever that can never arrive."""
+
+    async def body(worker: SimWorker) -> None:
+        def poll(max_events: int = 64) -> list[object]:
+            raise InternalError("transport local crashed")
+
+        client = Client(worker)
+        await asyncio.sleep(0.1)
+        assert not client.link.closed
+        worker._transport.poll = poll  # type: ignore[assignment,method-assign]
+        assert isinstance(worker.role, DecodeRole)
+        assert worker.role._receiver is not None
+        worker.role._receiver._timer.wake()
+        await asyncio.sleep(0.1)
+        assert client.link.closed
+        with pytest.raises(InternalError, match="the hand-off broke: transport local crashed"):
+            worker._running.result()
+
+    with_worker(body, role="decode")
 
 
 def test_a_draining_worker_finishes_what_it_has_and_takes_nothing_new() -> None:

@@ -73,6 +73,7 @@ class Cluster:
 
     def __init__(self, config: KvTransferConfig, **identity: Any) -> None:
         self.p, self.d = Side("p", config), Side("d", config)
+        self.broken: list[Exception] = []
         self.d.identity = dataclasses.replace(self.d.identity, **identity)
         self.sender = HandoffSender(
             self.p.handoff_side(config),
@@ -89,10 +90,11 @@ class Cluster:
 
     async def start(self) -> None:
         await self.server.start()
-        self.sender.start()
-        self.receiver.start()
+        self.sender.start(self.broken.append)
+        self.receiver.start(self.broken.append)
 
     async def close(self) -> None:
+        assert not self.broken
         await self.sender.close()
         await self.receiver.close()
         await self.server.stop(0)
