@@ -317,7 +317,7 @@ class Children:
 async def publish(store_url: str, members: Sequence[Member]) -> None:
     client = redis.asyncio.Redis.from_url(store_url)
     for member in members:
-        await RedisMembership(client, CLUSTER).publish(member)
+        await RedisMembership(client, CLUSTER).publish([member])
     await client.aclose()
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Protocol
 
@@ -74,11 +74,13 @@ class RedisMembership:
         self._key = f"diphase:{cluster}:members"
         self._channel = f"{self._key}:changed"
 
-    async def publish(self, member: Member) -> None:
-        """Adds or replaces the member of that worker_id."""
+    async def publish(self, members: Sequence[Member]) -> None:
+        """These are there and nobody else. At once: a gateway never sees a part of them."""
         async with self._client.pipeline(transaction=True) as pipe:
-            pipe.hset(self._key, member.worker_id, member.to_json())
-            pipe.publish(self._channel, member.worker_id)
+            pipe.delete(self._key)
+            if members:
+                pipe.hset(self._key, mapping={member.worker_id: member.to_json() for member in members})
+            pipe.publish(self._channel, "")
             await pipe.execute()
 
     async def remove(self, worker_id: str) -> None:

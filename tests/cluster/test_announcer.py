@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
-from diphase.cluster.announcer import Announcer
+from diphase.cluster.announcer import REPEAT_S, Announcer
 from diphase.cluster.roles import Started
 from diphase.router.membership import Member, RedisMembership
 from redis.exceptions import ConnectionError as StoreAway
@@ -19,15 +20,10 @@ class Store(RedisMembership):
         self.members_now: dict[str, str] = {}
         self.away = False
 
-    async def publish(self, member: Member) -> None:
+    async def publish(self, members: Sequence[Member]) -> None:
         if self.away:
             raise StoreAway("away")
-        self.members_now[member.worker_id] = member.incarnation
-
-    async def remove(self, worker_id: str) -> None:
-        if self.away:
-            raise StoreAway("away")
-        self.members_now.pop(worker_id, None)
+        self.members_now = {member.worker_id: member.incarnation for member in members}
 
 
 def started(worker_id: str, incarnation: str) -> Started:
@@ -68,9 +64,27 @@ def test_only_the_newest_word_reaches_a_store_that_was_away() -> None:
     run_virtually(main())
 
 
+def test_a_store_that_was_emptied_while_it_ran_soon_knows_everybody_again() -> None:
+    async def main() -> None:
+        store = Store()
+        announcer = Announcer(store)
+        running = asyncio.create_task(announcer.run())
+        for name in ("a", "b", "c"):
+            announcer.publish(started(name, f"{name}-1"))
+        announcer.remove(started("c", "c-1"))
+        await asyncio.sleep(60.0)
+        store.members_now = {}
+        await asyncio.sleep(REPEAT_S + 0.1)
+        assert store.members_now == {"a": "a-1", "b": "b-1"}
+        running.cancel()
+        await asyncio.wait((running,))
+
+    run_virtually(main())
+
+
 def test_a_cancellation_that_the_stores_error_hides_ends_it_all_the_same() -> None:
     class Hiding(Store):
-        async def publish(self, member: Member) -> None:
+        async def publish(self, members: Sequence[Member]) -> None:
             try:
                 await asyncio.sleep(1.0)
             except asyncio.CancelledError:

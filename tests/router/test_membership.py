@@ -28,22 +28,25 @@ def member(name: str, incarnation: str = "1") -> Member:
 async def test_members_are_published_replaced_and_removed(store_url: str) -> None:
     async with client_of(store_url) as client:
         membership = RedisMembership(client, "plain")
-        await membership.publish(member("b"))
-        await membership.publish(member("a"))
-        await membership.publish(member("a", "2"))
+        await membership.publish([member("b"), member("a")])
+        await membership.publish([member("b"), member("a", "2")])
         assert await membership.members() == [member("a", "2"), member("b")]
         assert await RedisMembership(client, "other").members() == []
         await membership.remove("b")
         assert await membership.members() == [member("a", "2")]
+        await membership.publish([member("c")])
+        assert await membership.members() == [member("c")]
+        await membership.publish([])
+        assert await membership.members() == []
 
 
 async def test_a_watcher_hears_of_every_change(store_url: str) -> None:
     async with client_of(store_url) as client, client_of(store_url) as watching:
         membership = RedisMembership(client, "watched")
-        await membership.publish(member("a"))
+        await membership.publish([member("a")])
         async with aclosing(RedisMembership(watching, "watched").watch()) as changes, asyncio.timeout(10):
             assert await anext(changes) == [member("a")]
-            await membership.publish(member("b"))
+            await membership.publish([member("a"), member("b")])
             assert await anext(changes) == [member("a"), member("b")]
             await membership.remove("a")
             assert await anext(changes) == [member("b")]
@@ -53,7 +56,7 @@ async def test_the_last_known_members_stay_while_the_store_is_away_or_empty() ->
     with private_store() as (server, url):
         async with client_of(url) as watching:
             async with client_of(url) as client:
-                await RedisMembership(client, "c").publish(member("a"))
+                await RedisMembership(client, "c").publish([member("a")])
             async with aclosing(RedisMembership(watching, "c").watch()) as changes:
                 assert await anext(changes) == [member("a")]
                 following = asyncio.ensure_future(anext(changes))
@@ -68,7 +71,7 @@ async def test_the_last_known_members_stay_while_the_store_is_away_or_empty() ->
 
                     await until(watched_again)
                     assert not following.done()
-                    await RedisMembership(client, "c").publish(member("b"))
+                    await RedisMembership(client, "c").publish([member("b")])
                     assert await following == [member("b")]
 
 
