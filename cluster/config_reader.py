@@ -23,6 +23,9 @@ FLATTEN: Mapping[str, object] = {"flatten": True}
 """Field metadata: the field's keys stand in the table of its owner."""
 SECRET: Mapping[str, object] = {"secret": True}
 """Field metadata: never printed."""
+MAX_NUMBER = 2**31 - 1
+"""No number of a configuration may be larger, nor smaller than its negative: it fits every integer of the
+protocol, of C and of Python's clocks. Sections narrow this down."""
 REDACTED = "<redacted>"
 """What stands for a password in a printed address. No value that is read may hold it: whoever copied it would
 have it for a password."""
@@ -56,7 +59,7 @@ class Source:
 
 
 def _inside(path: str, prefix: str) -> bool:
-    return path == prefix or path.startswith(prefix + ".")
+    return path == prefix or path.startswith((f"{prefix}.", f"{prefix}["))
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -66,10 +69,10 @@ def read_file(path: Path) -> dict[str, Any]:
         ConfigError: it cannot be read or is not TOML; the message names the line.
     """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return _parse(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as exc:
+    except ValueError as exc:
         raise ConfigError(f"{path}: is not valid TOML: {exc}") from exc
 
 
@@ -77,7 +80,8 @@ def apply_overrides(table: dict[str, Any], settings: Iterable[str], source: Sour
     """Puts each "section.key=value" into `table`. A value is TOML, or else taken as a bare string.
 
     Raises:
-        ConfigError: a setting has no "=", or its path runs through a value that is no table.
+        ConfigError: a setting has no "=", its path runs through a value that is no table, or its value is
+            beyond what is read.
     """
     for setting in settings:
         path, equals, text = setting.partition("=")
@@ -90,14 +94,36 @@ def apply_overrides(table: dict[str, Any], settings: Iterable[str], source: Sour
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
                 raise ConfigError(f"--set {setting}: {parent} is a value, not a section")
-        target[last] = parse_value(text.strip())
+        try:
+            target[last] = parse_value(text.strip())
+        except ValueError as exc:
+            raise ConfigError(f"--set {path}=...: {exc}") from exc
         source.overrides[path] = f"--set {setting}"
 
 
-def parse_value(text: str) -> object:
-    """A TOML value; what is not one (or is a date) is a bare string."""
+def _parse(text: str) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it is beyond what is read; tomllib.TOMLDecodeError, which is one: it is not TOML.
+    """
     try:
-        value = tomllib.loads(f"value = {text}")
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError:
+        raise
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+    except ValueError:  # Python's limit, in words for a programmer
+        raise ValueError("it holds an integer of thousands of digits") from None
+
+
+def parse_value(text: str) -> object:
+    """A TOML value; what is not one (or is a date) is a bare string.
+
+    Raises:
+        ValueError: it is beyond what is read.
+    """
+    try:
+        value = _parse(f"value = {text}")
     except tomllib.TOMLDecodeError:
         return text
     if set(value) != {"value"} or not isinstance(value["value"], (bool, int, float, str, list, dict)):
@@ -221,6 +247,8 @@ def _convert_union(choices: tuple[Any, ...], value: Any, source: Source, path: s
 
 
 def _convert_scalar(hint: Any, value: Any, source: Source, path: str) -> Any:
+    if hint in (int, float) and isinstance(value, (int, float)) and not abs(value) <= MAX_NUMBER:
+        raise _wrong(source, path, f"{_name(hint)} from {-MAX_NUMBER} to {MAX_NUMBER}", value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, str) and REDACTED in value:
@@ -245,5 +273,8 @@ def _name(hint: Any) -> str:
 
 
 def _wrong(source: Source, path: str, wanted: str, value: object) -> ConfigError:
-    shown = repr(value) if not isinstance(value, bool) else str(value).lower()
+    try:
+        shown = repr(value) if not isinstance(value, bool) else str(value).lower()
+    except (ValueError, RecursionError):  # a hexadecimal integer or a dotted key may have any length
+        shown = "what is given, which is too large to be shown"
     return ConfigError(f"{source.of(path)}: {path} must be {wanted}, not {shown[:80]}")

@@ -78,6 +78,13 @@ def test_every_kind_of_value_is_taken() -> None:
         ({"engine": {"parts": {"bolt": "x"}}}, "engine.parts.bolt must be a number, not 'x'"),
         ({"engine": {"limit": 1.5}}, "engine.limit must be an integer or 'auto', not 1.5"),
         ({"engine": 4}, "engine must be a table, not 4"),
+        ({"count": 2**31}, "count must be an integer from -2147483647 to 2147483647, not 2147483648"),
+        ({"engine": {"gears": [1, -(2**31)]}}, "engine.gears[1] must be an integer from -2147483647 to"),
+        ({"engine": {"power": float("nan")}}, "engine.power must be a number from -2147483647 to"),
+        ({"engine": {"power": float("-inf")}}, "engine.power must be a number from -2147483647 to"),
+        ({"engine": {"power": 10**400}}, "engine.power must be a number from -2147483647 to"),
+        ({"engine": {"parts": {"bolt": 1e308}}}, "engine.parts.bolt must be a number from -2147483647 to"),
+        ({"count": 16**5000}, "2147483647, not what is given, which is too large to be shown"),
         ({"count": 0}, "car.toml: count = 0 is too small"),
     ],
 )
@@ -96,6 +103,8 @@ def test_an_override_wins_over_the_file_and_is_blamed_for_its_own_mistakes() -> 
     assert car({"count": 3}, "count=6").wheels.count == 6
     with pytest.raises(ConfigError, match=r"--set engine\.power=much: engine\.power must be a number"):
         car({}, "engine.power=much")
+    with pytest.raises(ConfigError, match=r"--set engine\.gears=\[1, 2\.5\]: engine\.gears\[1\] must be"):
+        car({}, "engine.gears=[1, 2.5]")
 
 
 def test_an_override_makes_the_sections_it_names() -> None:
@@ -143,6 +152,25 @@ def test_a_file_that_is_no_toml_is_refused_with_its_line(tmp_path: Path) -> None
     path.write_text("a = 1\nb =\n")
     with pytest.raises(ConfigError, match=r"bad\.toml: is not valid TOML.*line 2"):
         read_file(path)
+
+
+BEYOND = (("[" * 5000, "nested too deeply"), ("9" * 5000, "an integer of thousands of digits"))
+
+
+@pytest.mark.parametrize(("value", "complaint"), BEYOND, ids=("deep", "long"))
+def test_a_value_beyond_what_is_read_is_refused_with_its_file(
+    value: str, complaint: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "bad.toml"
+    path.write_text(f"a = {value}")
+    with pytest.raises(ConfigError, match=rf"bad\.toml: is not valid TOML: .*{complaint}"):
+        read_file(path)
+
+
+@pytest.mark.parametrize(("value", "complaint"), BEYOND, ids=("deep", "long"))
+def test_a_value_beyond_what_is_read_is_refused_with_its_setting(value: str, complaint: str) -> None:
+    with pytest.raises(ConfigError, match=rf"--set engine\.power=\.\.\.: .*{complaint}"):
+        car({}, f"engine.power={value}")
 
 
 def test_a_file_that_is_not_there_is_refused(tmp_path: Path) -> None:
