@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from ..proto.clock import Clock
 from ..proto.errors import ConfigError, TransferError
@@ -144,7 +145,7 @@ def open_transports(
     without one the transport that needs it is not tried.
 
     Raises:
-        ConfigError: the configured transport is unknown.
+        ConfigError: the configured transport is unknown, or `config.host` is no address of this machine.
         TransferError: it does not work here, or none does.
     """
     waker = _Waker()
@@ -153,11 +154,15 @@ def open_transports(
     )
     opened: dict[str, Transport] = {}
     every = [name for name in TRANSPORTS if name != IN_PROCESS or hub is not None]
-    for name in every if config.transport == "auto" else (config.transport,):
-        try:
-            opened[name] = load_factory(name)(context)
-        except (TransferError, OSError) as error:
-            _log.info("transport_unusable name=%s why=%r", name, str(error))
+    with ExitStack() as on_error:
+        for name in every if config.transport == "auto" else (config.transport,):
+            try:
+                opened[name] = load_factory(name)(context)
+            except (TransferError, OSError) as error:
+                _log.info("transport_unusable name=%s why=%r", name, str(error))
+            else:
+                on_error.callback(opened[name].close)
+        on_error.pop_all()
     transports = TransportSet(opened, region, waker=waker)
     if not transports.names:
         transports.close()

@@ -36,7 +36,7 @@ def open_side(
     """The end of a live worker whose KV pool is `region`.
 
     Raises:
-        ConfigError: the configured transport is unknown.
+        ConfigError: the configured transport is unknown, or the host is no address of this machine.
         TransferError: it does not work here, or none does.
     """
     identity = LinkIdentity(

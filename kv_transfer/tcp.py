@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..proto.errors import TransferError
+from ..proto.errors import ConfigError, TransferError
 from .base import CancelKind, Capabilities, Region, TransportContext
 from .framing import FrameError
 from .regions import check_segments
@@ -33,13 +33,13 @@ class TcpMedium:
     def __init__(self, host: str, regions: list[Region]) -> None:
         """
         Raises:
-            TransferError: `host` is no address of this machine.
+            ConfigError: `host` cannot be resolved.
         """
         self._regions = regions
         try:
             found = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM)
         except OSError as error:
-            raise TransferError(f"kv_transfer.host = {host!r} cannot be resolved: {error}") from error
+            raise ConfigError(f"kv_transfer.host = {host!r} cannot be resolved: {error}") from error
         self._family = found[0][0]
         self._host = str(found[0][4][0])
 
@@ -54,6 +54,11 @@ class TcpMedium:
         return None
 
     def listen(self) -> socket.socket:
+        """
+        Raises:
+            ConfigError: the host is no address of this machine.
+            TransferError: the machine has no socket or port left.
+        """
         listener = socket.socket(self._family, socket.SOCK_STREAM)
         try:
             listener.bind((self._host, 0))
@@ -61,6 +66,11 @@ class TcpMedium:
             listener.setblocking(False)
         except OSError as error:
             listener.close()
+            if error.errno == errno.EADDRNOTAVAIL:
+                raise ConfigError(
+                    f"kv_transfer.host = {self._host!r} is no address of this machine; use one that other "
+                    "workers reach it by"
+                ) from error
             raise TransferError(f"transport tcp cannot listen on {self._host}: {error}") from error
         return listener
 

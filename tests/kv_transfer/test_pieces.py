@@ -189,10 +189,14 @@ def test_the_transport_of_one_process_cannot_be_configured() -> None:
         KvTransferConfig(transport="local")
 
 
-def test_a_host_that_is_not_ours_is_an_error() -> None:
-    config = KvTransferConfig(transport="tcp", host="192.0.2.1")
-    with pytest.raises(TransferError, match="tcp"):
+@pytest.mark.parametrize("transport", ["auto", "tcp"])
+@pytest.mark.parametrize("host", ["192.0.2.1", "no such host"])
+def test_a_host_that_is_not_ours_is_an_error_that_names_the_key(transport: str, host: str) -> None:
+    config = KvTransferConfig(transport=transport, host=host)
+    before = set(threading.enumerate())
+    with pytest.raises(ConfigError, match=rf"kv_transfer\.host = '{host}'"):
         open_transports(config, incarnation="a", region=region(), clock=MonotonicClock())
+    assert set(threading.enumerate()) == before
 
 
 def local_set(hub: LocalHub, incarnation: str) -> TransportSet:
