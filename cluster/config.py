@@ -22,6 +22,10 @@ from .config_reader import FLATTEN, SECRET, Drawn, Source, apply_overrides, buil
 
 Strategy = Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"]
 
+MOST_WORKERS = 1024
+MOST_CPUS = 10_000
+"""Of one worker, and GPUs too."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlacementConfig:
@@ -43,9 +47,15 @@ class PlacementConfig:
     def __post_init__(self) -> None:
         if self.workers < 0:
             raise ConfigError(f"workers = {self.workers} is negative")
-        for name, value in {"cpus": self.cpus, "gpus": self.gpus, **self.resources}.items():
+        if self.workers > MOST_WORKERS:
+            raise ConfigError(f"workers = {self.workers} is out of range; use up to {MOST_WORKERS}")
+        # More CPUs than any node has, a private Ray would make up: it does not come up with a billion.
+        for name, value in {"cpus": self.cpus, "gpus": self.gpus}.items():
+            if not 0.0 <= value <= MOST_CPUS:
+                raise ConfigError(f"{name} = {value} is out of range; use 0 to {MOST_CPUS}")
+        for name, value in self.resources.items():
             if not 0.0 <= value < math.inf:
-                raise ConfigError(f"{name} = {value} is out of range; use 0 or more")
+                raise ConfigError(f"resources: {name} = {value} is out of range; use 0 or more")
         if self.cores and len(self.cores) % max(self.workers, 1):
             raise ConfigError(
                 f"cores has {len(self.cores)} entries, which {self.workers} workers cannot share evenly"
@@ -166,6 +176,15 @@ class SecurityConfig:
 
     cluster_token: str = field(default="", metadata=SECRET)
     """Shared by the cluster's processes and checked in every handshake. Empty draws one at each start."""
+
+    def __post_init__(self) -> None:
+        token = self.cluster_token
+        # It travels as gRPC metadata, which carries nothing else and strips spaces around it.
+        if not (token.isascii() and token.isprintable() and token == token.strip() and len(token) <= 1024):
+            raise ConfigError(
+                "security.cluster_token must be up to 1024 ASCII letters, digits, punctuation marks and "
+                "spaces, and neither begin nor end with a space"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

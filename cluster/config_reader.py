@@ -23,9 +23,10 @@ FLATTEN: Mapping[str, object] = {"flatten": True}
 """Field metadata: the field's keys stand in the table of its owner."""
 SECRET: Mapping[str, object] = {"secret": True}
 """Field metadata: never printed."""
-MAX_NUMBER = 2**31 - 1
-"""No number of a configuration may be larger, nor smaller than its negative: it fits every integer of the
-protocol, of C and of Python's clocks. Sections narrow this down."""
+LARGEST: Mapping[object, int] = {int: 2**31 - 1, float: 10**14}
+"""No number of a configuration may be larger, nor smaller than its negative, by its type: what fits every
+integer of the protocol and of C, and what Ray counts of a resource (of memory, bytes). Sections narrow this
+down."""
 REDACTED = "<redacted>"
 """What stands for a password in a printed address. No value that is read may hold it: whoever copied it would
 have it for a password."""
@@ -247,8 +248,8 @@ def _convert_union(choices: tuple[Any, ...], value: Any, source: Source, path: s
 
 
 def _convert_scalar(hint: Any, value: Any, source: Source, path: str) -> Any:
-    if hint in (int, float) and isinstance(value, (int, float)) and not abs(value) <= MAX_NUMBER:
-        raise _wrong(source, path, f"{_name(hint)} from {-MAX_NUMBER} to {MAX_NUMBER}", value)
+    if hint in LARGEST and isinstance(value, (int, float)) and not abs(value) <= LARGEST[hint]:
+        raise _wrong(source, path, f"{_name(hint)} from {-LARGEST[hint]} to {LARGEST[hint]}", value)
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, str) and REDACTED in value:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import math
 from dataclasses import dataclass
 
 from ..proto.errors import ConfigError, InvalidRequest
@@ -23,10 +22,9 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def _check(section: str, name: str, value: float, low: float, high: float = math.inf) -> None:
+def _check(section: str, name: str, value: float, low: float, high: float = 1e9) -> None:
     if not low <= value <= high:
-        limit = f"at least {low:g}" if math.isinf(high) else f"{low:g} to {high:g}"
-        raise ConfigError(f"{section}.{name} = {value} is out of range; use {limit}")
+        raise ConfigError(f"{section}.{name} = {value} is out of range; use {low:g} to {high:g}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

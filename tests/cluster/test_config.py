@@ -94,6 +94,14 @@ def test_sections_of_every_folder_are_read_from_one_file(tmp_path: Path) -> None
         ("gateway.host=0.0.0.0", "set security.cluster_token"),
         ("ray.address=ray://x:1", "not a ray:// client address"),
         ("supervisor.hang_grace_s=0", "supervisor.hang_grace_s"),
+        ("security.cluster_token=é", "security.cluster_token must be up to 1024 ASCII letters"),
+        ("security.cluster_token=a\nb", "security.cluster_token must be"),
+        ('security.cluster_token=" ab"', "neither begin nor end with a space"),
+        (f"security.cluster_token=s{'x' * 1024}", "up to 1024"),
+        ("pools.decode.workers=1025", "workers = 1025 is out of range; use up to 1024"),
+        ("pools.decode.cpus=10001", "cpus = 10001.0 is out of range; use 0 to 10000"),
+        ("pools.decode.resources={fast = -1}", "resources: fast = -1.0 is out of range"),
+        ("gateway.drain_s=1e10", "gateway.drain_s = 10000000000.0 is out of range; use 0 to 1e+09"),
     ],
 )
 def test_wrong_settings_are_refused_with_the_setting_and_the_reason(setting: str, complaint: str) -> None:
