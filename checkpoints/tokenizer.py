@@ -20,6 +20,9 @@ from .gguf import GgufFile
 from .gguf_tokenizer import build_tokenizer
 from .model_files import ModelFiles, ModelKind
 
+LONG_TEXT = 4096
+"""Characters. Text from here on is worth a thread: it takes milliseconds, and other threads run meanwhile."""
+
 _SPACE = "▁"
 
 
@@ -44,7 +47,6 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._encode = backend.encode
         self.vocab_size = backend.get_vocab_size(with_added_tokens=True)
         """Number of tokens."""
         self.eos_token_ids = tuple(eos_token_ids)
@@ -68,16 +70,25 @@ class Tokenizer:
         tokenizer's."""
         for token_id in self.special_token_ids:
             self.pieces[token_id] = b""
+        self.longest_token = max(1, *map(len, self._all_pieces))
+        """Bytes of text that one token stands for at most, special tokens as they are spelled."""
 
     def encode(self, text: str, add_special: bool) -> list[int]:
         """Token ids of a text; with `add_special` the model's own, such as a beginning-of-sequence token, are
         put around it. Special tokens that are spelled out in the text are recognised. Lone surrogates, which
         are no characters, count as U+FFFD."""
         try:
-            return self._encode(text, add_special_tokens=add_special).ids
+            return self._encode(text, add_special)
         except TypeError:  # what the library says of surrogates
             repaired = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-            return self._encode(repaired, add_special_tokens=add_special).ids
+            return self._encode(repaired, add_special)
+
+    def _encode(self, text: str, add_special: bool) -> list[int]:
+        # The library lets go of the interpreter lock for batches only; and it computes those in a pool of
+        # threads, where a short text would have to wait for the long ones of others.
+        if len(text) < LONG_TEXT:
+            return self._backend.encode(text, add_special_tokens=add_special).ids
+        return self._backend.encode_batch_fast([text], add_special_tokens=add_special)[0].ids
 
     def decode(self, token_ids: Iterable[int]) -> str:
         """The text of a whole sequence, special tokens left out.

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import random
+import sys
+import threading
 from itertools import pairwise
 from typing import Any
 
@@ -11,7 +14,7 @@ import tokenizers
 from diphase.checkpoints.gguf import GgufFile
 from diphase.checkpoints.lookup import resolve
 from diphase.checkpoints.model_files import ModelFiles
-from diphase.checkpoints.tokenizer import Tokenizer, load_tokenizer
+from diphase.checkpoints.tokenizer import LONG_TEXT, Tokenizer, load_tokenizer
 from diphase.proto.errors import CheckpointError, InvalidRequest
 from tokenizers import AddedToken, decoders, models, normalizers
 
@@ -310,6 +313,44 @@ def test_an_unknown_way_of_joining_tokens_is_an_error(decoder: Any) -> None:
         backend.decoder = decoder
     with pytest.raises(CheckpointError, match="here joins tokens in a way that is not known"):
         Tokenizer(backend, model_vocab_size=1, where="here")
+
+
+def test_a_long_text_has_the_tokens_of_a_short_one(smollm2: ModelFiles) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    text = "\n".join(TEXTS)
+    assert len(text) < LONG_TEXT
+    times = LONG_TEXT // len(text) + 1
+    ids = tokenizer.encode(text + "<|im_end|>", add_special=True)
+    assert tokenizer.encode((text + "<|im_end|>") * times, add_special=True) == ids * times
+    surrogates = "a\ud800" * LONG_TEXT
+    assert tokenizer.encode(surrogates, False) == tokenizer.encode("a\ufffd" * LONG_TEXT, False)
+
+
+def test_other_threads_run_while_a_long_text_is_tokenised(smollm2: ModelFiles) -> None:
+    tokenizer = load_tokenizer(smollm2)
+    begun, ended = [], []
+
+    def work() -> None:
+        begun.append(True)
+        tokenizer.encode("0123456789" * 50_000, False)
+        ended.append(True)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1000.0)  # threads take turns only where one lets go of the interpreter lock
+    try:
+        thread = threading.Thread(target=work)
+        thread.start()
+        while not begun:
+            os.sched_yield()
+        assert not ended
+    finally:
+        sys.setswitchinterval(interval)
+    thread.join()
+
+
+def test_the_longest_token_may_be_a_special_one(smollm2: ModelFiles) -> None:
+    assert load_tokenizer(smollm2).longest_token == 81
+    assert load_tokenizer(resolve("dummy:tiny")).longest_token == len("<|bos|>")
 
 
 def test_lone_surrogates_count_as_replacement_characters(smollm2: ModelFiles) -> None:
