@@ -36,6 +36,9 @@ _TEMPLATE_ERRORS = (
 )
 """What a template's own code can raise."""
 
+_MAX_REASON = 500
+"""Characters: a template's own message may quote the whole conversation, and a status has to fit a header."""
+
 Now = Callable[[], datetime]
 
 
@@ -87,7 +90,8 @@ class ChatTemplate:
                 **self._variables,
             )
         except _TEMPLATE_ERRORS as error:
-            raise InvalidRequest(f"the model's chat template refuses these messages: {error}") from error
+            reason = str(error)[:_MAX_REASON]
+            raise InvalidRequest(f"the model's chat template refuses these messages: {reason}") from error
 
 
 def load_chat_template(files: ModelFiles, *, now: Now = datetime.now) -> ChatTemplate:

@@ -111,6 +111,13 @@ def test_a_failure_of_the_template_is_the_requests(source: str, reason: str) -> 
         template(source).render(MESSAGES)
 
 
+def test_the_reason_of_a_failure_is_short_however_much_it_quotes() -> None:
+    long = [{"role": "x" * 100_000, "content": ""}]
+    with pytest.raises(InvalidRequest, match="unknown role xxx") as caught:
+        template(LLAMA3_LIKE, bos_token="").render(long)
+    assert len(caught.value.message) < 1000
+
+
 def test_a_template_cannot_change_the_callers_messages() -> None:
     messages = [{"role": "user", "content": "x"}]
     with pytest.raises(InvalidRequest):
