@@ -70,19 +70,13 @@ class SamplingParams:
         _range("seed", self.seed, 0, 2**64 - 1)
         if self.logprobs is not None:
             _range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
-        if len(self.stop) > MAX_STOP_STRINGS:
-            raise InvalidRequest(
-                f"sampling.stop has {len(self.stop)} strings; send at most {MAX_STOP_STRINGS}"
-            )
+        _few("stop", len(self.stop), MAX_STOP_STRINGS, "strings")
         for text in self.stop:
             if not 1 <= len(text) <= MAX_STOP_LENGTH:
                 raise InvalidRequest(
                     f"sampling.stop has a string of {len(text)} characters; each needs 1 to {MAX_STOP_LENGTH}"
                 )
-        if len(self.stop_token_ids) > MAX_STOP_TOKENS:
-            raise InvalidRequest(
-                f"sampling.stop_token_ids has {len(self.stop_token_ids)} ids; send at most {MAX_STOP_TOKENS}"
-            )
+        _few("stop_token_ids", len(self.stop_token_ids), MAX_STOP_TOKENS, "ids")
 
     @property
     def greedy(self) -> bool:
@@ -102,6 +96,11 @@ def _range(
     if not inside:
         bracket = "(" if open_low else "["
         raise InvalidRequest(f"sampling.{name} = {value} is out of range; use {bracket}{low}, {high}]{hint}")
+
+
+def _few(name: str, number: int, most: int, what: str) -> None:
+    if number > most:
+        raise InvalidRequest(f"sampling.{name} has {number} {what}; send at most {most}")
 
 
 _SCALARS = (
@@ -125,6 +124,9 @@ def sampling_from_proto(message: pb.Sampling) -> SamplingParams:
     Raises:
         InvalidRequest: a value is out of range; the message names the field and the range.
     """
+    # Millions of them fit a message: counted before they become objects.
+    _few("stop", len(message.stop), MAX_STOP_STRINGS, "strings")
+    _few("stop_token_ids", len(message.stop_token_ids), MAX_STOP_TOKENS, "ids")
     given = {name: getattr(message, name) for name in _SCALARS if message.HasField(name)}
     return SamplingParams(
         **given,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from diphase.proto import inference_pb2 as pb
@@ -25,6 +27,18 @@ def test_absent_fields_take_the_documented_defaults() -> None:
     assert params.max_tokens == 256
     assert params.greedy
     assert params.logprobs is None
+
+
+@pytest.mark.parametrize("field", ["stop", "stop_token_ids"])
+def test_lists_are_counted_before_they_are_read(field: str) -> None:
+    class Counted(list[int]):
+        def __iter__(self) -> Any:
+            raise AssertionError("millions may be in it")
+
+    message = SimpleNamespace(HasField=lambda _: False, stop=(), stop_token_ids=(), ignore_eos=False)
+    setattr(message, field, Counted(range(100)))
+    with pytest.raises(InvalidRequest, match=rf"sampling\.{field} has 100 .*; send at most"):
+        sampling_from_proto(cast(pb.Sampling, message))
 
 
 def test_a_zero_that_was_sent_is_not_an_absent_field() -> None:
