@@ -104,6 +104,7 @@ class GatewayServices:
         received_at = self._clock.now()
         try:
             self._authenticate(context)
+            self._text.check_size(len(data))
             await self._serve(_parse(pb.GenerateRequest, data), context, received_at)
         except DiphaseError as exc:
             await _abort(context, exc)

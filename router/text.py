@@ -1,29 +1,43 @@
 """Text in and out: a client's request becomes checked token ids, and token ids become text.
 
 Everything a client can get wrong is found here, before anything was spent on it. Workers see token ids only.
+What can be refused by its size alone is; text that takes long is rendered and tokenised beside the event
+loop, so that one client's does not hold up the others.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 from ..checkpoints.chat_template import ChatTemplate, load_chat_template
 from ..checkpoints.detokenizer import IncrementalDetokenizer
 from ..checkpoints.model_files import ModelFiles
-from ..checkpoints.tokenizer import Tokenizer, load_tokenizer
+from ..checkpoints.tokenizer import LONG_TEXT, Tokenizer, load_tokenizer
 from ..proto import inference_pb2 as pb
 from ..proto.clock import Clock, Rng
-from ..proto.errors import InvalidRequest, NotFound, PromptTooLong
+from ..proto.errors import InvalidRequest, NotFound, Overloaded, PromptTooLong
 from ..proto.ids import check_request_id, draw_id
 from ..proto.sampling import sampling_from_proto, sampling_to_proto
 from ..proto.slo import Slo, slo_from_proto
 from .stop_strings import StopMatcher
 
 MAX_CHECKED_SAMPLINGS = 1024
-ENCODE_IN_THREAD_CHARS = 16_384
-"""Longer texts are tokenised beside the event loop: below, a thread costs more than it saves."""
+MAX_CHECKED_SAMPLING_BYTES = 1024
+"""Of each; a larger one is checked every time."""
+TEXT_THREADS = 2
+"""Each may hold the interpreter lock for 5 ms before the event loop gets it: few."""
+MAX_WAITING_TEXT = 64 * 1024 * 1024
+"""Bytes of long texts that wait for those threads."""
+MESSAGE_FRAME_BYTES = 15
+"""What the wire adds to one chat message: three tags, three lengths."""
+REQUEST_FRAME_BYTES = 64 * 1024
+"""More than everything in a request but its input."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +90,24 @@ class TextProcessor:
         self._clock = clock
         self._rng = rng
         self._checked_samplings: dict[bytes, pb.Sampling] = {}
-        self._longest_token = max((len(piece) for piece in model.tokenizer.pieces), default=1)
+        self._threads = ThreadPoolExecutor(TEXT_THREADS, "text")
+        self._waiting_text = 0
+        self._max_text = model.context_length * model.tokenizer.longest_token
+        """Bytes: no context holds more, however they are cut into tokens."""
+        self._max_request = self._max_text + model.context_length * MESSAGE_FRAME_BYTES + REQUEST_FRAME_BYTES
+
+    def check_size(self, num_bytes: int) -> None:
+        """To be asked before a request is parsed, which takes long where millions of small things are in it.
+
+        Raises:
+            PromptTooLong: no request of so many bytes can fit the model's context.
+        """
+        if num_bytes > self._max_request:
+            raise PromptTooLong(
+                f"the request has {num_bytes} bytes; {self._max_request} are enough for all that fits the "
+                f"model's context of {self.model.context_length} tokens, each at most "
+                f"{self.model.tokenizer.longest_token} bytes of text: shorten the prompt"
+            )
 
     async def prepare(self, message: pb.GenerateRequest, received_at: float) -> PreparedRequest:
         """Raises:
@@ -133,7 +164,8 @@ class TextProcessor:
             complete = sampling_to_proto(params)
             if len(self._checked_samplings) >= MAX_CHECKED_SAMPLINGS:
                 self._checked_samplings.clear()
-            self._checked_samplings[key] = complete
+            if len(key) <= MAX_CHECKED_SAMPLING_BYTES:
+                self._checked_samplings[key] = complete
         sampling = pb.Sampling()
         sampling.CopyFrom(complete)
         if not given.HasField("seed"):
@@ -145,8 +177,12 @@ class TextProcessor:
             case "prompt":
                 token_ids = await self._encode(message.prompt, add_special=True)
             case "chat":
-                token_ids = await self._encode(self._render(message.chat), add_special=False)
+                size = self._check_chat(message.chat)
+                text = await self._beside(size, self._render, message.chat)
+                token_ids = await self._encode(text, add_special=False)
             case "token_ids":
+                if len(message.token_ids.ids) >= self.model.context_length:
+                    raise self._too_long(len(message.token_ids.ids))
                 token_ids = list(message.token_ids.ids)
                 self._check_ids("token_ids", token_ids)
             case _:
@@ -155,9 +191,39 @@ class TextProcessor:
             raise InvalidRequest("the prompt is empty; send at least one token of input")
         return token_ids
 
-    def _render(self, chat: pb.Chat) -> str:
-        if not chat.messages:
+    async def _beside(self, size: int, work: Callable[..., T], *args: object) -> T:
+        """work(*args): in a thread where it takes long, which `size`, the characters of its text, tells.
+
+        Raises:
+            Overloaded: too much text waits for those threads already.
+        """
+        if size < LONG_TEXT:
+            return work(*args)
+        if self._waiting_text + size > MAX_WAITING_TEXT:
+            raise Overloaded(
+                f"{self._waiting_text} bytes of long prompts wait to be tokenised; retry", retry_after_s=1.0
+            )
+        self._waiting_text += size
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work, *args)
+        finally:
+            self._waiting_text -= size
+
+    def _check_chat(self, chat: pb.Chat) -> int:
+        """Its size in bytes."""
+        number, context = len(chat.messages), self.model.context_length
+        if not number:
             raise InvalidRequest("the chat has no messages; send at least one")
+        if number > context:
+            raise PromptTooLong(
+                f"the chat has {number} messages, each at least one token; the model's context is {context} "
+                "tokens: shorten the chat"
+            )
+        size = chat.ByteSize()
+        self._check_text(size - number * MESSAGE_FRAME_BYTES)
+        return size
+
+    def _render(self, chat: pb.Chat) -> str:
         return self.model.chat_template.render(
             [{"role": message.role, "content": message.content} for message in chat.messages]
         )
@@ -165,19 +231,23 @@ class TextProcessor:
     async def _encode(self, text: str, add_special: bool) -> list[int]:
         if not text:
             raise InvalidRequest("the prompt is empty; send at least one character")
-        if len(text) < ENCODE_IN_THREAD_CHARS:
-            return self.model.tokenizer.encode(text, add_special)
-        # No token is longer than the longest: this many bytes cannot fit, however they are cut.
-        fewest = len(text) // self._longest_token
-        if fewest >= self.model.context_length:
-            raise self._too_long(f"at least {fewest}")
-        return await asyncio.to_thread(self.model.tokenizer.encode, text, add_special)
+        if len(text) >= LONG_TEXT:
+            self._check_text(len(text.encode(errors="replace")))
+        return await self._beside(len(text), self.model.tokenizer.encode, text, add_special)
+
+    def _check_text(self, size: int) -> None:
+        if size > self._max_text:
+            context, longest = self.model.context_length, self.model.tokenizer.longest_token
+            raise PromptTooLong(
+                f"the prompt has at least {size} bytes of text; the model's context is {context} tokens, each "
+                f"at most {longest} bytes, {self._max_text} together: shorten the prompt"
+            )
 
     def _fit(self, sampling: pb.Sampling, num_prompt_tokens: int) -> None:
         """Cuts max_tokens to what the context leaves."""
         room = self.model.context_length - num_prompt_tokens
         if room < 1:
-            raise self._too_long(str(num_prompt_tokens))
+            raise self._too_long(num_prompt_tokens)
         if sampling.min_tokens > room:
             raise PromptTooLong(
                 f"the prompt of {num_prompt_tokens} tokens leaves room for {room}; sampling.min_tokens is "
@@ -185,7 +255,7 @@ class TextProcessor:
             )
         sampling.max_tokens = min(sampling.max_tokens, room)
 
-    def _too_long(self, num_tokens: str) -> PromptTooLong:
+    def _too_long(self, num_tokens: int) -> PromptTooLong:
         context = self.model.context_length
         return PromptTooLong(
             f"the prompt has {num_tokens} tokens; the model's context is {context}, one of them for the "

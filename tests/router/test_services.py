@@ -58,8 +58,29 @@ def services_of(router: Router, client_stall_s: float) -> GatewayServices:
 
 
 async def call(services: GatewayServices, context: Context, message: pb.GenerateRequest) -> None:
+    await call_with(services, context, message.SerializeToString())
+
+
+async def call_with(services: GatewayServices, context: Context, data: bytes) -> None:
     with suppress(Aborted):
-        await services._generate(message.SerializeToString(), context)  # type: ignore[arg-type]
+        await services._generate(data, context)  # type: ignore[arg-type]
+
+
+def test_a_request_too_large_for_any_prompt_is_refused_before_it_is_parsed() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router() as router:
+                services = services_of(router, client_stall_s=60.0)
+                small, large = Context(reads=0), Context(reads=0)
+                malformed = b"\xff" * 1000
+                await call_with(services, small, malformed)
+                await call_with(services, large, malformed * 1000)
+                assert "no valid GenerateRequest" in small.details
+                assert large.status is grpc.StatusCode.INVALID_ARGUMENT
+                assert "the request has 1000000 bytes" in large.details
+                assert "8192 tokens, each at most 7 bytes" in large.details
+
+    run_virtually(main())
 
 
 def test_a_client_that_stops_reading_is_let_go() -> None:

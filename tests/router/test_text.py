@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import random
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
+from diphase.checkpoints.chat_template import ChatTemplate
+from diphase.checkpoints.tokenizer import LONG_TEXT
 from diphase.proto import inference_pb2 as pb
-from diphase.proto.errors import InvalidRequest, NotFound, PromptTooLong
+from diphase.proto.errors import InvalidRequest, NotFound, Overloaded, PromptTooLong
 from diphase.proto.sampling import SamplingParams, sampling_to_proto
 from diphase.proto.slo import Priority, Slo
-from diphase.router.text import ENCODE_IN_THREAD_CHARS, PreparedRequest, TextProcessor, TextStream
+from diphase.router import text as text_module
+from diphase.router.text import PreparedRequest, TextProcessor, TextStream
 
 from .fake_workers import LoopClock
 from .fakes import served_model
@@ -65,9 +71,97 @@ async def test_max_tokens_is_cut_to_what_the_context_leaves() -> None:
 
 
 async def test_a_long_text_is_tokenised_too() -> None:
-    model_text = "word " * (ENCODE_IN_THREAD_CHARS // 5 + 1)
-    with pytest.raises(PromptTooLong):
-        await prepare(prompt=model_text * 4)
+    long = "word " * (LONG_TEXT // 5 + 1)
+    assert (await prepare(prompt=long)).prompt_token_ids == ids_of(long)
+    with pytest.raises(PromptTooLong, match=f"the prompt has {4 * len(long)} tokens"):
+        await prepare(prompt=long * 4)
+
+
+async def test_special_tokens_that_are_spelled_out_fit_as_the_few_tokens_that_they_are() -> None:
+    count = CONTEXT - 10
+    assert len((await prepare(prompt="<|eos|>" * count)).prompt_token_ids) == count
+
+
+class WatchedTemplate(ChatTemplate):
+    """The template that says on which threads it rendered."""
+
+    def __init__(self) -> None:
+        super().__init__("{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}", model=MODEL.name)
+        self.threads: list[int] = []
+
+    def render(self, messages: Sequence[Mapping[str, str]], add_generation_prompt: bool = True) -> str:
+        self.threads.append(threading.get_ident())
+        return super().render(messages, add_generation_prompt)
+
+
+def watched() -> tuple[TextProcessor, WatchedTemplate]:
+    template = WatchedTemplate()
+    model = replace(MODEL, chat_template=template)
+    return TextProcessor(model, Slo(), LoopClock(), random.Random(1)), template
+
+
+def chat_of(number: int, content: str = "") -> pb.GenerateRequest:
+    return pb.GenerateRequest(chat=pb.Chat(messages=[pb.ChatMessage(role="u", content=content)] * number))
+
+
+async def test_only_a_small_chat_is_rendered_on_the_event_loop() -> None:
+    text, template = watched()
+    here = threading.get_ident()
+    await text.prepare(chat_of(20), 0.0)
+    assert template.threads == [here]
+    for large in (chat_of(3000), chat_of(1, "x" * LONG_TEXT)):
+        await text.prepare(large, 0.0)
+        assert template.threads.pop() != here
+
+
+@pytest.mark.parametrize(
+    ("chat", "sentence"),
+    [
+        (chat_of(CONTEXT + 1), f"has {CONTEXT + 1} messages.*model's context is {CONTEXT} tokens: shorten"),
+        (
+            chat_of(2, "x" * 40_000),
+            f"at least 79992 bytes of text; .*{CONTEXT} tokens, each at most 7 bytes, 57344",
+        ),
+    ],
+)
+async def test_a_chat_that_cannot_fit_is_refused_before_it_is_rendered(
+    chat: pb.GenerateRequest, sentence: str
+) -> None:
+    text, template = watched()
+    with pytest.raises(PromptTooLong, match=sentence):
+        await text.prepare(chat, 0.0)
+    assert template.threads == []
+
+
+async def test_every_chat_that_may_fit_is_let_through() -> None:
+    """The bounds on sizes refuse nothing that the count of tokens would accept."""
+    text, _ = watched()
+    assert len((await text.prepare(chat_of(CONTEXT - 1), 0.0)).prompt_token_ids) == CONTEXT - 1
+    long = chat_of(1, "<|eos|>" * (CONTEXT - 2))
+    text.check_size(long.ByteSize())
+    assert len((await text.prepare(long, 0.0)).prompt_token_ids) == CONTEXT - 1
+
+
+async def test_long_prompts_beyond_what_may_wait_are_refused_for_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_module, "MAX_WAITING_TEXT", LONG_TEXT)
+    text = processor()
+    with pytest.raises(Overloaded, match="retry") as caught:
+        await text.prepare(pb.GenerateRequest(prompt="x" * (LONG_TEXT + 1)), 0.0)
+    assert caught.value.retry_after_s
+    for _ in range(2):  # what was tokenised waits no more
+        await text.prepare(pb.GenerateRequest(prompt="x" * LONG_TEXT), 0.0)
+
+
+async def test_what_is_remembered_of_samplings_stays_small() -> None:
+    """Fields that are not known survive parsing: a client could have any number of bytes kept."""
+    text = processor()
+    unknown = pb.Sampling.FromString(
+        pb.Sampling(max_tokens=1).SerializeToString() + b"\xfa\x3f\xc0\x84\x3d" + bytes(1_000_000)
+    )
+    assert unknown.ByteSize() > 1_000_000
+    await text.prepare(pb.GenerateRequest(prompt="x", sampling=unknown), 0.0)
+    await text.prepare(pb.GenerateRequest(prompt="x", sampling=pb.Sampling(max_tokens=2)), 0.0)
+    assert [len(key) for key in text._checked_samplings] == [2]
 
 
 async def test_objectives_and_priority_are_the_requests_own() -> None:
@@ -90,6 +184,7 @@ async def test_objectives_and_priority_are_the_requests_own() -> None:
             PromptTooLong,
             f"shorten the prompt to {CONTEXT - 1}",
         ),
+        ({"token_ids": pb.TokenIds(ids=[512] * CONTEXT)}, PromptTooLong, "tokens"),  # counted first
         ({"prompt": "x" * 5_000_000}, PromptTooLong, "shorten the prompt"),
         ({"prompt": "x", "model": "other"}, NotFound, "this cluster serves model 'dummy:tiny'"),
         ({"prompt": "x", "request_id": "a b"}, InvalidRequest, "request_id"),
