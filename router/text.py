@@ -239,8 +239,8 @@ class TextProcessor:
         if size > self._max_text:
             context, longest = self.model.context_length, self.model.tokenizer.longest_token
             raise PromptTooLong(
-                f"the prompt has at least {size} bytes of text; the model's context is {context} tokens, each "
-                f"at most {longest} bytes, {self._max_text} together: shorten the prompt"
+                f"the prompt has at least {size} bytes of text; the model's context is {context} tokens, "
+                f"each at most {longest} bytes, {self._max_text} together: shorten the prompt"
             )
 
     def _fit(self, sampling: pb.Sampling, num_prompt_tokens: int) -> None:
