@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import logging
 import os
+import tempfile
 from pathlib import Path
 
 from ..proto.errors import ConfigError, DiphaseError, InternalError
@@ -134,11 +135,26 @@ def _describe(assignment: Assignment, running: roles.Running) -> Started:
     )
 
 
+def open_log_dir(folder: str) -> None:
+    """Makes `folder` if it is not there; "" is none.
+
+    Raises:
+        ConfigError: no file can be written there.
+    """
+    if not folder:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as exc:
+        why = exc.strerror if isinstance(exc, OSError) else exc
+        raise ConfigError(f"supervisor.log_dir = {folder!r} cannot be written: {why}") from exc
+
+
 def _log_to(assignment: Assignment) -> None:
     """Changes of state go to the configured folder, or to standard error, which Ray keeps."""
     folder = assignment.config.supervisor.log_dir
-    if folder:
-        Path(folder).mkdir(parents=True, exist_ok=True)
+    open_log_dir(folder)
     handler = logging.FileHandler(Path(folder) / f"{assignment.worker_id}.log") if folder else None
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s %(message)s", handlers=[handler] if handler else None

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import ray_runtime
+from ..proto.errors import ConfigError
+from . import actors, ray_runtime
 from .config import ClusterConfig
 from .ray_runtime import RayRuntime
 from .store import Store, open_store
@@ -39,9 +40,12 @@ def foundation(config: ClusterConfig) -> Iterator[Foundation]:
     """Sets up for `config` and lets go of it all at the end, whatever fails on the way.
 
     Raises:
-        ConfigError: the store or the Ray cluster that `config` names is not there.
+        ConfigError: this machine cannot give what `config` asks of it, or the store or the Ray cluster that
+            it names is not there.
         InternalError: a private one did not start.
     """
+    if not config.ray.address:
+        _check_machine(config)
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="diphase-", dir=TEMPORARY))
         logger.info("foundation_begun folder=%s", folder)
@@ -52,6 +56,17 @@ def foundation(config: ClusterConfig) -> Iterator[Foundation]:
         runtime = ray_runtime.start(config.ray, folder, _num_cpus(config))
         stack.callback(runtime.stop)
         yield Foundation(folder=folder, runtime=runtime, store=store)
+
+
+def _check_machine(config: ClusterConfig) -> None:
+    """On a joined Ray the processes may run elsewhere; each then finds out by itself."""
+    actors.open_log_dir(config.supervisor.log_dir)
+    memory_mib = (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) >> 20
+    if config.ray.object_store_mib > memory_mib:
+        raise ConfigError(
+            f"ray.object_store_mib = {config.ray.object_store_mib} is more than the {memory_mib} MiB of "
+            "memory that this machine has; 80 is enough"
+        )
 
 
 def _finish(watchdog: Watchdog) -> None:
