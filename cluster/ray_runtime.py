@@ -39,9 +39,21 @@ _ALWAYS = {
 class RayRuntime:
     """A connection of this process to Ray. There is at most one a process."""
 
+    NEEDED = ("gcs_server", "raylet")
+    """Processes of a private Ray without which nothing can be placed, noticed or restarted."""
+
     private: bool
     node_id: str
     """Of the node this process runs on."""
+
+    def dead(self) -> str | None:
+        """What has died of a private Ray, which does not restart itself; None: nothing, or it is not ours.
+        Ray's own word of it comes after 15 seconds to a minute."""
+        from ray._private import worker
+
+        node = worker._global_node if self.private else None
+        names = {name for name, _ in node.dead_processes()} if node is not None else set()
+        return next((name for name in self.NEEDED if name in names), None)
 
     def stop(self) -> None:
         """Disconnects; a private Ray ends with it. Idempotent."""
@@ -67,16 +79,13 @@ def start(config: RayConfig, folder: Path, num_cpus: float) -> RayRuntime:
 
         if ray.is_initialized():
             raise InternalError("this process has a connection to Ray already; run one cluster a process")
-        # Ray exits on SIGTERM; here that is for the command to decide.
-        on_terminate = signal.getsignal(signal.SIGTERM)
         quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-        with _stderr_to(folder / "ray.log"):
+        with _stderr_to(folder / "ray.log"), _sigterm_kept():
             if config.address:
                 _join(ray, config, quiet)
             else:
                 with _apart():
                     _start_private(ray, config, folder, num_cpus, quiet)
-        signal.signal(signal.SIGTERM, on_terminate)
         _log_instead_of_print()
         return RayRuntime(private=not config.address, node_id=ray.get_runtime_context().get_node_id())
 
@@ -94,6 +103,23 @@ def _start_private(ray: Any, config: RayConfig, folder: Path, num_cpus: float, q
         )
     except Exception as exc:
         raise InternalError(f"a private Ray did not start in {folder}: {_first_line(exc)}") from exc
+
+
+@contextlib.contextmanager
+def _sigterm_kept() -> Iterator[None]:
+    """What SIGTERM does is for the command to decide; Ray would exit, in the midst of its start too. Its
+    native part sets a handler of its own when it connects: whenever Ray's Python part asks for its own, and
+    at the end, the command's is set again."""
+    from ray._private import utils
+
+    ours = signal.getsignal(signal.SIGTERM)
+    original = utils.set_sigterm_handler
+    utils.set_sigterm_handler = lambda _handler: signal.signal(signal.SIGTERM, ours)
+    try:
+        yield
+    finally:
+        utils.set_sigterm_handler = original
+        signal.signal(signal.SIGTERM, ours)
 
 
 @contextlib.contextmanager

@@ -40,6 +40,8 @@ Report = Callable[[str, str, float], None]
 """(who, what is being done, share of it that is done)."""
 
 PROGRESS_S = 0.2
+RAY_S = 0.5
+"""Between two looks at Ray's own processes."""
 WORKER_DRAIN_S = 10.0
 """Workers have nothing left to do once the gateways are drained, but for leases and last messages."""
 
@@ -161,6 +163,7 @@ class Cluster:
         for index in range(self.config.gateway.replicas):
             actor = ray_process.create_gateway(node_id, mark)
             self._add(self._assignment("gateway", index), actor)
+        self._own(self._watch_ray())
         self._own(self._announcer.run())
         await self._all_started()
         await self._all_linked()
@@ -178,6 +181,8 @@ class Cluster:
             error = task.exception()
             if isinstance(error, ProcessGone):
                 raise InternalError(str(error)) from error
+            if isinstance(error, InternalError):
+                raise error
             if error is not None:
                 raise InternalError(f"the supervisor failed: {type(error).__name__}: {error}") from error
         raise InternalError("the supervisor ended without a reason")
@@ -204,8 +209,9 @@ class Cluster:
             for slot in self.slots:
                 slot.process.abandon()
         self._agents.close()
-        for group in self._groups:
-            ray.util.remove_placement_group(group)
+        if not self._base.runtime.private:  # with a private Ray they end, and a dead one would not answer
+            for group in self._groups:
+                ray.util.remove_placement_group(group)
         self._groups.clear()
         await self._status.close()
         await self._redis.aclose()
@@ -270,6 +276,15 @@ class Cluster:
     async def _members_gone(self) -> None:
         for slot in self.slots:
             await self._members.remove(slot.assignment.worker_id)
+
+    async def _watch_ray(self) -> None:
+        while True:
+            if (dead := self._base.runtime.dead()) is not None:
+                raise InternalError(
+                    f"{dead} of this cluster's Ray has died, and no process can be started or watched "
+                    "without it; start the cluster again"
+                )
+            await asyncio.sleep(RAY_S)
 
     async def _restart_store(self) -> bool:
         return await asyncio.to_thread(self._base.store.restart_if_dead)

@@ -18,6 +18,7 @@ from diphase.cluster.store import PrivateServer
 from diphase.proto.errors import DiphaseError
 
 from .served import (
+    START_S,
     TINY,
     Completion,
     Served,
@@ -27,6 +28,7 @@ from .served import (
     run,
     served,
     settings_words,
+    wait_until,
 )
 
 ONE = (*TINY, "pools.prefill.workers=0", "pools.decode.workers=0", "pools.colocated.workers=1")
@@ -39,6 +41,11 @@ def cores_of(pid: int) -> set[int]:
     """Where any of its threads may run."""
     threads = Path(f"/proc/{pid}/task").iterdir()
     return set().union(*(os.sched_getaffinity(int(thread.name)) for thread in threads))
+
+
+def of_ray(cluster: Served, name: str) -> list[int]:
+    """Ids of that native process of its private Ray."""
+    return [pid for pid in processes.marked(cluster.folder.name) if f"/{name} " in command_of(pid)]
 
 
 async def test_two_clusters_run_side_by_side_and_the_stop_of_one_leaves_the_other_alone(
@@ -130,11 +137,13 @@ def test_a_second_signal_leaves_nothing_not_even_a_stopped_worker() -> None:
         cluster.kill()
 
 
-def test_a_signal_during_the_start_gives_it_up() -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_during_the_start_gives_it_up(number: signal.Signals) -> None:
     cluster = Served(*ONE)
     try:
-        cluster.wait_line("foundation_begun")
-        assert cluster.stop() == 130
+        # While Ray's own code runs, which would rather take signals itself.
+        wait_until(lambda: bool(of_ray(cluster, "gcs_server")), "Ray's first process", START_S)
+        assert cluster.stop(number) == 130
         assert "stopping; Ctrl-C again does not wait for running requests" in cluster.lines
         cluster.assert_nothing_left()
     finally:
@@ -168,17 +177,14 @@ def test_nothing_outlives_a_killed_supervisor_not_even_a_stopped_worker() -> Non
         cluster.kill()
 
 
-def test_a_ray_that_dies_ends_the_cluster_with_one_sentence() -> None:
-    # Ray asks itself whether it is alive every 3 seconds otherwise, and believes it after 15.
-    quick = {"period_ms": "500", "timeout_ms": "500", "failure_threshold": "2"}
-    cluster = Served(*ONE, **{f"RAY_health_check_{name}": value for name, value in quick.items()}).ready()
+@pytest.mark.parametrize("name", ["gcs_server", "raylet"])
+def test_a_ray_that_dies_ends_the_cluster_with_one_sentence(name: str) -> None:
+    cluster = Served(*ONE).ready()
     try:
-        [raylet] = [
-            pid for pid in processes.marked(cluster.folder.name) if "raylet/raylet" in command_of(pid)
-        ]
-        os.kill(raylet, signal.SIGKILL)
+        [pid] = of_ray(cluster, name)
+        os.kill(pid, signal.SIGKILL)
         assert cluster.wait() == 1
-        assert any(line.startswith("diphase serve: Ray gave ") for line in cluster.lines)
+        cluster.wait_line(f"^diphase serve: {name} of this cluster's Ray has died")
         cluster.assert_nothing_left()
     finally:
         cluster.kill()
