@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +16,23 @@ from typing import Literal
 from ..proto.errors import CheckpointError
 
 RopeScalingKind = Literal["linear", "llama3"]
+
+_SIZE = (1, 2**31 - 1)
+_NUMBER = (1e-30, 1e30)
+"""Powers and quotients of such numbers are finite and not zero."""
+_LIMITS: Mapping[str, tuple[float, float]] = {
+    "vocab_size": (1, 2**22),
+    "hidden_size": _SIZE,
+    "intermediate_size": _SIZE,
+    "num_layers": (1, 4096),
+    "num_q_heads": _SIZE,
+    "num_kv_heads": _SIZE,
+    "head_dim": _SIZE,
+    "rms_norm_eps": _NUMBER,
+    "rope_theta": _NUMBER,
+    "context_length": _SIZE,
+}
+"""Far beyond every published model, and what a damaged or hostile file may make this process build."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,12 +50,17 @@ class RopeScaling:
     """llama3: context of the pretraining, tokens."""
 
     def __post_init__(self) -> None:
-        if not self.factor >= 1.0:
-            raise CheckpointError(f"rope scaling factor is {self.factor}; it must be at least 1")
-        if self.kind == "llama3" and not self.high_freq_factor > self.low_freq_factor > 0:
+        if not 1.0 <= self.factor <= _NUMBER[1]:
+            raise CheckpointError(f"rope scaling factor is {self.factor}; it must be at least 1 and finite")
+        if self.kind == "llama3" and not _NUMBER[1] > self.high_freq_factor > self.low_freq_factor > 0:
             raise CheckpointError(
                 f"rope scaling needs high_freq_factor ({self.high_freq_factor}) above "
                 f"low_freq_factor ({self.low_freq_factor}) above 0"
+            )
+        if not _SIZE[0] <= self.original_context <= _SIZE[1]:
+            raise CheckpointError(
+                f"rope scaling has an original context of {self.original_context}; "
+                f"it must be from {_SIZE[0]} to {_SIZE[1]}"
             )
 
     def scale(self, inv_freq: float) -> float:
@@ -82,21 +105,10 @@ class ModelConfig:
     """Whether gate, up and down projections have a bias."""
 
     def __post_init__(self) -> None:
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_q_heads",
-            "num_kv_heads",
-            "head_dim",
-            "rms_norm_eps",
-            "rope_theta",
-            "context_length",
-        ):
+        for name, (least, most) in _LIMITS.items():
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
-                raise CheckpointError(f"the model's {name} is {value}; it must be positive")
+            if not least <= value <= most:  # NaN neither
+                raise CheckpointError(f"the model's {name} is {value}; it must be from {least} to {most}")
         if self.num_q_heads % self.num_kv_heads:
             raise CheckpointError(
                 f"{self.num_q_heads} query heads cannot be shared among {self.num_kv_heads} key-value heads"
@@ -167,7 +179,10 @@ class _Fields:
         value = self._values.get(key)
         value = default if value is None else value
         if isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
+            try:
+                return float(value)
+            except OverflowError:
+                return math.inf
         raise self._error(key, value, "a number")
 
     def boolean(self, key: str) -> bool:
@@ -187,7 +202,7 @@ class _Fields:
     def _error(self, key: str, value: object, wanted: str) -> CheckpointError:
         if value is None:
             return CheckpointError(f"{self._where} lacks {key}; it must be {wanted}")
-        return CheckpointError(f"{self._where} has {key} = {value!r}; it must be {wanted}")
+        return CheckpointError(f"{self._where} has {key} = {reprlib.repr(value)}; it must be {wanted}")
 
 
 def parse_hf_config(
@@ -235,17 +250,19 @@ def _check_supported(config: Mapping[str, object], where: str) -> None:
     named = architectures if isinstance(architectures, list) else []
     if named and "LlamaForCausalLM" not in named:
         raise CheckpointError(
-            f"{where} names the architecture {', '.join(map(str, named))}; only LlamaForCausalLM is supported"
+            f"{where} names the architectures {reprlib.repr(named)}; only LlamaForCausalLM is supported"
         )
     if not named and config.get("model_type") != "llama":
         raise CheckpointError(
-            f"{where} has model_type {config.get('model_type')!r}; only the llama architecture is supported"
+            f"{where} has model_type {reprlib.repr(config.get('model_type'))}; "
+            "only the llama architecture is supported"
         )
     if (activation := config.get("hidden_act", "silu")) != "silu":
-        raise CheckpointError(f"{where} has hidden_act {activation!r}; only silu is supported")
+        raise CheckpointError(f"{where} has hidden_act {reprlib.repr(activation)}; only silu is supported")
     if isinstance(quantised := config.get("quantization_config"), dict):
         raise CheckpointError(
-            f"{where} says the weights are quantised ({quantised.get('quant_method', 'unknown method')}); "
+            f"{where} says the weights are quantised "
+            f"({reprlib.repr(quantised.get('quant_method', 'unknown method'))}); "
             "use the unquantised checkpoint or a GGUF file"
         )
 
@@ -254,7 +271,9 @@ def _rope(config: Mapping[str, object], where: str) -> tuple[float, RopeScaling 
     """(theta, scaling) from rope_parameters (transformers 5) or rope_theta and rope_scaling (4)."""
     parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
     if not isinstance(parameters, dict):
-        raise CheckpointError(f"{where} has rope parameters {parameters!r}; they must be an object")
+        raise CheckpointError(
+            f"{where} has rope parameters {reprlib.repr(parameters)}; they must be an object"
+        )
     fields = _Fields({**config, **parameters}, f"the rope parameters of {where}")
     theta = fields.number("rope_theta", 10000.0)
     if (share := fields.number("partial_rotary_factor", 1.0)) != 1.0:
@@ -275,4 +294,6 @@ def _rope(config: Mapping[str, object], where: str) -> tuple[float, RopeScaling 
                 high_freq_factor=fields.number("high_freq_factor"),
                 original_context=fields.integer("original_max_position_embeddings"),
             )
-    raise CheckpointError(f"{where} has rope scaling {kind!r}; only linear and llama3 are supported")
+    raise CheckpointError(
+        f"{where} has rope scaling {reprlib.repr(kind)}; only linear and llama3 are supported"
+    )

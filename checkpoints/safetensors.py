@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from .number_formats import ITEM_BYTES
 _DTYPE_OF = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _CODE_OF = {dtype: code for code, dtype in _DTYPE_OF.items()}
 _MAX_HEADER_BYTES = 100_000_000
+_MAX_NUMBER = 2**63 - 1
+"""Of a shape or an offset."""
+_MAX_DIMENSIONS = 8
 _LENGTH_BYTES = 8
 
 
@@ -52,7 +56,7 @@ class SafetensorsFile:
             raise self._malformed(f"its header would be {length} bytes long")
         try:
             header = json.loads(self._map[_LENGTH_BYTES : self.header_bytes])
-        except ValueError as error:  # of JSON and of UTF-8
+        except (ValueError, RecursionError) as error:  # of JSON, of UTF-8, of numbers of too many digits
             raise self._malformed(f"its header is no JSON ({error})") from error
         if not isinstance(header, dict):
             raise self._malformed("its header is no JSON object")
@@ -85,13 +89,14 @@ class SafetensorsFile:
             begin, end = fields["data_offsets"]
             numbers = [*shape, begin, end]
         except (TypeError, KeyError, ValueError) as error:
-            raise self._malformed(f"the entry of {name} is {fields!r}") from error
+            raise self._malformed(f"the entry of {name} is {reprlib.repr(fields)}") from error
         if (
-            not all(isinstance(n, int) and n >= 0 for n in numbers)
+            not all(isinstance(n, int) and 0 <= n <= _MAX_NUMBER for n in numbers)
+            or len(shape) > _MAX_DIMENSIONS
             or not isinstance(code, str)
             or end < begin
         ):
-            raise self._malformed(f"the entry of {name} is {fields!r}")
+            raise self._malformed(f"the entry of {name} is {reprlib.repr(fields)}")
         if code in _DTYPE_OF and end - begin != math.prod(shape) * ITEM_BYTES[_DTYPE_OF[code]]:
             raise self._malformed(f"{name} has shape {shape} and {end - begin} bytes of {code}")
         return TensorEntry(code, tuple(shape), self.header_bytes + begin, self.header_bytes + end)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -87,11 +88,14 @@ def test_to_json_reads_back_unchanged(config: ModelConfig) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"architectures": ["GPT2LMHeadModel"]}, "GPT2LMHeadModel; only LlamaForCausalLM"),
+        (
+            {"architectures": ["GPT2LMHeadModel"]},
+            r"architectures \['GPT2LMHeadModel'\]; only LlamaForCausalLM",
+        ),
         ({"architectures": None, "model_type": "mixtral"}, "model_type 'mixtral'"),
         ({"architectures": None, "model_type": None}, "model_type None"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \(gptq\)"),
+        ({"quantization_config": {"quant_method": "gptq"}}, r"quantised \('gptq'\)"),
         ({"vocab_size": None}, "config.json lacks vocab_size"),
         ({"hidden_size": "64"}, "hidden_size = '64'; it must be a whole number"),
         ({"num_hidden_layers": True}, "num_hidden_layers = True"),
@@ -112,11 +116,41 @@ def test_to_json_reads_back_unchanged(config: ModelConfig) -> None:
         ({"rope_scaling": {**LLAMA3, "high_freq_factor": 1.0}}, "high_freq_factor"),
         ({"rope_scaling": "long"}, "rope parameters 'long'"),
         ({"partial_rotary_factor": 0.5}, "rotates only 50%"),
+        ({"hidden_size": 10**400}, "hidden_size is 1000"),
+        ({"vocab_size": 2**22 + 1}, "vocab_size is 4194305; it must be from 1 to 4194304"),
+        ({"num_hidden_layers": 10**9}, "num_layers is 1000000000; it must be from 1 to 4096"),
+        ({"max_position_embeddings": 2**31}, "context_length is 2147483648"),
+        ({"rms_norm_eps": 10**400}, "rms_norm_eps is inf"),
+        ({"rope_theta": 5e-324}, "rope_theta is 5e-324"),
+        ({"rope_scaling": {"type": "linear", "factor": 10**400}}, "factor is inf"),
+        ({"rope_scaling": {"type": "linear", "factor": math.nan}}, "factor is nan"),
+        ({"rope_scaling": {**LLAMA3, "high_freq_factor": math.inf}}, "high_freq_factor"),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 0}}, "original context of 0"),
+        ({"rope_scaling": {**LLAMA3, "original_max_position_embeddings": 10**400}}, "original context of 1"),
     ],
 )
 def test_what_is_not_supported_is_named(make: Any, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         parse(make.config(**changes))
+
+
+def test_messages_stay_short_and_nested_values_may_be_of_any_depth(make: Any) -> None:
+    nested: Any = []
+    for _ in range(sys.getrecursionlimit()):
+        nested = [nested]
+    for changes in (
+        {"hidden_act": nested},
+        {"vocab_size": nested},
+        {"architectures": nested},
+        {"architectures": None, "model_type": nested},
+        {"quantization_config": {"quant_method": nested}},
+        {"rope_scaling": nested},
+        {"rope_scaling": {"type": nested}},
+        {"eos_token_id": ["x" * 10**6]},
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            parse(make.config(**changes))
+        assert len(caught.value.message) < 300
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,9 @@ def entry(begin: int, end: int, dtype: str = "F32", shape: Any = (1,)) -> dict[s
         ({"a": 5}, 4, "the entry of a"),
         ({"a": {"dtype": 3, "shape": [1], "data_offsets": [0, 4]}}, 4, "the entry of a"),
         ({"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4, 8]}}, 4, "the entry of a"),
+        ({"a": entry(0, 4, shape=(2**63,))}, 4, "the entry of a"),
+        ({"a": entry(10**4300 - 1, 10**4300 - 1, shape=(0,))}, 0, "the entry of a"),
+        ({"a": entry(0, 4, shape=[1] * 9)}, 4, "the entry of a"),
         ([], 0, "no JSON object"),
     ],
 )
@@ -103,6 +106,8 @@ def test_malformed_headers_are_errors(tmp_path: Path, header: Any, data: int, me
         ((2**40).to_bytes(8, "little") + b"{}", "header would be"),
         ((2).to_bytes(8, "little") + b"{x", "no JSON"),
         ((2).to_bytes(8, "little") + b"\xff\xfe", "no JSON"),
+        ((10**5).to_bytes(8, "little") + b"[" * 10**5, "no JSON"),
+        ((10**4).to_bytes(8, "little") + b"9" * 10**4, "no JSON"),
     ],
 )
 def test_files_that_are_no_safetensors_are_errors(tmp_path: Path, content: bytes, message: str) -> None:
