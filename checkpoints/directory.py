@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -110,9 +111,12 @@ def _find_shards(path: Path) -> tuple[Path, ...]:
         weight_map = read_json_object(path / WEIGHT_INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{path / WEIGHT_INDEX} lacks weight_map, the shard of each tensor")
-        names = sorted(set(map(str, weight_map.values())))
-        if outside := [name for name in names if Path(name).name != name]:
-            raise CheckpointError(f"{path / WEIGHT_INDEX} names {outside[0]}, which is no file beside it")
+        for name in weight_map.values():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise CheckpointError(
+                    f"{path / WEIGHT_INDEX} names {reprlib.repr(name)}, which is no file beside it"
+                )
+        names = sorted(set(weight_map.values()))
         if missing := [name for name in names if not (path / name).is_file()]:
             raise CheckpointError(
                 f"the model directory {path} lacks {', '.join(missing)}, which {WEIGHT_INDEX} names; "

@@ -6,6 +6,7 @@ bytes; ids above the bytes are made-up words, so that whatever a random model sa
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import replace
@@ -117,7 +118,7 @@ def files_from_dummy(name: str) -> ModelFiles:
 
 
 def _config_from_file(shape: str) -> ModelConfig:
-    path = Path(shape).expanduser()
+    path = Path(os.path.expanduser(shape))
     if not path.is_file():
         raise CheckpointError(
             f"{shape!r} is no preset and no file; write {PREFIX}PRESET, one of {', '.join(PRESETS)}, "

@@ -8,6 +8,7 @@ repository of the Hugging Face Hub (`org/name`, `org/name@revision`). A director
 from __future__ import annotations
 
 import importlib.util
+import os
 import re
 from pathlib import Path
 
@@ -38,14 +39,17 @@ def resolve(
         progress: told what is being done and which share of it is done.
 
     Raises:
-        CheckpointError: nothing of that name, or a model that lacks something or is not supported; the
-            message says what and how to change it.
+        CheckpointError: nothing of that name, or a model that lacks something, cannot be read or is not
+            supported; the message says what and how to change it.
     """
     report = progress or (lambda _stage, _share: None)
     cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
-    files = _find(name, cache, report)
-    if not files.is_dummy:
-        open_weights(files)  # every tensor is there and can be read, or it says which is not
+    try:
+        files = _find(name, cache, report)
+        if not files.is_dummy:
+            open_weights(files)  # every tensor is there and can be read, or it says which is not
+    except OSError as error:  # no permission, a name that is too long, a file that has just vanished
+        raise CheckpointError(f"the model {name} cannot be read: {error}") from error
     return files
 
 
@@ -54,7 +58,7 @@ def _find(name: str, cache: Path, progress: Progress) -> ModelFiles:
         return files_from_directory(converted_directory(_built_in_file(), BUILT_IN, cache, progress), name)
     if name.startswith(dummy.PREFIX):
         return dummy.files_from_dummy(name)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))  # Path.expanduser raises on users that do not exist
     if name and path.is_dir():
         return files_from_directory(path.resolve(), name)
     if path.is_file():

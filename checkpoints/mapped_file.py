@@ -12,9 +12,11 @@ def map_file(path: Path) -> mmap.mmap:
     """The whole file. What is made of the mapping keeps it alive.
 
     Raises:
-        CheckpointError: the file cannot be opened, or is empty.
+        CheckpointError: the file cannot be opened, is empty, or is a pipe or a device.
     """
     try:
+        if not path.is_file():  # a pipe would be waited for
+            raise CheckpointError(f"{path} cannot be opened: it does not exist or is no regular file")
         with path.open("rb") as file:
             # Copy-on-write: arrays on it are writable for their users and the file never changes.
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import numpy as np
@@ -59,12 +60,26 @@ def test_other_copies_of_the_weights_beside_the_standard_file_are_not_read(make:
         ('{"weight_map": {"a": "../elsewhere.safetensors"}}', "is no file beside it"),
         ("[1]", "must hold a JSON object, not a list"),
         ("{", "cannot be read as JSON"),
+        ("[" * 10**5, "cannot be read as JSON"),
+        ("9" * 10**4, "cannot be read as JSON"),
+        ('{"weight_map": {"a": ' + "[" * 980 + "]" * 980 + "}}", r"names .*, which is no file|read as JSON"),
+        ('{"weight_map": {"a": 5}}', "names 5, which is no file beside it"),
+        ('{"weight_map": {"a": "' + "x" * 300 + '"}}', "cannot be read: .*name too long"),
     ],
 )
 def test_a_senseless_index_is_an_error(make: Any, index: str, message: str) -> None:
     path = make.directory()
     (path / "model.safetensors.index.json").write_text(index)
     with pytest.raises(CheckpointError, match=message):
+        resolve(str(path))
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(make: Any, name: str) -> None:
+    path = make.directory()
+    (path / name).unlink()
+    os.mkfifo(path / name)
+    with pytest.raises(CheckpointError, match=rf"lacks {name}|{name} cannot be opened: .*no regular file"):
         resolve(str(path))
 
 

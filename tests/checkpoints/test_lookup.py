@@ -76,6 +76,9 @@ def test_an_absent_built_in_model_says_how_to_install_it(
         ("org/na me", "no model 'org/na me'"),
         ("absent.gguf", "there is no file absent.gguf"),
         ("org/absent.gguf", "there is no file org/absent.gguf"),
+        ("~no-such-user/model", "no model '~no-such-user/model'"),
+        ("dummy:~no-such-user/shape.json", "'~no-such-user/shape.json' is no preset"),
+        ("a" * 300, "cannot be read: .*name too long"),
     ],
 )
 def test_unknown_names_list_what_a_name_can_be(
