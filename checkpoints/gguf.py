@@ -38,6 +38,10 @@ _FLOAT32 = 6
 _STRING = 8
 _ARRAY = 9
 _MAX_DIMENSIONS = 4
+_MAX_NAME = 256
+"""Characters of a tensor's name; ggml itself allows 64."""
+_MAX_ARRAY = 1 << 24
+"""Values of one array of the metadata; the longest is a vocabulary."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,8 @@ class GgufFile:
 
     def _table_entry(self, cursor: _Cursor) -> tuple[str, tuple[int, ...], int, int]:
         name = cursor.string()
+        if len(name) > _MAX_NAME:
+            raise CheckpointError(f"{self.path} is damaged: a tensor's name has {len(name)} characters")
         num_dimensions = cursor.scalar("<I")
         if not 1 <= num_dimensions <= _MAX_DIMENSIONS:
             raise CheckpointError(f"{self.path} is damaged: tensor {name} has {num_dimensions} dimensions")
@@ -176,9 +182,9 @@ class _Cursor:
 
     def _array(self) -> list[int] | list[float] | list[bool] | list[str]:
         kind, count = self.scalar("<I"), self.scalar("<Q")
+        if count > _MAX_ARRAY:  # may still fit in a large file, and would fill the memory
+            raise struct.error(f"an array of {count} values at {self.position}; {_MAX_ARRAY} at most")
         if kind == _STRING:
-            if count * 8 > len(self._buffer) - self.position:  # each string has at least its length
-                raise struct.error(f"an array of {count} strings at {self.position} does not fit")
             return [self.string() for _ in range(count)]
         if kind not in _SCALARS:
             raise struct.error(f"unknown kind of array {kind} at {self.position}")

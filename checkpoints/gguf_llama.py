@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +33,7 @@ _IN_LAYER = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_LAYER_NAME = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)\Z")
+_LAYER_NAME = re.compile(r"blk\.(0|[1-9][0-9]{0,3})\.(\w+)\.(weight|bias)\Z")
 _EOS_KEYS = ("tokenizer.ggml.eos_token_id", "tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id")
 
 
@@ -114,10 +115,9 @@ def config_from_gguf(gguf: GgufFile) -> ModelConfig:
             f"{gguf.path} rotates {rotated} of {head_dim} numbers of each head; "
             "only whole heads are supported"
         )
-    rope_theta = keys.number("llama.rope.freq_base", 10000.0)
     eos_token_ids = [keys.integer(key) for key in _EOS_KEYS if key in gguf.metadata]
     bos_key = "tokenizer.ggml.bos_token_id"
-    return ModelConfig(
+    config = ModelConfig(
         vocab_size=embedding.shape[0],
         hidden_size=hidden_size,
         intermediate_size=keys.integer("llama.feed_forward_length"),
@@ -126,8 +126,7 @@ def config_from_gguf(gguf: GgufFile) -> ModelConfig:
         num_kv_heads=keys.integer("llama.attention.head_count_kv", num_q_heads),
         head_dim=head_dim,
         rms_norm_eps=keys.number("llama.attention.layer_norm_rms_epsilon"),
-        rope_theta=rope_theta,
-        rope_scaling=_rope_scaling(gguf, keys, rope_theta, head_dim),
+        rope_theta=keys.number("llama.rope.freq_base", 10000.0),
         context_length=keys.integer("llama.context_length"),
         tie_word_embeddings="output.weight" not in gguf.tensors,
         bos_token_id=keys.integer(bos_key) if bos_key in gguf.metadata else None,
@@ -135,11 +134,13 @@ def config_from_gguf(gguf: GgufFile) -> ModelConfig:
         attention_bias="blk.0.attn_q.bias" in gguf.tensors,
         mlp_bias="blk.0.ffn_up.bias" in gguf.tensors,
     )
+    return replace(config, rope_scaling=_rope_scaling(gguf, keys, config))
 
 
-def _rope_scaling(gguf: GgufFile, keys: _Metadata, theta: float, head_dim: int) -> RopeScaling | None:
+def _rope_scaling(gguf: GgufFile, keys: _Metadata, plain: ModelConfig) -> RopeScaling | None:
+    """`plain` is the configuration without a scaling, whose numbers have been checked."""
     if _ROPE_FREQS in gguf.tensors:
-        return _llama3_scaling(gguf, theta, head_dim)
+        return _llama3_scaling(gguf, plain)
     kind = keys.text("llama.rope.scaling.type", "none")
     if kind == "none":
         return None
@@ -148,14 +149,19 @@ def _rope_scaling(gguf: GgufFile, keys: _Metadata, theta: float, head_dim: int) 
     raise CheckpointError(f"{gguf.path} has rope scaling {kind!r}; only linear and llama3 are supported")
 
 
-def _llama3_scaling(gguf: GgufFile, theta: float, head_dim: int) -> RopeScaling:
+def _llama3_scaling(gguf: GgufFile, plain: ModelConfig) -> RopeScaling:
     """The llama3 parameters behind a table of frequency divisors: the file has the table alone. All published
     models share low 1, high 4 and an original context of 8192; the table tells whether this one does."""
+    table = gguf.tensors[_ROPE_FREQS]
+    if table.dtype != "fp32" or table.shape != (plain.head_dim // 2,):
+        raise CheckpointError(
+            f"{gguf.path}: tensor {_ROPE_FREQS} is {table.dtype} of shape {list(table.shape)}; "
+            f"it must be fp32 of shape {[plain.head_dim // 2]}"
+        )
     divisors: FloatArray = gguf.read(_ROPE_FREQS).view(np.float32)
     scaling = RopeScaling(kind="llama3", factor=float(str(divisors.max())))
-    plain = [theta ** (-2.0 * i / head_dim) for i in range(head_dim // 2)]
-    expected = np.array([f / scaling.scale(f) for f in plain], np.float32)
-    if divisors.shape != expected.shape or not np.allclose(divisors, expected, rtol=1e-4):
+    expected = np.array([f / scaling.scale(f) for f in plain.rope_inv_freq()], np.float32)
+    if not np.allclose(divisors, expected, rtol=1e-4):
         raise CheckpointError(
             f"{gguf.path} has rope frequencies that no llama3 scaling with an original context of "
             f"{scaling.original_context} gives; use the Hugging Face checkpoint"

@@ -90,7 +90,7 @@ def test_another_tensor_type_is_named_with_its_tensor(make: Any, number: int, na
         ),
         (
             b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1sIIQ", 1, b"k", 9, 8, 2**50),
-            "does not fit",
+            "an array of 1125899906842624 values",
         ),
         (b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q1s", 1, b"\xff") + b"\0" * 20, "damaged"),
         (b"GGUF" + struct.pack("<IQQ", 3, 1, 0) + struct.pack("<Q1sI", 1, b"t", 9), "9 dimensions"),
@@ -118,6 +118,24 @@ def test_a_file_cut_anywhere_is_an_error(make: Any) -> None:
 def test_rows_that_are_no_whole_blocks_are_an_error(make: Any) -> None:
     with pytest.raises(CheckpointError, match="rows of t have 33 numbers"):
         GgufFile(make.raw_gguf({}, t=((33,), 8, b"\0" * 68)))
+
+
+def test_an_array_that_would_fill_the_memory_is_an_error_even_where_it_fits(make: Any) -> None:
+    path = make.raw_gguf({"list": np.zeros(0, np.uint8)})
+    count = 2**24 + 1
+    path.write_bytes(
+        path.read_bytes().replace(struct.pack("<IIQ", 9, 0, 0), struct.pack("<IIQ", 9, 0, count))
+    )
+    with path.open("r+b") as file:
+        file.truncate(2 * count)  # a hole: the file takes no room
+    with pytest.raises(CheckpointError, match=f"an array of {count} values"):
+        GgufFile(path)
+
+
+def test_the_name_of_a_tensor_has_a_limit(make: Any) -> None:
+    assert "t" * 256 in GgufFile(make.raw_gguf({}, **{"t" * 256: ((1,), 0, b"\0" * 4)})).tensors
+    with pytest.raises(CheckpointError, match="a tensor's name has 257 characters"):
+        GgufFile(make.raw_gguf({}, **{"t" * 257: ((1,), 0, b"\0" * 4)}))
 
 
 @pytest.mark.parametrize("alignment", [0, "32"])

@@ -65,6 +65,46 @@ def test_a_table_of_another_scaling_is_an_error(make: Any) -> None:
 
 
 @pytest.mark.parametrize(
+    ("shape", "number", "data", "message"),
+    [
+        ((3,), 1, b"\1" * 6, r"rope_freqs.weight is fp16 of shape \[3\]; it must be fp32 of shape \[16\]"),
+        ((0,), 0, b"", r"is fp32 of shape \[0\]"),
+        ((4, 4), 0, b"\1" * 64, r"is fp32 of shape \[4, 4\]"),
+        ((16,), 0, np.full(16, np.inf, np.float32).tobytes(), "factor is inf"),
+        ((16,), 0, np.full(16, np.nan, np.float32).tobytes(), "factor is nan"),
+        ((16,), 0, np.zeros(16, np.float32).tobytes(), "factor is 0"),
+        ((16,), 0, np.arange(16, dtype=np.float32).tobytes(), "that no llama3 scaling"),
+    ],
+)
+def test_a_damaged_table_of_rope_frequencies_is_an_error(
+    make: Any, shape: tuple[int, ...], number: int, data: bytes, message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        resolve(str(make.gguf(tensors={"rope_freqs.weight": (shape, number, data)})))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"llama__rope__freq_base": 0.0}, "rope_theta is 0"),
+        ({"llama__rope__freq_base": -1.0}, "rope_theta is -1"),
+        ({"llama__attention__key_length": 0, "llama__rope__dimension_count": 0}, "head_dim is 0"),
+    ],
+)
+def test_numbers_are_checked_before_the_table_of_rope_frequencies_is(
+    make: Any, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        resolve(str(make.gguf(tensors={"rope_freqs.weight": rope_freqs(8.0, 8192)}, **changes)))
+
+
+@pytest.mark.parametrize("layer", ["00", "10000", "9" * 200, "٣"])
+def test_a_layer_has_a_plain_number_of_four_digits_at_most(make: Any, layer: str) -> None:
+    with pytest.raises(CheckpointError, match=r"tensor blk\..* has no place in a Llama model"):
+        resolve(str(make.gguf(tensors={f"blk.{layer}.attn_norm.weight": ((64,), 0, b"\0" * 256)})))
+
+
+@pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"general__architecture": "qwen3"}, "architecture 'qwen3'; only llama"),
@@ -80,6 +120,7 @@ def test_a_table_of_another_scaling_is_an_error(make: Any) -> None:
         ({"llama__attention__layer_norm_rms_epsilon": "x"}, "epsilon = x; it must be a number"),
         ({"llama__feed_forward_length": np.array([96, 96], np.int32)}, r"feed_forward_length = \[96, 96\]"),
         ({"llama__attention__head_count": 0}, "num_q_heads is 0"),
+        ({"llama__block_count": 2**31 - 1}, "num_layers is 2147483647; it must be from 1 to 4096"),
     ],
 )
 def test_what_is_not_supported_is_named(make: Any, changes: dict[str, Any], message: str) -> None:
