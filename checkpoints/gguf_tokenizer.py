@@ -17,6 +17,8 @@ from .gguf import GgufFile
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
 """Token types of llama.cpp: made by merges, invisible in the output, text that is never split."""
 _SPACE = "▁"
+_MAX_TOKEN = 4096
+"""Characters; finding the merges takes the square of a token's length."""
 _LLAMA3_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -50,9 +52,9 @@ def build_tokenizer(gguf: GgufFile) -> tokenizers.Tokenizer:
     _add_special_tokens(tokenizer, gguf, tokens)
     bos = special_tokens(gguf).get("bos_token")
     if bos is not None and gguf.metadata.get("tokenizer.ggml.add_bos_token", _adds_bos(gguf)):
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=[bos, "$A"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
-        )
+        # The template has syntax of its own, in which a token like ":" would be an error.
+        token: Any = {"id": "bos", "ids": [tokenizer.token_to_id(bos)], "tokens": [bos]}
+        tokenizer.post_processor = processors.TemplateProcessing(single=["bos", "$A"], special_tokens=[token])
     return tokenizer
 
 
@@ -115,8 +117,12 @@ def _split_merge(gguf: GgufFile, merge: str) -> tuple[str, str]:
 
 def _sentence_piece(gguf: GgufFile, tokens: Sequence[str]) -> tokenizers.Tokenizer:
     scores = gguf.metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(tokens):
+    if not isinstance(scores, list) or len(scores) != len(tokens) or not isinstance(scores[0], float):
         raise CheckpointError(f"{gguf.path} lacks tokenizer.ggml.scores, one for each token")
+    if (longest := max(map(len, tokens))) > _MAX_TOKEN:
+        raise CheckpointError(
+            f"{gguf.path} has a token of {longest} characters; at most {_MAX_TOKEN} are read"
+        )
     merges = _merges_by_score(tokens, scores, _token_types(gguf, tokens))
     unknown = special_tokens(gguf).get("unk_token")
     tokenizer = _bpe(gguf, tokens, merges, unk_token=unknown, fuse_unk=True, byte_fallback=True)
@@ -148,12 +154,17 @@ def _merges_by_score(
 
 
 def _add_special_tokens(tokenizer: tokenizers.Tokenizer, gguf: GgufFile, tokens: Sequence[str]) -> None:
-    types = _token_types(gguf, tokens)
-    for token, kind in zip(tokens, types, strict=True):
-        if kind == _CONTROL:
-            tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False)])
-        elif kind == _USER_DEFINED:
-            tokenizer.add_tokens([AddedToken(token, special=False, normalized=False)])
+    control, user_defined = (
+        [
+            AddedToken(token, special=wanted == _CONTROL, normalized=False)
+            for token, kind in zip(tokens, _token_types(gguf, tokens), strict=True)
+            if kind == wanted
+        ]
+        for wanted in (_CONTROL, _USER_DEFINED)
+    )
+    # All at once: each call costs the time of all tokens that were added before.
+    tokenizer.add_special_tokens(control)
+    tokenizer.add_tokens(user_defined)
 
 
 def _token_types(gguf: GgufFile, tokens: Sequence[str]) -> Sequence[object]:
