@@ -58,8 +58,8 @@ class Store:
             self._private.stop()
 
 
-async def keep_running(restart_if_dead: Callable[[], Awaitable[bool]], restarted: Callable[[], None]) -> None:
-    """Has a dead server started anew until cancelled, and calls `restarted` each time that was done.
+async def keep_running(restart_if_dead: Callable[[], Awaitable[bool]]) -> None:
+    """Has a dead server started anew until cancelled. It is empty then; announcer.py fills it.
 
     Whatever keeps it from starting is logged and tried again, since requests are served without a store too.
     """
@@ -69,7 +69,6 @@ async def keep_running(restart_if_dead: Callable[[], Awaitable[bool]], restarted
         try:
             if await restart_if_dead():
                 logger.warning("store_restarted")
-                restarted()
             pause_s = LOOK_S
         except Exception as exc:
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)

@@ -167,7 +167,7 @@ class Cluster:
         self._own(self._announcer.run())
         await self._all_started()
         await self._all_linked()
-        self._own(store.keep_running(self._restart_store, self._publish_all))
+        self._own(store.keep_running(self._restart_store))
         self._own(LivenessWatch(self.slots, self._status.ask, MonotonicClock(), self.config.supervisor).run())
 
     async def wait(self) -> None:
@@ -288,9 +288,3 @@ class Cluster:
 
     async def _restart_store(self) -> bool:
         return await asyncio.to_thread(self._base.store.restart_if_dead)
-
-    def _publish_all(self) -> None:
-        """Tells a store that is empty who is there."""
-        for slot in self.slots:
-            if slot.started is not None:
-                self._announcer.publish(slot.started)
