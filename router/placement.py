@@ -187,8 +187,8 @@ class PlacementPolicy:
     def _local(self, side: _DecodeSide, uncached: int, demand: Demand, output: float) -> _Candidate:
         """Chunks of the prompt ride on the worker's decode steps and lengthen them."""
         worker = side.worker
-        chunk = max(worker.chunk_budget, self._local_prefill_tokens)
-        ttft_s = demand.elapsed_s + _prompt_s(worker, demand.num_tokens, uncached, chunk, side.batch_s)
+        prompt_s = _prompt_s(worker, demand.num_tokens, uncached, worker.chunk_budget, side.batch_s)
+        ttft_s = demand.elapsed_s + prompt_s
         # What the chunks cost is spread over the tokens that everybody in the batch waits for meanwhile.
         token_s = side.token_s + worker.terms[1] * uncached / output
         slacks = _slacks_of(demand, ttft_s, token_s, side.memory)

@@ -41,7 +41,7 @@ MODEL = step_times()
 
 def worker(name: str, role: str, *, layout: str = "L", max_running: int = 16, **load: int) -> WorkerHandle:
     handle = WorkerHandle(Member(worker_id=name, role=role, address=f"{name}:1", incarnation="1"), MODEL)
-    chunk = {"prefill": 512, "decode": 0, "colocated": 128}[role]
+    chunk = {"prefill": 512, "decode": 128, "colocated": 128}[role]
     handle.on_hello(
         wpb.WorkerHello(
             worker_id=name,
@@ -165,6 +165,11 @@ def test_a_mostly_cached_prompt_may_stay_on_the_decode_worker() -> None:
 
 def test_without_a_prefill_pool_decode_workers_compute_prompts() -> None:
     assert names(place([worker("d0", "decode")])) == ("-", "d0")
+
+
+def test_a_prompt_on_the_decode_worker_takes_as_many_steps_as_its_chunks_are() -> None:
+    workers = [worker("d0", "decode", running=4, running_context=400)]
+    assert place(workers, local=1024).ttft_ms == place(workers, local=0).ttft_ms > 4 * 10  # four chunks
 
 
 def test_without_a_decode_worker_nothing_is_possible() -> None:
