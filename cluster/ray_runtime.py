@@ -32,8 +32,6 @@ _ALWAYS = {
     "RAY_USAGE_STATS_ENABLED": "0",
     # Ray would hide every GPU from actors that ask for none, and warns that it will stop doing so.
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    # Ray would run workers at 15, behind all else on the machine; somebody waits for their tokens.
-    "RAY_worker_niceness": "0",
 }
 
 

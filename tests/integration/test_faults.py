@@ -128,8 +128,8 @@ async def test_a_thousand_requests_with_cancels_and_deaths_each_end_once(
 ) -> None:
     rng = random.Random(5)
     prompts = [[rng.randrange(512) for _ in range(rng.randrange(1, 120))] for _ in range(40)]
-    # A client that leaves does so after so many tokens. It had asked for all that fit: what this process reads
-    # late on a busy machine must not make the request finish before its cancel arrives.
+    # A client that leaves does so after so many tokens. It had asked for all that fit: what this process
+    # reads late on a busy machine must not make the request finish before its cancel arrives.
     leaves = {i: rng.randrange(20) for i in rng.sample(range(STORM), STORM // 5)}
     truth = expected(engine, prompts)
     before = await asyncio.to_thread(settled, cluster)
