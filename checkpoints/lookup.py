@@ -43,7 +43,7 @@ def resolve(
             supported; the message says what and how to change it.
     """
     report = progress or (lambda _stage, _share: None)
-    cache = Path(cache_dir).expanduser() if cache_dir is not None else default_cache()
+    cache = Path(os.path.expanduser(cache_dir)) if cache_dir is not None else default_cache()
     try:
         files = _find(name, cache, report)
         if not files.is_dummy:

@@ -105,10 +105,17 @@ async def test_a_client_re_attaches_through_the_other_gateway(cluster: Served) -
 
 
 async def test_a_client_that_leaves_frees_everything(cluster: Served) -> None:
+    def cancelled() -> int:
+        return int(cluster.status().get("requests_by_slo", {}).get("cancelled", 0))
+
     [prompt] = prompts([300], seed=4)
-    async for response in stream(cluster.addresses[0], "", prompt_request(prompt, 4000)):
+    before = await asyncio.to_thread(cancelled)
+    responses = stream(cluster.addresses[0], "", prompt_request(prompt, 4000))
+    async for response in responses:
         if response.index > 5:
             break
+    await responses.aclose()
+    await asyncio.to_thread(wait_until, lambda: cancelled() == before + 1, "the cancel to be counted", 15)
     await asyncio.to_thread(wait_until, lambda: idle(cluster), "blocks of a cancelled request", 15)
 
 

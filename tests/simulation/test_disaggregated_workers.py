@@ -17,6 +17,11 @@ from .gateway import Gateway, Placement
 from .traffic import draw_request, expected, one_and_one, serve_all, simulate, small_pools, until_idle
 
 
+def num_handoffs(worker: SimWorker) -> float:
+    """As /metrics tells."""
+    return worker.host.metrics.registry.get_sample_value("diphase_worker_handoff_seconds_count") or 0.0
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_disaggregated_output_is_the_single_engines(seed: int) -> None:
     rng = random.Random(seed)
@@ -26,6 +31,9 @@ def test_disaggregated_output_is_the_single_engines(seed: int) -> None:
         placement = Placement(workers[0].peer, workers[1].peer)
         await serve_all(gateway, requests, lambda i, attempt: placement, rng)
         await until_idle(workers)
+        # All but those that end with token 0.
+        longer = sum(len(expected(*request)) > 1 for request in requests)
+        assert num_handoffs(workers[1]) == longer > 0
 
     simulate(seed, one_and_one, body)
 
@@ -77,6 +85,7 @@ def test_a_decode_worker_computes_the_prompts_that_are_placed_on_it(seed: int) -
         alone = Placement(None, workers[1].peer)
         await serve_all(gateway, requests, lambda i, attempt: alone if i % 2 else both, rng)
         await until_idle(workers)
+        assert num_handoffs(workers[1]) == sum(len(expected(*request)) > 1 for request in requests[::2])
 
     simulate(seed, one_and_one, body)
 
@@ -92,8 +101,10 @@ def test_a_colocated_worker_gives_the_same_tokens(num_blocks: int) -> None:
 
     async def body(world: World, gateway: Gateway, workers: list[SimWorker]) -> None:
         placement = Placement(None, workers[0].peer)
-        await serve_all(gateway, requests, lambda i, attempt: placement, rng, cancels=0.2)
+        cancelled = await serve_all(gateway, requests, lambda i, attempt: placement, rng, cancels=0.2)
+        assert cancelled < len(requests) / 2  # the others' tokens were compared
         await until_idle(workers)
+        assert num_handoffs(workers[0]) == 0
 
     simulate(0, make, body)
 

@@ -39,13 +39,18 @@ def test_a_killed_worker_costs_an_attempt_and_no_token(seed: int, victim: str) -
             await asyncio.sleep(0.5 + rng.random())
             await dead.kill()
 
+        attempts = 0
+
         def place(i: int, attempt: int) -> Placement:
+            nonlocal attempts
+            attempts += 1
             n = i + attempt
             return Placement(prefills[n % 2].peer, decodes[n % 2].peer)
 
         killing = asyncio.create_task(kill())
         await serve_all(gateway, requests, place, rng)
         await killing
+        assert attempts > len(requests)
         await until_idle([worker for worker in workers if worker is not dead])
 
     simulate(seed, make, body)
