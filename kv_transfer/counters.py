@@ -3,17 +3,22 @@ Prometheus."""
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+MAX_PEERS = 256
+"""Peers whose figures are kept; beyond it the one that was unused longest is forgotten."""
+NO_TRANSPORT = "none"
+"""Of hand-offs that failed before a transport was chosen."""
+
 
 @dataclass(slots=True)
-class HandoffCounters:
-    """Monotonic, all of them."""
+class PeerCounters:
+    """What one transport did with one peer. Monotonic, all of them; seconds are sums."""
 
     transfers: int = 0
     """Hand-offs that ended well."""
@@ -21,13 +26,51 @@ class HandoffCounters:
     """KV bytes that those moved."""
     num_segments: int = 0
     """Runs of bytes that those moved."""
+    queued_s: float = 0.0
+    """From a part's push to its write."""
+    wire_s: float = 0.0
+    """From a part's write to its end."""
+    verify_s: float = 0.0
+    """From a part's arrival to the end of its check."""
     failures: Counter[str] = field(default_factory=Counter)
-    """Hand-offs that did not, by error code."""
+    """Hand-offs that did not end well, by error code."""
+    fences: int = 0
+    """Asked for."""
+    quarantined_blocks: int = 0
+    """Blocks that ever went into quarantine."""
+
+    @property
+    def segment_bytes(self) -> float:
+        """Mean bytes of a segment."""
+        return self.num_bytes / self.num_segments if self.num_segments else 0.0
+
+
+@dataclass(slots=True)
+class HandoffCounters:
+    """Monotonic, all of them."""
+
+    peers: OrderedDict[tuple[str, str], PeerCounters] = field(default_factory=OrderedDict)
+    """(transport, the peer's worker_id) -> its figures, the least recently used first."""
     refused: Counter[str] = field(default_factory=Counter)
     """Messages and notices that changed nothing, by reason: stale, stray, repeated, malformed."""
     digest_mismatches: int = 0
-    quarantined_blocks: int = 0
-    """Blocks that ever went into quarantine."""
+
+    def peer(self, transport: str, worker_id: str) -> PeerCounters:
+        """The figures of a peer, to count into."""
+        key = (transport or NO_TRANSPORT, worker_id)
+        counters = self.peers.setdefault(key, PeerCounters())
+        self.peers.move_to_end(key)
+        if len(self.peers) > MAX_PEERS:
+            self.peers.popitem(last=False)
+        return counters
+
+    def total(self) -> PeerCounters:
+        """The sum over the peers that are known."""
+        total = PeerCounters()
+        for peer in self.peers.values():
+            for each in fields(PeerCounters):
+                setattr(total, each.name, getattr(total, each.name) + getattr(peer, each.name))
+        return total
 
 
 class HandoffCollector(Collector):
@@ -38,11 +81,19 @@ class HandoffCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         counters = self._counters
+        for name, help_text, attribute in _PEER_METRICS:
+            metric = CounterMetricFamily(f"diphase_handoff_{name}", help_text, labels=["transport", "peer"])
+            for labels, peer in counters.peers.items():
+                metric.add_metric(labels, getattr(peer, attribute))
+            yield metric
         failures = CounterMetricFamily(
-            "diphase_failed_handoffs", "Hand-offs that failed as this side sees them", labels=["code"]
+            "diphase_failed_handoffs",
+            "Hand-offs that failed as this side sees them",
+            labels=["transport", "peer", "code"],
         )
-        for code, count in sorted(counters.failures.items()):
-            failures.add_metric([code], count)
+        for labels, peer in counters.peers.items():
+            for code, count in sorted(peer.failures.items()):
+                failures.add_metric([*labels, code], count)
         refused = CounterMetricFamily(
             "diphase_refused_handoff_messages",
             "Hand-off messages and notices that changed nothing",
@@ -52,10 +103,19 @@ class HandoffCollector(Collector):
             refused.add_metric([reason], count)
         yield from (failures, refused)
         yield CounterMetricFamily(
-            "diphase_digest_mismatches", "KV blocks whose digest was wrong", value=counters.digest_mismatches
+            "diphase_digest_mismatches",
+            "Parts whose bytes were not those sent",
+            value=counters.digest_mismatches,
         )
-        yield CounterMetricFamily(
-            "diphase_quarantined_blocks",
-            "KV blocks that went into quarantine",
-            value=counters.quarantined_blocks,
-        )
+
+
+_PEER_METRICS = (
+    ("transfers", "Hand-offs that ended well", "transfers"),
+    ("bytes", "KV bytes of hand-offs that ended well", "num_bytes"),
+    ("segments", "Runs of bytes of hand-offs that ended well", "num_segments"),
+    ("queued_seconds", "From a part's push to its write, summed", "queued_s"),
+    ("wire_seconds", "From a part's write to its end, summed", "wire_s"),
+    ("verify_seconds", "From a part's arrival to the end of its check, summed", "verify_s"),
+    ("fences", "Fences asked for", "fences"),
+    ("quarantined_blocks", "KV blocks that went into quarantine", "quarantined_blocks"),
+)

@@ -23,7 +23,7 @@ class DecodeState(StrEnum):
     FILLING = "filling"
     """The prompt computes or bytes arrive."""
     VERIFYING = "verifying"
-    """Complete came; parts are on their way or in the digest worker."""
+    """Complete came; parts are on their way or in the byte worker."""
     QUARANTINED = "quarantined"
     """It failed; the prefill side has not said that it cancelled."""
     FENCING = "fencing"

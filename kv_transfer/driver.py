@@ -23,7 +23,7 @@ from ..proto.ids import HandoffKey
 from . import machine as k
 from .base import Event as TransportEvent
 from .base import Fenced, PeerDown, Transport
-from .counters import HandoffCounters
+from .counters import HandoffCounters, PeerCounters
 from .link import ControlLink
 from .pool import BlockPool
 from .pump_timer import PumpTimer
@@ -42,6 +42,8 @@ class Session:
     transport: Transport | None = None
     """None until the link is up."""
     transport_name: str = ""
+    counters: PeerCounters = field(default_factory=PeerCounters)
+    """Of this transport and peer; counted into from the moment that the transport is chosen."""
     closing: bool = False
     fences: deque[HandoffKey] = field(default_factory=deque)
     """Who asked for the fences that are not answered, in order."""
@@ -103,8 +105,8 @@ class HandoffDriver(ABC, Generic[H, R]):
         """An event that is neither Fenced nor PeerDown."""
 
     @abstractmethod
-    def _on_digests(self, ticket: Any, digests: list[int]) -> None:
-        """An answer of the digest worker."""
+    def _on_work(self, ticket: Any, result: Any) -> None:
+        """An answer of the byte worker."""
 
     @abstractmethod
     def _on_message(self, session: Session, message: HandoffMessage) -> None:
@@ -121,15 +123,15 @@ class HandoffDriver(ABC, Generic[H, R]):
         return len(self._handoffs)
 
     def pump(self) -> None:
-        """Handles transport events, digests and deadlines; called by itself once started.
+        """Handles transport events, the byte worker's answers and deadlines; called by itself once started.
 
         Raises:
-            InternalError: a transport is broken.
+            InternalError: a transport or the byte worker is broken.
         """
         for name, event in self._transports.poll():
             self._take(name, event)
-        for ticket, digests in self._transports.digests.poll():
-            self._on_digests(ticket, digests)
+        for ticket, result in self._transports.worker.poll():
+            self._on_work(ticket, result)
         self._run()
         self._tick()
         self._deliver()
@@ -227,6 +229,7 @@ class HandoffDriver(ABC, Generic[H, R]):
             self._take_down(session, error)
             return
         session.fences.append(handoff.key)
+        session.counters.fences += 1
 
     def _add(self, handoff: H) -> None:
         self._handoffs[handoff.key] = handoff

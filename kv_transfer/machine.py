@@ -130,7 +130,7 @@ class PeerAborted:
     fault: Fault
 
 
-# From the transport and the digest worker:
+# From the transport and the byte worker:
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ class SendAbort:
     fault: Fault
 
 
-# To the transport and the digest worker:
+# To the transport and the byte worker:
 
 
 @dataclass(frozen=True, slots=True)

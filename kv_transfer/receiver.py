@@ -10,9 +10,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass, field
-
-from google.protobuf.message import DecodeError
+from typing import Any
 
 from ..proto.errors import (
     DiphaseError,
@@ -22,11 +20,10 @@ from ..proto.errors import (
     PeerLost,
 )
 from ..proto.handoff_pb2 import (
-    Complete,
     Granted,
     HandoffMessage,
     PeerHello,
-    PushNotice,
+    Pushed,
     Queued,
     Refused,
     Reserve,
@@ -41,9 +38,9 @@ from .base import Notified
 from .decode_side import Decode, start_decode, step_decode
 from .driver import HandoffDriver, Session
 from .events import Ready, ReceiveFailed, ReceiverEvent
+from .incoming_parts import Incoming, PartReader
 from .link import ControlLink, check_hello
 from .pool import BlockPool
-from .segments import block_runs
 from .side import HandoffSide
 
 _log = logging.getLogger(__name__)
@@ -52,28 +49,7 @@ _log = logging.getLogger(__name__)
 __all__ = ["HandoffReceiver", "Ready", "ReceiveFailed", "ReceiverEvent"]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Incoming:
-    key: HandoffKey
-    session: Session
-    machine: Decode
-    reserve: Reserve
-    reserved_at: float
-    cached_ids: list[int] = field(default_factory=list)
-    """Found in the prefix cache: never written to."""
-    block_ids: list[int] = field(default_factory=list)
-    """Allocated: the destinations."""
-    complete: Complete = field(default_factory=Complete)
-    granted_at: float = 0.0
-    completed_at: float = 0.0
-    quarantined: bool = False
-    notices: dict[int, PushNotice] = field(default_factory=dict)
-    """Parts that arrived and are not checked."""
-    num_bytes: int = 0
-    num_segments: int = 0
-
-
-class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
+class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
     """All hand-offs that come to this process. `events` is called on the loop, never from inside a call of
     the owner other than pump()."""
 
@@ -85,8 +61,9 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
         events: Callable[[ReceiverEvent], None],
     ) -> None:
         super().__init__(side, pool=pool, events=events)
-        self._waiting: OrderedDict[HandoffKey, _Incoming] = OrderedDict()
+        self._waiting: OrderedDict[HandoffKey, Incoming] = OrderedDict()
         self._attempts = NewestAttempts()
+        self._parts = PartReader(side, self.counters, self._post)
         self._draining = False
 
     def room_freed(self) -> None:
@@ -143,6 +120,7 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
             link=link,
             transport=transport,
             transport_name=name,
+            counters=self.counters.peer(name, hello.worker_id),
         )
         self._run()
         _log.info("session_up worker=%s transport=%s", hello.worker_id, name)
@@ -151,7 +129,8 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
     # Driver.
 
     def pump(self) -> None:
-        """Handles transport events, digests and deadlines, and gives room; called by itself once started."""
+        """Handles transport events, the byte worker's answers and deadlines, and gives room; called by
+        itself once started."""
         self._give_room()
         super().pump()
 
@@ -162,7 +141,9 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
         key = wire.key_of(message.id)
         event = wire.decode_event(message)
         handoff = self._handoffs.get(key)
-        if event is None:
+        if message.HasField("pushed"):
+            self._on_pushed(session, handoff, message.pushed)
+        elif event is None:
             self.counters.refused["malformed"] += 1
         elif handoff is not None and handoff.session is session:
             if isinstance(event, k.PeerCompleted) and not handoff.completed_at:
@@ -185,7 +166,7 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
             session.link.send(wire.message(key, refused=refused))
             return
         now = self._clock.now()
-        handoff = _Incoming(
+        handoff = Incoming(
             key=key,
             session=session,
             machine=start_decode(
@@ -196,8 +177,10 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
             ),
             reserve=reserve,
             reserved_at=now,
+            ticket=self._parts.new_ticket(),
         )
         self._add(handoff)
+        self._parts.add(handoff)
         self._waiting[key] = handoff
         self._give_room()
         if key in self._waiting:
@@ -229,7 +212,7 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
             self._post(handoff, k.RoomFound(len(handoff.cached_ids)))
             self._run()
 
-    def _allocate(self, handoff: _Incoming) -> bool:
+    def _allocate(self, handoff: Incoming) -> bool:
         cached = self._pool.match_prefix(handoff.reserve.block_hashes)
         try:
             allocated = self._pool.allocate(handoff.machine.num_blocks - len(cached))
@@ -240,41 +223,27 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
         handoff.granted_at = self._clock.now()
         return True
 
-    def _on_transport(self, name: str, event: TransportEvent) -> None:
-        if not isinstance(event, Notified):
-            return
-        notice = PushNotice()
-        try:
-            notice.ParseFromString(event.tag)
-        except DecodeError:
-            self.counters.refused["malformed"] += 1
-            return
-        handoff = self._handoffs.get(wire.key_of(notice.id))
-        if (
-            handoff is None
-            or event.peer != handoff.session.incarnation
-            or notice.incarnation != handoff.session.incarnation
-        ):
+    def _on_pushed(self, session: Session, handoff: Incoming | None, pushed: Pushed) -> None:
+        if handoff is not None and handoff.session is session:
+            self._parts.on_pushed(handoff, pushed)
+        else:
             self.counters.refused["stale"] += 1
-            return
-        handoff.notices.setdefault(notice.part, notice)
-        self._post(handoff, wire.part_event(notice))
 
-    def _on_digests(self, ticket: tuple[_Incoming, PushNotice], digests: list[int]) -> None:
-        handoff, notice = ticket
-        intact = digests == list(notice.digests)
-        if not intact:
-            self.counters.digest_mismatches += 1
-        self._post(handoff, k.PartChecked(notice.part, intact))
+    def _on_transport(self, name: str, event: TransportEvent) -> None:
+        if isinstance(event, Notified):
+            self._parts.on_notice(event)
 
-    def _act(self, handoff: _Incoming, action: k.Action) -> None:
+    def _on_work(self, ticket: tuple[Incoming, int, float], result: Any) -> None:
+        self._parts.on_work(ticket, result)
+
+    def _act(self, handoff: Incoming, action: k.Action) -> None:
         link = handoff.session.link
         match action:
             case k.SendGranted():
                 granted = Granted(
                     first_block=len(handoff.cached_ids),
                     block_ids=handoff.block_ids,
-                    region=self._transports.region_id,
+                    ticket=handoff.ticket,
                     deadline_s=self._config.progress_timeout_s,
                 )
                 link.send(wire.message(handoff.key, granted=granted))
@@ -285,7 +254,7 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
             case k.SendAbort(fault):
                 link.send(wire.abort(handoff.key, fault))
             case k.Check(part):
-                self._check(handoff, handoff.notices.pop(part))
+                self._parts.check(handoff, part)
             case k.StartFence():
                 self._fence(handoff)
             case k.Quarantine():
@@ -299,40 +268,31 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
             case k.Report(fault):
                 self._report(handoff, fault)
 
-    def _check(self, handoff: _Incoming, notice: PushNotice) -> None:
-        begin = notice.first_block - len(handoff.cached_ids)
-        blocks = handoff.block_ids[begin : begin + notice.num_blocks]
-        runs = block_runs(self._layout, blocks, first_layer=notice.first_layer, num_layers=notice.num_layers)
-        handoff.num_segments += len(runs)
-        handoff.num_bytes += int(runs[:, 1].sum())
-        if self._config.digest:
-            self._transports.digests.submit((handoff, notice), runs)
-        else:
-            self._post(handoff, k.PartChecked(notice.part, True))
-
-    def _quarantine(self, handoff: _Incoming) -> None:
+    def _quarantine(self, handoff: Incoming) -> None:
         """Only destinations: what was cached is never written to, and others may use it."""
         self._pool.release(handoff.cached_ids)
         handoff.cached_ids = []
         self._pool.quarantine(handoff.block_ids)
         handoff.quarantined = True
-        self.counters.quarantined_blocks += len(handoff.block_ids)
+        handoff.session.counters.quarantined_blocks += len(handoff.block_ids)
 
-    def _forget(self, handoff: _Incoming) -> None:
+    def _forget(self, handoff: Incoming) -> None:
         self._waiting.pop(handoff.key, None)
+        self._parts.forget(handoff)
         super()._forget(handoff)
 
-    def _report(self, handoff: _Incoming, fault: k.Fault | None) -> None:
+    def _report(self, handoff: Incoming, fault: k.Fault | None) -> None:
+        counters = handoff.session.counters
         if fault is not None:
-            self.counters.failures[fault.code] += 1
+            counters.failures[fault.code] += 1
             self._reports.append(
                 ReceiveFailed(key=handoff.key, submit=handoff.reserve.submit, error=fault.error())
             )
             return
         self._attempts.ready(handoff.key)
-        self.counters.transfers += 1
-        self.counters.num_bytes += handoff.num_bytes
-        self.counters.num_segments += handoff.num_segments
+        counters.transfers += 1
+        counters.num_bytes += handoff.num_bytes
+        counters.num_segments += handoff.num_segments
         complete = handoff.complete
         self._reports.append(
             Ready(

@@ -13,8 +13,8 @@ from contextlib import ExitStack
 from ..proto.clock import Clock
 from ..proto.errors import ConfigError, TransferError
 from .base import Event, LocalPeers, Region, Transport, TransportContext, TransportFactory
+from .byte_worker import ByteWorker
 from .config import IN_PROCESS, KvTransferConfig
-from .digest import DigestWorker
 
 TRANSPORTS: Mapping[str, str] = {
     IN_PROCESS: "diphase.kv_transfer.local:LocalTransport",
@@ -39,7 +39,7 @@ class _Waker:
 
 class TransportSet:
     """A worker's KV memory with everything that moves or reads it off the event loop: the open transports,
-    which all know it as the same region, and the digest worker."""
+    which all know it as region 0, and the byte worker."""
 
     def __init__(
         self,
@@ -47,21 +47,21 @@ class TransportSet:
         region: Region,
         *,
         waker: _Waker | None = None,
-        digest_thread: bool = True,
+        byte_thread: bool = True,
     ) -> None:
         """`transports` have not registered `region` yet; those that cannot are closed and left out."""
         self._waker = waker or _Waker()
         self._transports: dict[str, Transport] = {}
-        self.region_id = 0
         for name, transport in transports.items():
             try:
-                self.region_id = transport.register(region)
+                transport.register(region)
             except TransferError as error:
                 _log.info("transport_unusable name=%s why=%r", name, error.message)
                 transport.close()
                 continue
             self._transports[name] = transport
-        self.digests = DigestWorker(region.buffer, self._waker, threaded=digest_thread)
+        self.buffer = region.buffer
+        self.worker = ByteWorker(self._waker, threaded=byte_thread)
 
     @property
     def names(self) -> list[str]:
@@ -72,7 +72,7 @@ class TransportSet:
         return self._transports[name]
 
     def listen(self, callback: Callable[[], None]) -> None:
-        """`callback` is called from any thread when poll() or digests.poll() has something."""
+        """`callback` is called from any thread when poll() or worker.poll() has something."""
         self._waker.callback = callback
 
     def endpoints(self) -> dict[str, bytes]:
@@ -109,10 +109,10 @@ class TransportSet:
         return events
 
     def close(self) -> None:
-        """Closes every transport and the digest worker. Blocks. Idempotent."""
+        """Closes every transport and the byte worker. Blocks. Idempotent."""
         for transport in self._transports.values():
             transport.close()
-        self.digests.close()
+        self.worker.close()
 
 
 def load_factory(name: str) -> TransportFactory:

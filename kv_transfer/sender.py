@@ -5,23 +5,22 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from typing import Any
 
 from ..proto.errors import DiphaseError, PeerLost, TransferError
-from ..proto.handoff_pb2 import Complete, HandoffMessage, PeerHello, Progress, PushNotice, Reserve
+from ..proto.handoff_pb2 import Complete, HandoffMessage, PeerHello, Progress, Reserve
 from ..proto.ids import HandoffKey
 from ..proto.inference_pb2 import TokenLogprobs
 from ..proto.worker_pb2 import PeerAddress, Submit
 from . import machine as k
 from . import wire
-from .base import Done, Failed
 from .base import Event as TransportEvent
 from .driver import HandoffDriver, Session
 from .events import SenderEvent, SendFailed, Sent
 from .link import ControlLink, Dialer, check_hello
+from .outgoing_parts import Outgoing, OutgoingPart, PartWriter
 from .pool import BlockPool
 from .prefill_side import Prefill, PrefillState, start_prefill, step_prefill
-from .segments import block_runs, block_segments
 from .side import HandoffSide
 
 _log = logging.getLogger(__name__)
@@ -30,24 +29,7 @@ _log = logging.getLogger(__name__)
 __all__ = ["HandoffSender", "SendFailed", "SenderEvent", "Sent"]
 
 
-@dataclass(slots=True, eq=False, kw_only=True)
-class _Outgoing:
-    key: HandoffKey
-    session: Session
-    machine: Prefill
-    block_ids: list[int] = field(default_factory=list)
-    """Of the sequence, in order; one reference to each is held."""
-    remote_ids: list[int] = field(default_factory=list)
-    """Where the same blocks go; those that decode has cached are missing at the front."""
-    remote_region: int = 0
-    writes: dict[int, int | None] = field(default_factory=dict)
-    """Live part -> transfer id; None while its digests are computed."""
-    first_token: Complete = field(default_factory=Complete)
-    num_bytes: int = 0
-    num_segments: int = 0
-
-
-class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
+class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
     """All hand-offs that leave this process.
 
     References to blocks are the sender's own: it takes one to each block that computed() names and gives it
@@ -65,7 +47,7 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
     ) -> None:
         super().__init__(side, pool=pool, events=events)
         self._dialer = dialer
-        self._parts: dict[tuple[str, int], tuple[_Outgoing, int]] = {}
+        self._parts = PartWriter(side, self._part_ended)
 
     def begin(
         self,
@@ -90,7 +72,7 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
         if num_tokens < 1:
             raise ValueError(f"hand-off {key} has {num_tokens} tokens to send")
         session = self._sessions.get(peer.incarnation) or self._dial(peer)
-        handoff = _Outgoing(
+        handoff = Outgoing(
             key=key,
             session=session,
             machine=start_prefill(
@@ -191,7 +173,12 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
                 self._take_down(old, PeerLost(f"worker {peer.worker_id} was restarted"))
         hello = self._identity.hello(self._transports.endpoints())
         link = self._dialer.dial(peer.address, hello, self, self._config.reserve_timeout_s)
-        session = Session(worker_id=peer.worker_id, incarnation=peer.incarnation, link=link)
+        session = Session(
+            worker_id=peer.worker_id,
+            incarnation=peer.incarnation,
+            link=link,
+            counters=self.counters.peer("", peer.worker_id),
+        )
         self._sessions[peer.incarnation] = session
         return session
 
@@ -217,6 +204,7 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
             transport.disconnect(peer)
             raise TransferError(f"the endpoint of worker {session.worker_id} is that of {peer}")
         session.transport, session.transport_name = transport, hello.transport
+        session.counters = self.counters.peer(hello.transport, session.worker_id)
         _log.info("session_up worker=%s transport=%s", session.worker_id, hello.transport)
 
     # Driver.
@@ -233,7 +221,7 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
         elif handoff is not None and handoff.session is session:
             if isinstance(event, k.PeerGranted) and not handoff.remote_ids:
                 handoff.remote_ids = list(message.granted.block_ids)
-                handoff.remote_region = message.granted.region
+                handoff.ticket = message.granted.ticket
             self._post(handoff, event)
         elif isinstance(event, k.PeerAborted | k.PeerGranted):
             # Decode waits to hear that nothing of this hand-off is written any more, and nothing is.
@@ -242,26 +230,21 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
             self.counters.refused["stale"] += 1
 
     def _on_transport(self, name: str, event: TransportEvent) -> None:
-        if not isinstance(event, Done | Failed):
-            return
-        handoff, part = self._parts.pop((name, event.transfer_id), (None, 0))
-        if handoff is not None:
-            handoff.writes.pop(part, None)
-            fault = k.Fault(event.code, event.message) if isinstance(event, Failed) else None
-            self._post(handoff, k.WriteEnded(part, fault))
+        self._parts.on_transport(name, event)
 
-    def _on_digests(self, ticket: tuple[_Outgoing, k.Push], digests: list[int]) -> None:
-        handoff, push = ticket
-        if push.part in handoff.writes:  # else it was cancelled meanwhile
-            self._write(handoff, push, digests)
+    def _on_work(self, ticket: OutgoingPart, result: Any) -> None:
+        self._parts.on_work(ticket, result)
 
-    def _act(self, handoff: _Outgoing, action: k.Action) -> None:
+    def _part_ended(self, handoff: Outgoing, part: int, fault: k.Fault | None) -> None:
+        self._post(handoff, k.WriteEnded(part, fault))
+
+    def _act(self, handoff: Outgoing, action: k.Action) -> None:
         link = handoff.session.link
         match action:
             case k.Push():
-                self._push(handoff, action)
+                self._parts.push(handoff, action)
             case k.CancelWrites():
-                self._cancel(handoff)
+                self._parts.cancel(handoff)
             case k.SendProgress(num_tokens):
                 link.send(wire.message(handoff.key, progress=Progress(computed_tokens=num_tokens)))
             case k.SendComplete(num_parts):
@@ -278,77 +261,18 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
             case k.Report(fault):
                 self._report(handoff, fault)
 
-    def _push(self, handoff: _Outgoing, push: k.Push) -> None:
-        handoff.writes[push.part] = None
-        if not self._config.digest:
-            self._write(handoff, push, [])
-            return
-        blocks = handoff.block_ids[push.first_block : push.first_block + push.num_blocks]
-        runs = block_runs(self._layout, blocks, first_layer=push.first_layer, num_layers=push.num_layers)
-        self._transports.digests.submit((handoff, push), runs)
-
-    def _write(self, handoff: _Outgoing, push: k.Push, digests: list[int]) -> None:
-        session = handoff.session
-        cached = handoff.machine.num_blocks - len(handoff.remote_ids)
-        begin, end = push.first_block, push.first_block + push.num_blocks
-        segments = block_segments(
-            self._layout,
-            handoff.block_ids[begin:end],
-            handoff.remote_ids[begin - cached : end - cached],
-            first_layer=push.first_layer,
-            num_layers=push.num_layers,
-            local_region=self._transports.region_id,
-            remote_region=handoff.remote_region,
-        )
-        notice = PushNotice(
-            id=wire.handoff_id(handoff.key),
-            incarnation=self._identity.incarnation,
-            part=push.part,
-            first_block=push.first_block,
-            num_blocks=push.num_blocks,
-            first_layer=push.first_layer,
-            num_layers=push.num_layers,
-            digests=digests,
-        )
-        try:
-            if session.closing or session.transport is None:
-                raise PeerLost("the connection is closing")
-            transfer_id = session.transport.write(
-                session.incarnation, segments, notice.SerializeToString(), self._config.tail_timeout_s
-            )
-        except TransferError as error:
-            del handoff.writes[push.part]
-            self._post(handoff, k.WriteEnded(push.part, k.Fault.of(error)))
-            return
-        handoff.writes[push.part] = transfer_id
-        handoff.num_segments += len(segments)
-        handoff.num_bytes += int(segments[:, 4].sum())
-        self._parts[session.transport_name, transfer_id] = (handoff, push.part)
-
-    def _cancel(self, handoff: _Outgoing) -> None:
-        for part, transfer_id in list(handoff.writes.items()):
-            if transfer_id is None:  # still with the digest worker: it will not be written at all
-                del handoff.writes[part]
-                self._post(
-                    handoff, k.WriteEnded(part, k.Fault(k.CANCELLED, "cancelled before it was written"))
-                )
-            elif handoff.session.transport is not None:
-                handoff.session.transport.cancel(transfer_id)
-
-    def _release(self, handoff: _Outgoing) -> None:
-        for transfer_id in handoff.writes.values():
-            if transfer_id is not None:
-                self._parts.pop((handoff.session.transport_name, transfer_id), None)
-        handoff.writes.clear()
+    def _release(self, handoff: Outgoing) -> None:
+        self._parts.forget(handoff)
         self._pool.release(handoff.block_ids)
         handoff.block_ids = []
 
-    def _report(self, handoff: _Outgoing, fault: k.Fault | None) -> None:
+    def _report(self, handoff: Outgoing, fault: k.Fault | None) -> None:
+        counters = handoff.session.counters
         if fault is not None:
-            self.counters.failures[fault.code] += 1
+            counters.failures[fault.code] += 1
             self._reports.append(SendFailed(key=handoff.key, error=fault.error()))
             return
-        self.counters.transfers += 1
-        self.counters.num_bytes += handoff.num_bytes
-        self.counters.num_segments += handoff.num_segments
+        counters.transfers += 1
+        counters.num_bytes += handoff.num_bytes
+        counters.num_segments += handoff.num_segments
         self._reports.append(Sent(key=handoff.key))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import struct
 from typing import Any
 
 from ..proto.errors import DiphaseError
-from ..proto.handoff_pb2 import Abort, HandoffId, HandoffMessage, PushNotice
+from ..proto.handoff_pb2 import Abort, HandoffId, HandoffMessage, Pushed
 from ..proto.ids import HandoffKey
 from ..proto.worker_pb2 import WireError
 from . import machine as k
+
+_TAG = struct.Struct("<QI")
 
 
 def message(key: HandoffKey, **kind: Any) -> HandoffMessage:
@@ -69,7 +72,17 @@ def decode_event(received: HandoffMessage) -> k.Event | None:
     return None
 
 
-def part_event(notice: PushNotice) -> k.PartArrived:
+def part_event(pushed: Pushed) -> k.PartArrived:
     return k.PartArrived(
-        notice.part, notice.first_block, notice.num_blocks, notice.first_layer, notice.num_layers
+        pushed.part, pushed.first_block, pushed.num_blocks, pushed.first_layer, pushed.num_layers
     )
+
+
+def part_tag(ticket: int, part: int) -> bytes:
+    """The tag of the write that brings a part."""
+    return _TAG.pack(ticket, part)
+
+
+def read_tag(tag: bytes) -> tuple[int, int] | None:
+    """(ticket, part); None: it is no such tag."""
+    return _TAG.unpack(tag) if len(tag) == _TAG.size else None

@@ -23,7 +23,7 @@ class HandoffId(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class HandoffMessage(_message.Message):
-    __slots__ = ("id", "hello", "reserve", "granted", "queued", "refused", "progress", "complete", "verified", "abort")
+    __slots__ = ("id", "hello", "reserve", "granted", "queued", "refused", "progress", "complete", "verified", "abort", "pushed")
     ID_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -34,6 +34,7 @@ class HandoffMessage(_message.Message):
     COMPLETE_FIELD_NUMBER: _ClassVar[int]
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
+    PUSHED_FIELD_NUMBER: _ClassVar[int]
     id: HandoffId
     hello: PeerHello
     reserve: Reserve
@@ -44,7 +45,8 @@ class HandoffMessage(_message.Message):
     complete: Complete
     verified: Verified
     abort: Abort
-    def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., hello: _Optional[_Union[PeerHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., verified: _Optional[_Union[Verified, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ...) -> None: ...
+    pushed: Pushed
+    def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., hello: _Optional[_Union[PeerHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., verified: _Optional[_Union[Verified, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., pushed: _Optional[_Union[Pushed, _Mapping]] = ...) -> None: ...
 
 class PeerHello(_message.Message):
     __slots__ = ("worker_id", "incarnation", "cluster_token", "protocol_version", "layout_hash", "endpoints", "transport")
@@ -82,16 +84,16 @@ class Reserve(_message.Message):
     def __init__(self, submit: _Optional[_Union[_worker_pb2.Submit, _Mapping]] = ..., num_tokens: _Optional[int] = ..., block_hashes: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Granted(_message.Message):
-    __slots__ = ("first_block", "block_ids", "region", "deadline_s")
+    __slots__ = ("first_block", "block_ids", "ticket", "deadline_s")
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     BLOCK_IDS_FIELD_NUMBER: _ClassVar[int]
-    REGION_FIELD_NUMBER: _ClassVar[int]
+    TICKET_FIELD_NUMBER: _ClassVar[int]
     DEADLINE_S_FIELD_NUMBER: _ClassVar[int]
     first_block: int
     block_ids: _containers.RepeatedScalarFieldContainer[int]
-    region: int
+    ticket: int
     deadline_s: float
-    def __init__(self, first_block: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., region: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
+    def __init__(self, first_block: _Optional[int] = ..., block_ids: _Optional[_Iterable[int]] = ..., ticket: _Optional[int] = ..., deadline_s: _Optional[float] = ...) -> None: ...
 
 class Queued(_message.Message):
     __slots__ = ("lease_s",)
@@ -133,22 +135,18 @@ class Abort(_message.Message):
     error: _worker_pb2.WireError
     def __init__(self, error: _Optional[_Union[_worker_pb2.WireError, _Mapping]] = ...) -> None: ...
 
-class PushNotice(_message.Message):
-    __slots__ = ("id", "incarnation", "part", "first_block", "num_blocks", "first_layer", "num_layers", "digests")
-    ID_FIELD_NUMBER: _ClassVar[int]
-    INCARNATION_FIELD_NUMBER: _ClassVar[int]
+class Pushed(_message.Message):
+    __slots__ = ("part", "first_block", "num_blocks", "first_layer", "num_layers", "digests")
     PART_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
-    id: HandoffId
-    incarnation: str
     part: int
     first_block: int
     num_blocks: int
     first_layer: int
     num_layers: int
     digests: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., incarnation: _Optional[str] = ..., part: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., digests: _Optional[_Iterable[int]] = ...) -> None: ...
+    def __init__(self, part: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., digests: _Optional[_Iterable[int]] = ...) -> None: ...

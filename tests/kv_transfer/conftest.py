@@ -100,7 +100,7 @@ class Pair:
             transports=TransportSet(
                 {"local": LocalTransport(context)},
                 Region(buffer=memory.data),
-                digest_thread=False,
+                byte_thread=False,
             ),
             identity=LinkIdentity(
                 worker_id=name, incarnation=incarnation, layout_hash=self.layout.fingerprint()

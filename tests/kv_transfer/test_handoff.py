@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from diphase.kv_transfer import wire
 from diphase.kv_transfer.receiver import Ready
 from diphase.kv_transfer.sender import Sent
 from diphase.proto.errors import Cancelled, TransferError
@@ -45,9 +46,29 @@ class TestGoodCourse:
         assert pair.sent() == [Sent(key=KEY)]
         assert idle(pair)
         for counters in (pair.sender.counters, pair.receiver.counters):
-            assert (counters.transfers, counters.num_bytes) == (1, ready.num_bytes)
-            assert not counters.failures
+            total = counters.total()
+            assert (total.transfers, total.num_bytes) == (1, ready.num_bytes)
+            assert not total.failures
             assert not counters.refused
+
+    @pytest.mark.parametrize("late", ["control", "data"])
+    async def test_bytes_and_their_description_may_come_in_either_order(
+        self, make_pair: Any, late: str
+    ) -> None:
+        pair = make_pair()
+        blocks = pair.begin(KEY, 10)
+        pair.pump()
+        lane = ("p:1", "d:1") if late == "control" else ("p-1", "d-1")
+        getattr(pair, late).held.add(lane)
+        pair.sender.computed(KEY, blocks, 10)
+        pair.sender.seeded(KEY, 42, 3.0)
+        pair.p.pool.release(blocks)
+        pair.pump()
+        assert pair.received() == []
+        getattr(pair, late).held.clear()
+        pair.pump()
+        assert [type(event) for event in pair.received()] == [Ready]
+        assert idle(pair)
 
     async def test_layers_go_while_later_ones_are_computed(self, make_pair: Any) -> None:
         pair = make_pair(layerwise_tokens=0, layers_per_push=2)
@@ -162,6 +183,17 @@ class TestGoodCourse:
 
 
 class TestFailures:
+    @pytest.mark.parametrize("tag", [b"", b"short", wire.part_tag(99, 0), b"x" * 48])
+    async def test_a_notice_that_belongs_to_nothing_is_counted(self, make_pair: Any, tag: bytes) -> None:
+        pair = make_pair()
+        send(pair)
+        pair.pump()
+        pair.p.transports["local"].notify("d-1", tag or b"?")
+        pair.pump()
+        reason = "stale" if wire.read_tag(tag) else "malformed"
+        assert pair.receiver.counters.refused == {reason: 1}
+        assert idle(pair)
+
     async def test_bytes_that_change_on_the_way_are_never_served(self, make_pair: Any) -> None:
         pair = make_pair()
         pair.data.held.add(("p-1", "d-1"))
@@ -172,7 +204,7 @@ class TestFailures:
         pair.pump()
         assert error_codes(pair.received()) == error_codes(pair.sent()) == ["digest_mismatch"]
         assert pair.receiver.counters.digest_mismatches == 1
-        assert pair.receiver.counters.quarantined_blocks == 3
+        assert pair.receiver.counters.total().quarantined_blocks == 3
         assert idle(pair)
 
     @pytest.mark.parametrize("who", ["sender", "receiver"])

@@ -5,22 +5,25 @@ from __future__ import annotations
 import itertools
 import random
 import threading
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pytest
 import xxhash
+from diphase.kv_transfer import wire
 from diphase.kv_transfer.admission import REMEMBERED, NewestAttempts, check_reservation
 from diphase.kv_transfer.base import Region, TransportContext
+from diphase.kv_transfer.byte_worker import ByteWorker
 from diphase.kv_transfer.config import KvTransferConfig
-from diphase.kv_transfer.counters import HandoffCollector, HandoffCounters
-from diphase.kv_transfer.digest import DigestWorker, digest_runs
+from diphase.kv_transfer.counters import MAX_PEERS, HandoffCollector, HandoffCounters
+from diphase.kv_transfer.digest import digest_runs
 from diphase.kv_transfer.local import LocalHub, LocalTransport
 from diphase.kv_transfer.push_plan import advance, pieces
 from diphase.kv_transfer.registry import TRANSPORTS, TransportSet, load_factory, open_transports
 from diphase.kv_transfer.segments import block_runs, block_segments
 from diphase.proto.clock import MonotonicClock
-from diphase.proto.errors import ConfigError, InvalidRequest, PromptTooLong, TransferError
+from diphase.proto.errors import ConfigError, InternalError, InvalidRequest, PromptTooLong, TransferError
 from diphase.proto.handoff_pb2 import Reserve
 from diphase.proto.ids import HandoffKey
 from diphase.proto.kv_layout import KvLayout
@@ -72,12 +75,12 @@ def test_whole_blocks_that_are_neighbours_at_both_ends_are_one_segment() -> None
 def test_digests_come_back_with_their_tickets_in_order(threaded: bool) -> None:
     buffer = memoryview(bytearray(random.Random(3).randbytes(30 * LAYOUT.block_bytes)))
     woken = threading.Semaphore(0)
-    worker = DigestWorker(buffer, woken.release, threaded=threaded)
+    worker = ByteWorker(woken.release, threaded=threaded)
     wanted = []
     for ticket in range(50):
         blocks = [ticket % 30, (ticket * 7) % 30]
         runs = block_runs(LAYOUT, blocks, first_layer=1, num_layers=2)
-        worker.submit(ticket, runs)
+        worker.submit(ticket, partial(digest_runs, buffer, runs))
         offsets = [LAYOUT.run(block, 1, 2) for block in blocks]
         wanted.append((ticket, [xxhash.xxh3_64_intdigest(buffer[o : o + n]) for o, n in offsets]))
     results: list[Any] = []
@@ -201,7 +204,7 @@ def test_a_host_that_is_not_ours_is_an_error_that_names_the_key(transport: str, 
 
 def local_set(hub: LocalHub, incarnation: str) -> TransportSet:
     context = TransportContext(incarnation=incarnation, wake=lambda: None, clock=MonotonicClock(), hub=hub)
-    return TransportSet({"local": LocalTransport(context)}, region(), digest_thread=False)
+    return TransportSet({"local": LocalTransport(context)}, region(), byte_thread=False)
 
 
 def test_the_choice_names_why_nothing_fits() -> None:
@@ -240,21 +243,64 @@ def test_attempts_are_remembered_but_not_for_ever() -> None:
     assert attempts.begin(HandoffKey("r", 0)) is None
 
 
+def test_what_a_job_raises_is_its_result_unless_it_is_a_fault_of_ours() -> None:
+    woken = threading.Semaphore(0)
+    worker = ByteWorker(woken.release)
+    error = TransferError("malformed")
+
+    def refuse() -> None:
+        raise error
+
+    def crash() -> None:
+        raise ZeroDivisionError
+
+    worker.submit("a", refuse)
+    assert woken.acquire(timeout=20.0)
+    assert worker.poll() == [("a", error)]
+    worker.submit("b", crash)
+    assert woken.acquire(timeout=20.0)
+    with pytest.raises(InternalError, match="crashed: ZeroDivisionError"):
+        worker.poll()
+    worker.close()
+
+
+def test_a_tag_is_twelve_bytes_and_anything_else_is_none() -> None:
+    tag = wire.part_tag(2**64 - 1, 2**32 - 1)
+    assert len(tag) == 12
+    assert wire.read_tag(tag) == (2**64 - 1, 2**32 - 1)
+    assert wire.read_tag(tag[:-1]) is wire.read_tag(tag + b"x") is wire.read_tag(b"") is None
+
+
 def test_prometheus_reads_the_counters_as_they_are_when_it_asks() -> None:
     counters = HandoffCounters()
     registry = CollectorRegistry()
     registry.register(HandoffCollector(counters))
-    counters.failures["peer_lost"] += 2
+    counters.peer("tcp", "d0").failures["peer_lost"] += 2
     counters.refused["stale"] += 1
-    counters.quarantined_blocks += 7
+    counters.peer("tcp", "d0").quarantined_blocks += 7
+    counters.peer("", "d1").wire_s += 0.5
     values = {
         (sample.name, *sample.labels.values()): sample.value
         for metric in registry.collect()
         for sample in metric.samples
     }
-    assert values == {
-        ("diphase_failed_handoffs_total", "peer_lost"): 2,
+    assert {name: value for name, value in values.items() if value} == {
+        ("diphase_failed_handoffs_total", "tcp", "d0", "peer_lost"): 2,
         ("diphase_refused_handoff_messages_total", "stale"): 1,
-        ("diphase_digest_mismatches_total",): 0,
-        ("diphase_quarantined_blocks_total",): 7,
+        ("diphase_handoff_quarantined_blocks_total", "tcp", "d0"): 7,
+        ("diphase_handoff_wire_seconds_total", "none", "d1"): 0.5,
     }
+    assert values["diphase_digest_mismatches_total",] == 0
+    assert counters.total().quarantined_blocks == 7
+    assert counters.total().failures == {"peer_lost": 2}
+
+
+def test_of_too_many_peers_the_one_unused_longest_is_forgotten() -> None:
+    counters = HandoffCounters()
+    kept = counters.peer("shm", "first")
+    for i in range(MAX_PEERS):
+        counters.peer("shm", "first")
+        counters.peer("shm", f"other{i}")
+    assert len(counters.peers) == MAX_PEERS
+    assert counters.peer("shm", "first") is kept
+    assert ("shm", "other0") not in counters.peers
