@@ -1,0 +1,112 @@
+"""Staging: pieces of a buffer, who may write where, and when a piece may be used again."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from diphase.kv_transfer.arena import ALIGNMENT, Arena
+from diphase.kv_transfer.staging import HIGH_WATERMARK, LOW_WATERMARK, Credits, Lender, Window
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_pieces_never_overlap_and_all_come_back(seed: int) -> None:
+    rng = random.Random(seed)
+    arena = Arena(4096, 64 * ALIGNMENT)
+    taken: dict[int, int] = {}
+    for _ in range(300):
+        if taken and rng.random() < 0.5:
+            offset = rng.choice(list(taken))
+            arena.give_back(offset)
+            del taken[offset]
+        else:
+            length = rng.choice([1, ALIGNMENT, rng.randint(1, 20 * ALIGNMENT)])
+            piece = arena.take(length)
+            if piece is not None:
+                taken[piece] = length
+        spans = sorted((offset, offset + length) for offset, length in taken.items())
+        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(4096 <= begin and end <= 4096 + 64 * ALIGNMENT for begin, end in spans)
+        assert all(begin % ALIGNMENT == 0 for begin, _ in spans)
+        assert arena.used == sum(-(-n // ALIGNMENT) * ALIGNMENT for n in taken.values())
+    for offset in taken:
+        arena.give_back(offset)
+    assert arena.take(64 * ALIGNMENT) == 4096, "all of it is one piece again"
+
+
+def test_an_arena_says_what_could_never_fit() -> None:
+    arena = Arena(0, 2 * ALIGNMENT)
+    assert arena.take(ALIGNMENT + 1) == 0
+    assert arena.take(1) is None
+    assert arena.fits(2 * ALIGNMENT)
+    assert not arena.fits(2 * ALIGNMENT + 1)
+    with pytest.raises(KeyError):
+        arena.give_back(ALIGNMENT)
+
+
+def test_windows_are_lent_until_there_are_none() -> None:
+    lender = Lender(3, size=10 * ALIGNMENT, window_size=4 * ALIGNMENT)
+    first, second = lender.lend("a"), lender.lend("b")
+    assert first is not None
+    assert second is not None
+    assert {first.offset, second.offset} == {0, 4 * ALIGNMENT}
+    assert (first.region, first.size) == (3, 4 * ALIGNMENT)
+    assert lender.lend("c") is None
+    lender.take_back("a")
+    lender.take_back("a")
+    lender.take_back("stranger")
+    assert lender.lend("c") == first
+    assert lender.lent("c") == first
+    assert lender.lent("a") is None
+
+
+def credits(pieces: int = 4) -> Credits:
+    return Credits(Window(1, 512, pieces * ALIGNMENT))
+
+
+@pytest.mark.parametrize("order", [("done", "consumed"), ("consumed", "done")])
+def test_a_piece_is_free_again_once_it_is_written_and_consumed(order: tuple[str, str]) -> None:
+    window = credits(1)
+    taken = window.take(10)
+    assert taken == (1, 512)
+    for say in order:
+        assert window.take(1) is None
+        getattr(window, say)(1)
+    assert window.take(10) == (2, 512), "another number at the same place"
+
+
+def test_a_torn_piece_waits_for_a_fence_that_was_asked_for_after_it_tore() -> None:
+    window = credits(2)
+    window.take(10)
+    window.take(10)
+    window.torn(1)
+    asked = window.torn_now()
+    window.torn(2)
+    window.consumed(1)
+    assert window.take(1) is None
+    window.fenced(asked)
+    assert window.take(1) == (3, 512)
+    assert window.take(1) is None, "the second one tore after the fence was asked for"
+    assert not window.consumed(1), "said of the old piece, not of the new one at its place"
+    window.fenced(window.torn_now())
+    assert window.used == ALIGNMENT
+
+
+def test_a_piece_nobody_was_told_of_comes_back_at_once() -> None:
+    window = credits(1)
+    window.take(10)
+    window.untouched(1)
+    assert window.used == 0
+
+
+def test_the_watermarks_have_hysteresis() -> None:
+    window = credits(8)
+    pieces = []
+    while window.flowing:
+        taken = window.take(1)
+        assert taken is not None
+        pieces.append(taken[0])
+    assert len(pieces) == 8 * HIGH_WATERMARK
+    while not window.flowing:
+        window.untouched(pieces.pop())
+    assert len(pieces) < 8 * LOW_WATERMARK
