@@ -33,6 +33,7 @@ from ..proto.handoff_pb2 import (
     Verified,
 )
 from ..proto.ids import HandoffKey
+from ..proto.kv_layout import UNSHARDED
 from . import machine as k
 from . import wire
 from .admission import NewestAttempts, check_reservation
@@ -43,7 +44,7 @@ from .driver import HandoffDriver, Session
 from .events import Ready, ReceiveFailed, ReceiverEvent
 from .link import ControlLink, check_hello
 from .pool import BlockPool
-from .segments import block_runs
+from .reshard import canonical_runs
 from .side import HandoffSide
 
 _log = logging.getLogger(__name__)
@@ -302,7 +303,9 @@ class HandoffReceiver(HandoffDriver[_Incoming, ReceiverEvent]):
     def _check(self, handoff: _Incoming, notice: PushNotice) -> None:
         begin = notice.first_block - len(handoff.cached_ids)
         blocks = handoff.block_ids[begin : begin + notice.num_blocks]
-        runs = block_runs(self._layout, blocks, first_layer=notice.first_layer, num_layers=notice.num_layers)
+        runs = canonical_runs(
+            self._layout, UNSHARDED, blocks, first_layer=notice.first_layer, num_layers=notice.num_layers
+        )[:, 1:]
         handoff.num_segments += len(runs)
         handoff.num_bytes += int(runs[:, 1].sum())
         if self._config.digest:

@@ -11,6 +11,7 @@ from ..proto.errors import DiphaseError, PeerLost, TransferError
 from ..proto.handoff_pb2 import Complete, HandoffMessage, PeerHello, Progress, PushNotice, Reserve
 from ..proto.ids import HandoffKey
 from ..proto.inference_pb2 import TokenLogprobs
+from ..proto.kv_layout import UNSHARDED
 from ..proto.worker_pb2 import PeerAddress, Submit
 from . import machine as k
 from . import wire
@@ -21,7 +22,7 @@ from .events import SenderEvent, SendFailed, Sent
 from .link import ControlLink, Dialer, check_hello
 from .pool import BlockPool
 from .prefill_side import Prefill, PrefillState, start_prefill, step_prefill
-from .segments import block_runs, block_segments
+from .reshard import canonical_runs, reshard_segments
 from .side import HandoffSide
 
 _log = logging.getLogger(__name__)
@@ -284,15 +285,19 @@ class HandoffSender(HandoffDriver[_Outgoing, SenderEvent]):
             self._write(handoff, push, [])
             return
         blocks = handoff.block_ids[push.first_block : push.first_block + push.num_blocks]
-        runs = block_runs(self._layout, blocks, first_layer=push.first_layer, num_layers=push.num_layers)
-        self._transports.digests.submit((handoff, push), runs)
+        runs = canonical_runs(
+            self._layout, UNSHARDED, blocks, first_layer=push.first_layer, num_layers=push.num_layers
+        )
+        self._transports.digests.submit((handoff, push), runs[:, 1:])
 
     def _write(self, handoff: _Outgoing, push: k.Push, digests: list[int]) -> None:
         session = handoff.session
         cached = handoff.machine.num_blocks - len(handoff.remote_ids)
         begin, end = push.first_block, push.first_block + push.num_blocks
-        segments = block_segments(
+        segments = reshard_segments(
             self._layout,
+            UNSHARDED,
+            UNSHARDED,
             handoff.block_ids[begin:end],
             handoff.remote_ids[begin - cached : end - cached],
             first_layer=push.first_layer,

@@ -1,4 +1,4 @@
-"""The small parts: segments, digests, push plans, configuration, the registry."""
+"""The small parts: digests, push plans, configuration, the registry."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import random
 import threading
 from typing import Any
 
-import numpy as np
 import pytest
 import xxhash
 from diphase.kv_transfer.admission import REMEMBERED, NewestAttempts, check_reservation
@@ -18,54 +17,15 @@ from diphase.kv_transfer.digest import DigestWorker, digest_runs
 from diphase.kv_transfer.local import LocalHub, LocalTransport
 from diphase.kv_transfer.push_plan import advance, pieces
 from diphase.kv_transfer.registry import TRANSPORTS, TransportSet, load_factory, open_transports
-from diphase.kv_transfer.segments import block_runs, block_segments
+from diphase.kv_transfer.reshard import canonical_runs
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import ConfigError, InvalidRequest, PromptTooLong, TransferError
 from diphase.proto.handoff_pb2 import Reserve
 from diphase.proto.ids import HandoffKey
-from diphase.proto.kv_layout import KvLayout
+from diphase.proto.kv_layout import UNSHARDED, KvLayout
 from prometheus_client import CollectorRegistry
 
 LAYOUT = KvLayout(model="test", num_layers=4, num_kv_heads=1, head_dim=4, block_size=4, dtype="bf16")
-
-
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("layers", [(0, 4), (1, 2)])
-def test_segments_copy_exactly_the_named_layers_of_the_named_blocks(
-    seed: int, layers: tuple[int, int]
-) -> None:
-    rng = random.Random(seed)
-    count = rng.randint(1, 12)
-    local = [b + rng.randint(0, 1) for b in range(0, 2 * count, 2)] if seed % 2 else list(range(count))
-    remote = rng.sample(range(30), count) if seed % 3 else list(range(7, 7 + count))
-    segments = block_segments(
-        LAYOUT, local, remote, first_layer=layers[0], num_layers=layers[1], local_region=0, remote_region=3
-    )
-    source = np.random.default_rng(seed).integers(1, 256, 30 * LAYOUT.block_bytes, dtype=np.uint8)
-    target = np.zeros(60 * LAYOUT.block_bytes, dtype=np.uint8)
-    for _, offset, region, target_offset, length in segments.tolist():
-        assert region == 3
-        target[target_offset : target_offset + length] = source[offset : offset + length]
-    wanted = np.zeros_like(target)
-    for mine, theirs in zip(local, remote, strict=True):
-        offset, length = LAYOUT.run(mine, *layers)
-        target_offset, _ = LAYOUT.run(theirs, *layers)
-        wanted[target_offset : target_offset + length] = source[offset : offset + length]
-    np.testing.assert_array_equal(target, wanted)
-
-
-def test_whole_blocks_that_are_neighbours_at_both_ends_are_one_segment() -> None:
-    def lengths(local: list[int], remote: list[int]) -> list[int]:
-        table = block_segments(
-            LAYOUT, local, remote, first_layer=0, num_layers=4, local_region=0, remote_region=0
-        )
-        return [int(n) // LAYOUT.block_bytes for n in table[:, 4]]
-
-    assert lengths([3, 4, 5, 6], [10, 11, 12, 13]) == [4]
-    assert lengths([3, 4, 5, 6], [10, 11, 13, 14]) == [2, 2]
-    assert lengths([3, 4, 6, 7], [10, 11, 12, 13]) == [2, 2]
-    assert lengths([3, 4], [11, 10]) == [1, 1]
-    assert lengths([], []) == []
 
 
 @pytest.mark.parametrize("threaded", [True, False])
@@ -76,7 +36,7 @@ def test_digests_come_back_with_their_tickets_in_order(threaded: bool) -> None:
     wanted = []
     for ticket in range(50):
         blocks = [ticket % 30, (ticket * 7) % 30]
-        runs = block_runs(LAYOUT, blocks, first_layer=1, num_layers=2)
+        runs = canonical_runs(LAYOUT, UNSHARDED, blocks, first_layer=1, num_layers=2)[:, 1:]
         worker.submit(ticket, runs)
         offsets = [LAYOUT.run(block, 1, 2) for block in blocks]
         wanted.append((ticket, [xxhash.xxh3_64_intdigest(buffer[o : o + n]) for o, n in offsets]))
@@ -91,7 +51,7 @@ def test_digests_come_back_with_their_tickets_in_order(threaded: bool) -> None:
 
 def test_a_digest_sees_every_byte() -> None:
     buffer = bytearray(LAYOUT.block_bytes)
-    runs = block_runs(LAYOUT, [0], first_layer=0, num_layers=4)
+    runs = canonical_runs(LAYOUT, UNSHARDED, [0], first_layer=0, num_layers=4)[:, 1:]
     seen = {digest_runs(memoryview(buffer), runs)[0]}
     for i in range(len(buffer)):
         buffer[i] ^= 0x10
