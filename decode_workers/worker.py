@@ -49,10 +49,10 @@ async def start(
                 incarnation=incarnation,
                 cluster_token=config.host.cluster_token,
                 layout=engine.layout,
-                region=Region(buffer=engine.kv_buffer, fd=engine.kv_fd),
+                pools=[Region(buffer=engine.kv_buffer, fd=engine.kv_fd)],
                 clock=clock,
+                parts=parts,
             )
-            parts.callback(side.transports.close)
             transports = side.transports.names
             open_receiver = _receiver_opener(side)
         blocks = BlockManager(engine.num_blocks, engine.layout.block_size)

@@ -1,4 +1,5 @@
-"""Pieces of a range of bytes, lent and taken back: arithmetic only, first fit. Knows no memory and no peers."""
+"""Pieces of a range of bytes, lent and taken back: arithmetic only, first fit. Knows no memory and no
+peers."""
 
 from __future__ import annotations
 

@@ -43,6 +43,8 @@ class Capabilities:
     same_host: bool
     """Whether both ends must be on one host."""
     cancel: CancelKind
+    stage_below_bytes: int = 0
+    """Mean length of segments below which gathering them into one is quicker; 0: it never is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

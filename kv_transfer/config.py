@@ -9,6 +9,7 @@ from ..proto.errors import ConfigError
 MIB = 1024 * 1024
 IN_PROCESS = "local"
 """The transport that joins roles of one process: who composes them gives it a hub; nobody configures it."""
+STAGING = ("auto", "always", "never")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,8 +23,15 @@ class KvTransferConfig:
     go whole. 0 pushes every prompt layer by layer."""
     layers_per_push: int = 10
     """Layers that a layer-wise push gathers."""
-    max_push_bytes: int = 32 * MIB
-    """A push larger than this is split, so that progress shows on slow networks."""
+    max_push_bytes: int = 8 * MIB
+    """A push larger than this is split, so that progress shows on slow networks; never below one block."""
+    staging: str = "auto"
+    """Which parts are gathered into one piece first: "auto" those whose runs are shorter than the transport
+    likes, "always" or "never"."""
+    staging_mib: int = 64
+    """Staging buffer of a worker, MiB; pages are taken when they are used. 0: nothing is staged."""
+    staging_window_mib: int = 16
+    """What a decode worker lends each prefill worker of its staging buffer, MiB."""
     digest: bool = True
     """Whether every pushed block carries an xxh3_64 digest that the decode side verifies before it may
     run."""
@@ -58,11 +66,17 @@ class KvTransferConfig:
             ("layers_per_push", 1),
             ("max_push_bytes", 1),
             ("max_waiting", 0),
+            ("staging_mib", 0),
+            ("staging_window_mib", 1),
         ):
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"kv_transfer.{name} = {getattr(self, name)} is too small; use {least} or more"
                 )
+        if self.staging not in STAGING:
+            raise ConfigError(
+                f"kv_transfer.staging = {self.staging!r} is unknown; use one of {', '.join(STAGING)}"
+            )
         for name in ("reserve_timeout_s", "lease_s", "progress_timeout_s", "tail_timeout_s"):
             if not 0.0 < getattr(self, name) <= 3600.0:
                 raise ConfigError(

@@ -20,6 +20,7 @@ from typing import Any, Generic, Protocol, TypeVar
 from ..proto.errors import Cancelled, DiphaseError, TransferError
 from ..proto.handoff_pb2 import HandoffMessage
 from ..proto.ids import HandoffKey
+from ..proto.kv_layout import UNSHARDED, Sharding
 from . import machine as k
 from .base import Event as TransportEvent
 from .base import Fenced, PeerDown, Transport
@@ -28,6 +29,7 @@ from .link import ControlLink
 from .pool import BlockPool
 from .pump_timer import PumpTimer
 from .side import HandoffSide
+from .staging import Credits, Window
 
 _log = logging.getLogger(__name__)
 
@@ -44,9 +46,15 @@ class Session:
     transport_name: str = ""
     counters: PeerCounters = field(default_factory=PeerCounters)
     """Of this transport and peer; counted into from the moment that the transport is chosen."""
+    sharding: Sharding = UNSHARDED
+    """How the peer's pool is cut."""
+    credits: Credits | None = None
+    """Prefill: the window of the peer's staging buffer that it may write to."""
+    window: Window | None = None
+    """Decode: the window of ours that the peer may write to."""
     closing: bool = False
-    fences: deque[HandoffKey] = field(default_factory=deque)
-    """Who asked for the fences that are not answered, in order."""
+    fences: deque[tuple[HandoffKey, frozenset[int]]] = field(default_factory=deque)
+    """Who asked for the fences that are not answered, in order, and the pieces that were torn then."""
 
 
 class Handoff(Protocol):
@@ -197,10 +205,14 @@ class HandoffDriver(ABC, Generic[H, R]):
     def _bury(self, session: Session, fault: k.Fault) -> None:
         """Nothing of this session can touch our memory any more."""
         del self._sessions[session.incarnation]
+        self._session_over(session)
         session.closing = True
         session.link.close()
         for handoff in self._of(session):
             self._post(handoff, k.PeerGone(fault))
+
+    def _session_over(self, session: Session) -> None:
+        """For what a side keeps beside its hand-offs."""
 
     def _of(self, session: Session) -> list[H]:
         return [handoff for handoff in self._handoffs.values() if handoff.session is session]
@@ -209,7 +221,10 @@ class HandoffDriver(ABC, Generic[H, R]):
         if isinstance(event, Fenced):
             session = self._sessions.get(event.peer)
             if session is not None and session.fences:
-                handoff = self._handoffs.get(session.fences.popleft())
+                key, torn = session.fences.popleft()
+                if event.ok and session.credits is not None:
+                    session.credits.fenced(torn)
+                handoff = self._handoffs.get(key)
                 if handoff is not None:
                     self._post(handoff, k.FenceEnded(event.ok))
         elif isinstance(event, PeerDown):
@@ -228,7 +243,8 @@ class HandoffDriver(ABC, Generic[H, R]):
         except TransferError as error:
             self._take_down(session, error)
             return
-        session.fences.append(handoff.key)
+        torn = session.credits.torn_now() if session.credits is not None else frozenset[int]()
+        session.fences.append((handoff.key, torn))
         session.counters.fences += 1
 
     def _add(self, handoff: H) -> None:

@@ -10,18 +10,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
-from ..proto.handoff_pb2 import Complete, Pushed, Reserve
+import xxhash
+
+from ..proto.errors import TransferError
+from ..proto.handoff_pb2 import Complete, Consumed, HandoffMessage, Pushed, Reserve
 from ..proto.ids import HandoffKey
 from . import machine as k
 from . import wire
 from .base import Notified
 from .counters import HandoffCounters
 from .decode_side import Decode
-from .digest import digest_runs
 from .driver import Session
-from .segments import block_runs
 from .side import HandoffSide
 
 
@@ -47,8 +49,22 @@ class Incoming:
     """Parts whose tag came."""
     pushed: dict[int, Pushed] = field(default_factory=dict)
     """Parts that the prefill side has described; the first word counts."""
+    copying: int = 0
+    """Staged parts that the byte worker is copying into the blocks."""
+    held: list[k.Event] = field(default_factory=list)
+    """What must not be heard of before they are copied: it would free the blocks."""
     num_bytes: int = 0
     num_segments: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Check:
+    """What the byte worker was asked."""
+
+    handoff: Incoming
+    part: int
+    arrived_at: float
+    staged: bool
 
 
 class PartReader:
@@ -61,8 +77,10 @@ class PartReader:
         post: Callable[[Incoming, k.Event], None],
     ) -> None:
         self._config = side.config
-        self._layout = side.layout
         self._transports = side.transports
+        self._bytes = side.pool_bytes()
+        staging = side.transports.staging
+        self._staging = memoryview(b"") if staging is None else staging.buffer
         self._clock = side.clock
         self._counters = counters
         self._post = post
@@ -76,7 +94,16 @@ class PartReader:
         self._by_ticket[handoff.ticket] = handoff
 
     def forget(self, handoff: Incoming) -> None:
+        """It is over: its writer may have every piece back that was not read."""
         self._by_ticket.pop(handoff.ticket, None)
+        for pushed in handoff.pushed.values():
+            self.decline(handoff.session, pushed)
+        handoff.pushed.clear()
+
+    def decline(self, session: Session, pushed: Pushed) -> None:
+        """These bytes are read by nobody (any more)."""
+        if pushed.HasField("staged"):
+            session.link.send(HandoffMessage(consumed=Consumed(piece=pushed.staged.piece)))
 
     def on_notice(self, event: Notified) -> None:
         """The bytes of a part are there."""
@@ -93,32 +120,79 @@ class PartReader:
         self._join(handoff, part)
 
     def on_pushed(self, handoff: Incoming, pushed: Pushed) -> None:
-        """The prefill side says what a part is."""
-        handoff.pushed.setdefault(pushed.part, pushed)
+        """The prefill side says what a part is.
+
+        Raises:
+            TransferError: it names bytes that are not its own.
+        """
+        self._check_piece(handoff.session, pushed)
+        if pushed.part in handoff.pushed:
+            self._counters.refused["repeated"] += 1
+            return
+        handoff.pushed[pushed.part] = pushed
         self._join(handoff, pushed.part)
 
     def check(self, handoff: Incoming, part: int) -> None:
-        """Verifies an arrived part, off the event loop."""
+        """Verifies an arrived part and puts it into its blocks, off the event loop."""
         pushed = handoff.pushed[part]
         begin = pushed.first_block - len(handoff.cached_ids)
         blocks = handoff.block_ids[begin : begin + pushed.num_blocks]
-        runs = block_runs(self._layout, blocks, first_layer=pushed.first_layer, num_layers=pushed.num_layers)
-        handoff.num_segments += len(runs)
-        handoff.num_bytes += int(runs[:, 1].sum())
-        if self._config.digest:
-            ticket = (handoff, part, self._clock.now())
-            self._transports.worker.submit(ticket, lambda: digest_runs(self._transports.buffer, runs))
+        size = self._bytes.size(pushed.num_blocks, pushed.num_layers)
+        staged = pushed.HasField("staged")
+        handoff.num_segments += 1 if staged else len(blocks)
+        handoff.num_bytes += size
+        ticket = _Check(handoff=handoff, part=part, arrived_at=self._clock.now(), staged=staged)
+        if staged:
+            handoff.copying += 1
+            job = partial(self._take_piece, pushed, blocks)
+            self._transports.worker.submit(ticket, job)
+        elif self._config.digest:
+            self._transports.worker.submit(ticket, partial(self._compare, pushed, blocks))
         else:
             self._post(handoff, k.PartChecked(part, True))
 
-    def on_work(self, ticket: tuple[Incoming, int, float], digests: Any) -> None:
+    def on_work(self, check: _Check, intact: Any) -> None:
         """An answer of the byte worker."""
-        handoff, part, began_at = ticket
-        handoff.session.counters.verify_s += self._clock.now() - began_at
-        intact = digests == list(handoff.pushed[part].digests)
+        handoff = check.handoff
+        handoff.session.counters.verify_s += self._clock.now() - check.arrived_at
         if not intact:
             self._counters.digest_mismatches += 1
-        self._post(handoff, k.PartChecked(part, intact))
+        pushed = handoff.pushed.pop(check.part, None)
+        if check.staged:
+            if pushed is not None:  # else the writer has it back already
+                self.decline(handoff.session, pushed)
+            handoff.copying -= 1
+        self._post(handoff, k.PartChecked(check.part, intact))
+        if not handoff.copying:
+            held, handoff.held = handoff.held, []
+            for event in held:
+                self._post(handoff, event)
+
+    def _compare(self, pushed: Pushed, blocks: list[int]) -> bool:
+        digests = self._bytes.digests(blocks, pushed.first_layer, pushed.num_layers)
+        return digests == list(pushed.digests)
+
+    def _take_piece(self, pushed: Pushed, blocks: list[int]) -> bool:
+        begin = pushed.staged.offset
+        data = self._staging[begin : begin + pushed.staged.length]
+        if len(data) != self._bytes.size(pushed.num_blocks, pushed.num_layers):
+            return False
+        if self._config.digest and [xxhash.xxh3_64_intdigest(data)] != list(pushed.digests):
+            return False
+        self._bytes.scatter(data, blocks, pushed.first_layer, pushed.num_layers)
+        return True
+
+    def _check_piece(self, session: Session, pushed: Pushed) -> None:
+        if not pushed.HasField("staged"):
+            return
+        staged, window = pushed.staged, session.window
+        begin = 0 if window is None else window.offset
+        end = 0 if window is None else window.offset + window.size
+        if not begin <= staged.offset <= end - staged.length:
+            raise TransferError(
+                f"Pushed.staged names {staged.length} bytes at {staged.offset}, outside of the window "
+                f"{begin} to {end} that was lent"
+            )
 
     def _join(self, handoff: Incoming, part: int) -> None:
         if part in handoff.tagged and part in handoff.pushed:

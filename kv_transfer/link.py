@@ -12,9 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from ..proto.errors import DiphaseError, TransferError, Unauthenticated
+from ..proto.errors import ConfigError, DiphaseError, TransferError, Unauthenticated
 from ..proto.handoff_pb2 import HandoffMessage, PeerHello
 from ..proto.ids import PROTOCOL_VERSION
+from ..proto.kv_layout import UNSHARDED, KvLayout, Sharding
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,6 +29,8 @@ class LinkIdentity:
     """KvLayout.fingerprint()."""
     cluster_token: str = ""
     protocol_version: int = PROTOCOL_VERSION
+    sharding: Sharding = UNSHARDED
+    """How its pool is cut."""
 
     def hello(self, endpoints: Mapping[str, bytes], transport: str = "") -> PeerHello:
         """The first message of a link: the dialer offers endpoints, the answer has the chosen one."""
@@ -39,6 +42,8 @@ class LinkIdentity:
             layout_hash=self.layout_hash,
             endpoints=endpoints,
             transport=transport,
+            tensor_parallel=self.sharding.tp,
+            pipeline_parallel=self.sharding.pp,
         )
 
 
@@ -63,6 +68,20 @@ def check_hello(ours: LinkIdentity, theirs: PeerHello) -> None:
         )
     if not theirs.incarnation:
         raise TransferError(f"worker {theirs.worker_id or '?'} says no incarnation in its hello")
+
+
+def sharding_of(hello: PeerHello, layout: KvLayout) -> Sharding:
+    """How the pool of a worker is cut that has this layout too.
+
+    Raises:
+        TransferError: this layout cannot be cut so.
+    """
+    try:
+        sharding = Sharding(tp=hello.tensor_parallel, pp=hello.pipeline_parallel)
+        sharding.check(layout)
+    except ConfigError as error:
+        raise TransferError(f"worker {hello.worker_id} has an impossible pool: {error.message}") from error
+    return sharding
 
 
 class ControlLink(Protocol):

@@ -18,6 +18,7 @@ from ..proto.errors import (
     OutOfBlocks,
     Overloaded,
     PeerLost,
+    TransferError,
 )
 from ..proto.handoff_pb2 import (
     Granted,
@@ -27,6 +28,7 @@ from ..proto.handoff_pb2 import (
     Queued,
     Refused,
     Reserve,
+    StagingWindow,
     Verified,
 )
 from ..proto.ids import HandoffKey
@@ -35,13 +37,15 @@ from . import wire
 from .admission import NewestAttempts, check_reservation
 from .base import Event as TransportEvent
 from .base import Notified
+from .config import MIB
 from .decode_side import Decode, start_decode, step_decode
 from .driver import HandoffDriver, Session
 from .events import Ready, ReceiveFailed, ReceiverEvent
 from .incoming_parts import Incoming, PartReader
-from .link import ControlLink, check_hello
+from .link import ControlLink, check_hello, sharding_of
 from .pool import BlockPool
 from .side import HandoffSide
+from .staging import Lender
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +69,12 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         self._attempts = NewestAttempts()
         self._parts = PartReader(side, self.counters, self._post)
         self._draining = False
+        staging = side.transports.staging
+        self._lender = Lender(
+            side.transports.staging_region,
+            0 if staging is None else len(staging.buffer),
+            side.config.staging_window_mib * MIB,
+        )
 
     def room_freed(self) -> None:
         """Blocks were released: waiting reservations are granted in order of arrival. Cheap when none
@@ -111,20 +121,28 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         for old in list(self._sessions.values()):
             if old.worker_id == hello.worker_id:
                 self._take_down(old, PeerLost(f"worker {hello.worker_id} was restarted"))
+        sharding = sharding_of(hello, self._layout)
         name = self._transports.choose(hello.endpoints, self._config.transport)
         transport = self._transports[name]
         transport.admit(hello.incarnation)
-        self._sessions[hello.incarnation] = Session(
+        self._sessions[hello.incarnation] = session = Session(
             worker_id=hello.worker_id,
             incarnation=hello.incarnation,
             link=link,
             transport=transport,
             transport_name=name,
             counters=self.counters.peer(name, hello.worker_id),
+            sharding=sharding,
+            window=self._lender.lend(hello.incarnation),
         )
         self._run()
         _log.info("session_up worker=%s transport=%s", hello.worker_id, name)
-        return self._identity.hello({name: transport.endpoint()}, name)
+        answer = self._identity.hello({name: transport.endpoint()}, name)
+        if session.window is not None:
+            window = session.window
+            lent = StagingWindow(region=window.region, offset=window.offset, size=window.size)
+            answer.staging.CopyFrom(lent)
+        return answer
 
     # Driver.
 
@@ -133,6 +151,15 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         itself once started."""
         self._give_room()
         super().pump()
+
+    def _post(self, handoff: Incoming, event: k.Event) -> None:
+        if handoff.copying and isinstance(event, k.FenceEnded | k.PeerGone):
+            handoff.held.append(event)
+        else:
+            super()._post(handoff, event)
+
+    def _session_over(self, session: Session) -> None:
+        self._lender.take_back(session.incarnation)
 
     def _step(self, machine: Decode, event: k.Event, now: float) -> tuple[Decode, k.Actions]:
         return step_decode(machine, event, now)
@@ -224,16 +251,20 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         return True
 
     def _on_pushed(self, session: Session, handoff: Incoming | None, pushed: Pushed) -> None:
-        if handoff is not None and handoff.session is session:
-            self._parts.on_pushed(handoff, pushed)
-        else:
+        if handoff is None or handoff.session is not session:
             self.counters.refused["stale"] += 1
+            self._parts.decline(session, pushed)
+            return
+        try:
+            self._parts.on_pushed(handoff, pushed)
+        except TransferError as error:
+            self._take_down(session, error)
 
     def _on_transport(self, name: str, event: TransportEvent) -> None:
         if isinstance(event, Notified):
             self._parts.on_notice(event)
 
-    def _on_work(self, ticket: tuple[Incoming, int, float], result: Any) -> None:
+    def _on_work(self, ticket: Any, result: Any) -> None:
         self._parts.on_work(ticket, result)
 
     def _act(self, handoff: Incoming, action: k.Action) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 
 from ..proto.clock import Clock
@@ -39,29 +39,38 @@ class _Waker:
 
 class TransportSet:
     """A worker's KV memory with everything that moves or reads it off the event loop: the open transports,
-    which all know it as region 0, and the byte worker."""
+    which all know the pool of rank r as region r and the staging buffer as the region after them, and the
+    byte worker."""
 
     def __init__(
         self,
         transports: Mapping[str, Transport],
-        region: Region,
+        pools: Sequence[Region],
         *,
+        staging: Region | None = None,
         waker: _Waker | None = None,
         byte_thread: bool = True,
     ) -> None:
-        """`transports` have not registered `region` yet; those that cannot are closed and left out."""
+        """`transports` have registered nothing yet; those that cannot are closed and left out."""
+        self.pools = list(pools)
+        self.staging = staging
         self._waker = waker or _Waker()
         self._transports: dict[str, Transport] = {}
         for name, transport in transports.items():
             try:
-                transport.register(region)
+                for region in (*pools, *([staging] if staging else [])):
+                    transport.register(region)
             except TransferError as error:
                 _log.info("transport_unusable name=%s why=%r", name, error.message)
                 transport.close()
                 continue
             self._transports[name] = transport
-        self.buffer = region.buffer
         self.worker = ByteWorker(self._waker, threaded=byte_thread)
+
+    @property
+    def staging_region(self) -> int:
+        """Id of the staging buffer's region, where there is one."""
+        return len(self.pools)
 
     @property
     def names(self) -> list[str]:
@@ -136,8 +145,9 @@ def open_transports(
     config: KvTransferConfig,
     *,
     incarnation: str,
-    region: Region,
+    pools: Sequence[Region],
     clock: Clock,
+    staging: Region | None = None,
     token: str = "",
     hub: LocalPeers | None = None,
 ) -> TransportSet:
@@ -163,7 +173,7 @@ def open_transports(
             else:
                 on_error.callback(opened[name].close)
         on_error.pop_all()
-    transports = TransportSet(opened, region, waker=waker)
+    transports = TransportSet(opened, pools, staging=staging, waker=waker)
     if not transports.names:
         transports.close()
         raise TransferError(f"kv_transfer.transport = {config.transport!r} does not work on this machine")

@@ -17,11 +17,12 @@ from . import wire
 from .base import Event as TransportEvent
 from .driver import HandoffDriver, Session
 from .events import SenderEvent, SendFailed, Sent
-from .link import ControlLink, Dialer, check_hello
+from .link import ControlLink, Dialer, check_hello, sharding_of
 from .outgoing_parts import Outgoing, OutgoingPart, PartWriter
 from .pool import BlockPool
 from .prefill_side import Prefill, PrefillState, start_prefill, step_prefill
 from .side import HandoffSide
+from .staging import Credits, Window
 
 _log = logging.getLogger(__name__)
 
@@ -198,12 +199,17 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
                 f"worker {session.worker_id} chose transport {hello.transport!r}, "
                 f"which is not one of {self._transports.names}"
             )
+        sharding = sharding_of(hello, self._layout)
         transport = self._transports[hello.transport]
         peer = transport.connect(hello.endpoints[hello.transport], self._config.reserve_timeout_s)
         if peer != session.incarnation:
             transport.disconnect(peer)
             raise TransferError(f"the endpoint of worker {session.worker_id} is that of {peer}")
         session.transport, session.transport_name = transport, hello.transport
+        session.sharding = sharding
+        if hello.HasField("staging") and self._transports.staging is not None:
+            lent = hello.staging
+            session.credits = Credits(Window(lent.region, lent.offset, lent.size))
         session.counters = self.counters.peer(hello.transport, session.worker_id)
         _log.info("session_up worker=%s transport=%s", session.worker_id, hello.transport)
 
@@ -213,6 +219,10 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
         return step_prefill(machine, event, now)
 
     def _on_message(self, session: Session, message: HandoffMessage) -> None:
+        if message.HasField("consumed"):
+            if not self._parts.consumed(session, message.consumed.piece):
+                self.counters.refused["stale"] += 1
+            return
         key = wire.key_of(message.id)
         event = wire.prefill_event(message)
         handoff = self._handoffs.get(key)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ..proto.clock import Clock
-from ..proto.kv_layout import KvLayout
+from ..proto.kv_layout import UNSHARDED, KvLayout, Sharding
 from .base import Region
-from .config import KvTransferConfig
+from .config import MIB, KvTransferConfig
 from .link import LinkIdentity
+from .pool_bytes import PoolBytes
 from .registry import TransportSet, open_transports
+from .staging_memory import StagingMemory
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +26,14 @@ class HandoffSide:
     identity: LinkIdentity
     clock: Clock
 
+    @property
+    def sharding(self) -> Sharding:
+        return self.identity.sharding
+
+    def pool_bytes(self) -> PoolBytes:
+        """The worker's pools, as the byte worker reads them."""
+        return PoolBytes(self.layout, self.sharding, [pool.buffer for pool in self.transports.pools])
+
 
 def open_side(
     config: KvTransferConfig,
@@ -30,10 +42,13 @@ def open_side(
     incarnation: str,
     cluster_token: str,
     layout: KvLayout,
-    region: Region,
+    pools: Sequence[Region],
     clock: Clock,
+    parts: ExitStack,
+    sharding: Sharding = UNSHARDED,
 ) -> HandoffSide:
-    """The end of a live worker whose KV pool is `region`.
+    """The end of a live worker whose KV pools, one for each rank, are `pools`. What has to be closed is
+    pushed onto `parts`.
 
     Raises:
         ConfigError: the configured transport is unknown, or the host is no address of this machine.
@@ -44,8 +59,15 @@ def open_side(
         incarnation=incarnation,
         layout_hash=layout.fingerprint(),
         cluster_token=cluster_token,
+        sharding=sharding,
     )
+    staging = None
+    if config.staging_mib and config.staging != "never":
+        memory = StagingMemory(config.staging_mib * MIB)
+        parts.callback(memory.close)
+        staging = memory.region
     transports = open_transports(
-        config, incarnation=incarnation, region=region, clock=clock, token=cluster_token
+        config, incarnation=incarnation, pools=pools, staging=staging, clock=clock, token=cluster_token
     )
+    parts.callback(transports.close)
     return HandoffSide(config=config, layout=layout, transports=transports, identity=identity, clock=clock)

@@ -1,5 +1,5 @@
-"""Who may write where in staging buffers: the window that a decode worker lends a peer, and the pieces of it that
-are in use at the writer.
+"""Who may write where in staging buffers: the window that a decode worker lends a peer, and the pieces of
+it that are in use at the writer.
 
 A piece of a lent window goes through
 

@@ -45,10 +45,10 @@ async def start(
             incarnation=incarnation,
             cluster_token=config.host.cluster_token,
             layout=engine.layout,
-            region=Region(buffer=engine.kv_buffer, fd=engine.kv_fd),
+            pools=[Region(buffer=engine.kv_buffer, fd=engine.kv_fd)],
             clock=clock,
+            parts=parts,
         )
-        parts.callback(side.transports.close)
         blocks = BlockManager(engine.num_blocks, engine.layout.block_size)
         tables = BlockTables(blocks, root_hash(engine.layout.fingerprint()))
 

@@ -23,7 +23,7 @@ class HandoffId(_message.Message):
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
 
 class HandoffMessage(_message.Message):
-    __slots__ = ("id", "hello", "reserve", "granted", "queued", "refused", "progress", "complete", "verified", "abort", "pushed")
+    __slots__ = ("id", "hello", "reserve", "granted", "queued", "refused", "progress", "complete", "verified", "abort", "pushed", "consumed")
     ID_FIELD_NUMBER: _ClassVar[int]
     HELLO_FIELD_NUMBER: _ClassVar[int]
     RESERVE_FIELD_NUMBER: _ClassVar[int]
@@ -35,6 +35,7 @@ class HandoffMessage(_message.Message):
     VERIFIED_FIELD_NUMBER: _ClassVar[int]
     ABORT_FIELD_NUMBER: _ClassVar[int]
     PUSHED_FIELD_NUMBER: _ClassVar[int]
+    CONSUMED_FIELD_NUMBER: _ClassVar[int]
     id: HandoffId
     hello: PeerHello
     reserve: Reserve
@@ -46,10 +47,11 @@ class HandoffMessage(_message.Message):
     verified: Verified
     abort: Abort
     pushed: Pushed
-    def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., hello: _Optional[_Union[PeerHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., verified: _Optional[_Union[Verified, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., pushed: _Optional[_Union[Pushed, _Mapping]] = ...) -> None: ...
+    consumed: Consumed
+    def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., hello: _Optional[_Union[PeerHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., verified: _Optional[_Union[Verified, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., pushed: _Optional[_Union[Pushed, _Mapping]] = ..., consumed: _Optional[_Union[Consumed, _Mapping]] = ...) -> None: ...
 
 class PeerHello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "cluster_token", "protocol_version", "layout_hash", "endpoints", "transport")
+    __slots__ = ("worker_id", "incarnation", "cluster_token", "protocol_version", "layout_hash", "endpoints", "transport", "tensor_parallel", "pipeline_parallel", "staging")
     class EndpointsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -64,6 +66,9 @@ class PeerHello(_message.Message):
     LAYOUT_HASH_FIELD_NUMBER: _ClassVar[int]
     ENDPOINTS_FIELD_NUMBER: _ClassVar[int]
     TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    STAGING_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     cluster_token: str
@@ -71,7 +76,20 @@ class PeerHello(_message.Message):
     layout_hash: str
     endpoints: _containers.ScalarMap[str, bytes]
     transport: str
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., cluster_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., layout_hash: _Optional[str] = ..., endpoints: _Optional[_Mapping[str, bytes]] = ..., transport: _Optional[str] = ...) -> None: ...
+    tensor_parallel: int
+    pipeline_parallel: int
+    staging: StagingWindow
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., cluster_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., layout_hash: _Optional[str] = ..., endpoints: _Optional[_Mapping[str, bytes]] = ..., transport: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., staging: _Optional[_Union[StagingWindow, _Mapping]] = ...) -> None: ...
+
+class StagingWindow(_message.Message):
+    __slots__ = ("region", "offset", "size")
+    REGION_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    SIZE_FIELD_NUMBER: _ClassVar[int]
+    region: int
+    offset: int
+    size: int
+    def __init__(self, region: _Optional[int] = ..., offset: _Optional[int] = ..., size: _Optional[int] = ...) -> None: ...
 
 class Reserve(_message.Message):
     __slots__ = ("submit", "num_tokens", "block_hashes")
@@ -136,17 +154,35 @@ class Abort(_message.Message):
     def __init__(self, error: _Optional[_Union[_worker_pb2.WireError, _Mapping]] = ...) -> None: ...
 
 class Pushed(_message.Message):
-    __slots__ = ("part", "first_block", "num_blocks", "first_layer", "num_layers", "digests")
+    __slots__ = ("part", "first_block", "num_blocks", "first_layer", "num_layers", "digests", "staged")
     PART_FIELD_NUMBER: _ClassVar[int]
     FIRST_BLOCK_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     FIRST_LAYER_FIELD_NUMBER: _ClassVar[int]
     NUM_LAYERS_FIELD_NUMBER: _ClassVar[int]
     DIGESTS_FIELD_NUMBER: _ClassVar[int]
+    STAGED_FIELD_NUMBER: _ClassVar[int]
     part: int
     first_block: int
     num_blocks: int
     first_layer: int
     num_layers: int
     digests: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, part: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., digests: _Optional[_Iterable[int]] = ...) -> None: ...
+    staged: Staged
+    def __init__(self, part: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., digests: _Optional[_Iterable[int]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ...) -> None: ...
+
+class Staged(_message.Message):
+    __slots__ = ("piece", "offset", "length")
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    OFFSET_FIELD_NUMBER: _ClassVar[int]
+    LENGTH_FIELD_NUMBER: _ClassVar[int]
+    piece: int
+    offset: int
+    length: int
+    def __init__(self, piece: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+
+class Consumed(_message.Message):
+    __slots__ = ("piece",)
+    PIECE_FIELD_NUMBER: _ClassVar[int]
+    piece: int
+    def __init__(self, piece: _Optional[int] = ...) -> None: ...

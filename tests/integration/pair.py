@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 from diphase.decode_workers.config import DecodeSchedulerConfig, DecodeWorkerConfig
 from diphase.decode_workers.worker import start as start_decode
@@ -28,10 +29,11 @@ async def run_pair(
     batch: int,
     model: str = "dummy:tiny",
     decode_kv_mib: int = 64,
+    **transfer_config: Any,
 ) -> tuple[list[list[int]], int]:
     """The outputs of a prefill and a decode worker with `batch` requests at a time, and the preemptions."""
     host = HostConfig(cluster_token="secret", heartbeat_s=0.05)
-    transfer = KvTransferConfig(transport=transport)
+    transfer = KvTransferConfig(transport=transport, **transfer_config)
     prefill = await start_prefill(
         PrefillWorkerConfig(
             engine=EngineConfig(model=model, kv_cache_mib=64),

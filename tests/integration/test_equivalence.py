@@ -47,6 +47,25 @@ async def test_greedy_output_equals_the_single_engines(
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp"])
+async def test_staged_layers_give_the_single_engines_tokens(
+    single_engine: TorchEngine, transport: str
+) -> None:
+    of = prompts(LENGTHS[::2], single_engine.limits.vocab_size, seed=5)
+    params = [SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)] * len(of)
+    outputs, _ = await run_pair(
+        of,
+        params,
+        transport=transport,
+        chunk_budget=512,
+        batch=4,
+        staging="always",
+        layerwise_tokens=0,
+        layers_per_push=1,
+    )
+    assert outputs == truth(single_engine, of, params)
+
+
+@pytest.mark.parametrize("transport", ["shm", "tcp"])
 async def test_forced_preemption_changes_no_token(single_engine: TorchEngine, transport: str) -> None:
     of = prompts((40, 90, 100, 120, 17, 64, 80, 33) * 2, single_engine.limits.vocab_size, seed=7)
     params = [SamplingParams(max_tokens=90, ignore_eos=True)] * len(of)

@@ -17,15 +17,16 @@ from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.link import LinkIdentity
 from diphase.kv_transfer.local import LocalHub, LocalTransport
 from diphase.kv_transfer.memory_link import LinkNetwork, MemoryDialer
+from diphase.kv_transfer.pool_bytes import PoolBytes
 from diphase.kv_transfer.receiver import HandoffReceiver, ReceiverEvent
 from diphase.kv_transfer.registry import TransportSet
 from diphase.kv_transfer.sender import HandoffSender, SenderEvent
 from diphase.kv_transfer.side import HandoffSide
 from diphase.proto.ids import HandoffKey
-from diphase.proto.kv_layout import KvLayout
+from diphase.proto.kv_layout import UNSHARDED, KvLayout, Sharding
 from diphase.proto.worker_pb2 import PeerAddress, Submit
 
-LAYOUT = KvLayout(model="test", num_layers=4, num_kv_heads=1, head_dim=4, block_size=4, dtype="bf16")
+LAYOUT = KvLayout(model="test", num_layers=4, num_kv_heads=2, head_dim=4, block_size=4, dtype="bf16")
 
 
 class ManualClock:
@@ -63,18 +64,34 @@ class Worker:
 
     name: str
     pool: BlockManager
-    memory: np.ndarray[Any, Any]
+    memories: list[np.ndarray[Any, Any]]
+    """Of each rank."""
+    staging: np.ndarray[Any, Any]
     transports: TransportSet
     identity: LinkIdentity
     events: list[Any] = field(default_factory=list)
+
+    @property
+    def memory(self) -> np.ndarray[Any, Any]:
+        """Of a worker of one rank."""
+        [memory] = self.memories
+        return memory
 
 
 class Pair:
     """`p` (prefill) and `d` (decode) with their drivers, pumped by hand."""
 
-    def __init__(self, config: KvTransferConfig, num_blocks: int, layout: KvLayout = LAYOUT) -> None:
+    def __init__(
+        self,
+        config: KvTransferConfig,
+        num_blocks: int,
+        layout: KvLayout = LAYOUT,
+        p_sharding: Sharding = UNSHARDED,
+        d_sharding: Sharding = UNSHARDED,
+    ) -> None:
         self.config = config
         self.layout = layout
+        self.shardings = {"p": p_sharding, "d": d_sharding}
         self.clock = ManualClock()
         self.control = Network()
         self.data = Network()
@@ -90,20 +107,28 @@ class Pair:
         )
 
     def worker(self, name: str, incarnation: str = "") -> Worker:
-        memory = np.zeros(self.num_blocks * self.layout.block_bytes, dtype=np.uint8)
+        sharding = self.shardings[name]
+        ranks = [sharding.rank_layout(self.layout, rank) for rank in range(sharding.num_ranks)]
+        memories = [np.zeros(self.num_blocks * rank.block_bytes, dtype=np.uint8) for rank in ranks]
+        staging = np.zeros(self.config.staging_mib << 20, dtype=np.uint8)
         incarnation = incarnation or f"{name}-1"
         context = TransportContext(incarnation=incarnation, wake=lambda: None, clock=self.clock, hub=self.hub)
         return Worker(
             name=name,
             pool=BlockManager(self.num_blocks, self.layout.block_size),
-            memory=memory,
+            memories=memories,
+            staging=staging,
             transports=TransportSet(
                 {"local": LocalTransport(context)},
-                Region(buffer=memory.data),
+                [Region(buffer=memory.data) for memory in memories],
+                staging=Region(buffer=staging.data) if self.config.staging != "never" else None,
                 byte_thread=False,
             ),
             identity=LinkIdentity(
-                worker_id=name, incarnation=incarnation, layout_hash=self.layout.fingerprint()
+                worker_id=name,
+                incarnation=incarnation,
+                layout_hash=self.layout.fingerprint(),
+                sharding=sharding,
             ),
         )
 
@@ -129,10 +154,21 @@ class Pair:
         blocks = self.p.pool.allocate(self.layout.num_blocks_for(num_tokens))
         rng = np.random.default_rng(abs(hash(key)) % 2**32)
         for block in blocks:
-            self.view(self.p, block)[:] = rng.integers(0, 256, self.layout.block_bytes, dtype=np.uint8)
+            data = rng.integers(0, 256, self.layout.block_bytes, dtype=np.uint8)
+            self.bytes_of(self.p).scatter(data.data, [block], 0, self.layout.num_layers)
         submit = Submit(request_id=key.request_id, attempt=key.attempt)
         self.sender.begin(key, self.address(), submit, num_tokens, block_hashes)
         return blocks
+
+    def bytes_of(self, worker: Worker) -> PoolBytes:
+        buffers = [memory.data for memory in worker.memories]
+        return PoolBytes(self.layout, self.shardings[worker.name], buffers)
+
+    def read(self, worker: Worker, blocks: list[int]) -> bytes:
+        """Their KV in canonical order."""
+        out = bytearray(len(blocks) * self.layout.block_bytes)
+        self.bytes_of(worker).gather(memoryview(out), blocks, 0, self.layout.num_layers)
+        return bytes(out)
 
     def view(self, worker: Worker, block: int) -> np.ndarray[Any, Any]:
         size = self.layout.block_bytes
@@ -175,8 +211,14 @@ async def make_pair() -> Any:
     assert asyncio.get_running_loop()
     pairs: list[Pair] = []
 
-    def make(num_blocks: int = 16, **config: Any) -> Pair:
-        pair = Pair(KvTransferConfig(**{"layerwise_tokens": 1_000_000, **config}), num_blocks)
+    def make(
+        num_blocks: int = 16,
+        p_sharding: Sharding = UNSHARDED,
+        d_sharding: Sharding = UNSHARDED,
+        **config: Any,
+    ) -> Pair:
+        config = {"layerwise_tokens": 1_000_000, "staging_mib": 1, "staging_window_mib": 1, **config}
+        pair = Pair(KvTransferConfig(**config), num_blocks, p_sharding=p_sharding, d_sharding=d_sharding)
         pairs.append(pair)
         return pair
 

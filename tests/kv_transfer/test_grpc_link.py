@@ -49,7 +49,7 @@ class Side:
         self.transports: TransportSet = open_transports(
             config,
             incarnation=self.identity.incarnation,
-            region=Region(buffer=self.buffer, fd=self.fd),
+            pools=[Region(buffer=self.buffer, fd=self.fd)],
             clock=MonotonicClock(),
             token="secret",
         )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import pytest
+from diphase.kv_transfer.arena import Arena
 from diphase.kv_transfer.receiver import Ready
+from diphase.kv_transfer.staging import Lender
 from diphase.proto.errors import Cancelled, OutOfBlocks
 from diphase.proto.ids import HandoffKey
 from diphase.proto.worker_pb2 import Submit
@@ -61,12 +64,33 @@ def take(pair: Any, rng: random.Random, share: float) -> int:
     return len(finished)
 
 
-async def test_whatever_goes_wrong_every_pool_returns_to_idle(make_pair: Any) -> None:
+def crowd(pair: Any) -> None:
+    """A window and a buffer that hold two or three parts."""
+    size = 3 * pair.layout.block_bytes
+    pair.receiver._lender = Lender(1, size, size)
+    pair.sender._parts._local = Arena(0, size)
+
+
+def staged_bytes(pair: Any) -> int:
+    """What is in use of the writer's buffer and of the windows of sessions that live."""
+    lent = [session.credits for session in pair.sender._sessions.values() if session.credits is not None]
+    return int(pair.sender._parts._local.used) + sum(int(window.used) for window in lent)
+
+
+@pytest.mark.parametrize("staging", ["never", "always"])
+async def test_whatever_goes_wrong_every_pool_returns_to_idle(make_pair: Any, staging: str) -> None:
     ready = failed = 0
     for seed in range(80):
         rng = random.Random(seed)
         layers = rng.choice([1, 2, 3])
-        pair = make_pair(num_blocks=12, layerwise_tokens=rng.choice([0, 8, 100]), layers_per_push=layers)
+        pair = make_pair(
+            num_blocks=12,
+            layerwise_tokens=rng.choice([0, 8, 100]),
+            layers_per_push=layers,
+            staging=staging,
+        )
+        if staging == "always":
+            crowd(pair)
         for number in range(rng.randint(5, 12)):
             key = HandoffKey(f"r{number % 5}", number)
             hand_off(pair, rng, key)
@@ -78,6 +102,7 @@ async def test_whatever_goes_wrong_every_pool_returns_to_idle(make_pair: Any) ->
             pair.pass_time(11.0)
             ready += take(pair, rng, 1.0)
         assert idle(pair), seed
+        assert staged_bytes(pair) == 0, seed
         failed += len(error_codes(pair.p.events))
         keys = [event.key for event in pair.p.events]
         assert len(set(keys)) == len(keys), "reported twice"

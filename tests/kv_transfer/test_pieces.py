@@ -1,4 +1,4 @@
-"""The small parts: segments, digests, push plans, configuration, the registry."""
+"""The small parts: digests, push plans, configuration, the registry."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import threading
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import xxhash
 from diphase.kv_transfer import wire
@@ -17,90 +16,69 @@ from diphase.kv_transfer.base import Region, TransportContext
 from diphase.kv_transfer.byte_worker import ByteWorker
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.counters import MAX_PEERS, HandoffCollector, HandoffCounters
-from diphase.kv_transfer.digest import digest_runs
 from diphase.kv_transfer.local import LocalHub, LocalTransport
+from diphase.kv_transfer.pool_bytes import PoolBytes
 from diphase.kv_transfer.push_plan import advance, pieces
 from diphase.kv_transfer.registry import TRANSPORTS, TransportSet, load_factory, open_transports
-from diphase.kv_transfer.segments import block_runs, block_segments
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import ConfigError, InternalError, InvalidRequest, PromptTooLong, TransferError
 from diphase.proto.handoff_pb2 import Reserve
 from diphase.proto.ids import HandoffKey
-from diphase.proto.kv_layout import KvLayout
+from diphase.proto.kv_layout import UNSHARDED, KvLayout, Sharding
 from prometheus_client import CollectorRegistry
 
-LAYOUT = KvLayout(model="test", num_layers=4, num_kv_heads=1, head_dim=4, block_size=4, dtype="bf16")
+LAYOUT = KvLayout(model="test", num_layers=4, num_kv_heads=2, head_dim=4, block_size=4, dtype="bf16")
 
 
-@pytest.mark.parametrize("seed", range(20))
-@pytest.mark.parametrize("layers", [(0, 4), (1, 2)])
-def test_segments_copy_exactly_the_named_layers_of_the_named_blocks(
-    seed: int, layers: tuple[int, int]
-) -> None:
-    rng = random.Random(seed)
-    count = rng.randint(1, 12)
-    local = [b + rng.randint(0, 1) for b in range(0, 2 * count, 2)] if seed % 2 else list(range(count))
-    remote = rng.sample(range(30), count) if seed % 3 else list(range(7, 7 + count))
-    segments = block_segments(
-        LAYOUT, local, remote, first_layer=layers[0], num_layers=layers[1], local_region=0, remote_region=3
+def pool(sharding: Sharding = UNSHARDED, num_blocks: int = 30) -> PoolBytes:
+    ranks = [sharding.rank_layout(LAYOUT, rank) for rank in range(sharding.num_ranks)]
+    return PoolBytes(
+        LAYOUT, sharding, [memoryview(bytearray(num_blocks * rank.block_bytes)) for rank in ranks]
     )
-    source = np.random.default_rng(seed).integers(1, 256, 30 * LAYOUT.block_bytes, dtype=np.uint8)
-    target = np.zeros(60 * LAYOUT.block_bytes, dtype=np.uint8)
-    for _, offset, region, target_offset, length in segments.tolist():
-        assert region == 3
-        target[target_offset : target_offset + length] = source[offset : offset + length]
-    wanted = np.zeros_like(target)
-    for mine, theirs in zip(local, remote, strict=True):
-        offset, length = LAYOUT.run(mine, *layers)
-        target_offset, _ = LAYOUT.run(theirs, *layers)
-        wanted[target_offset : target_offset + length] = source[offset : offset + length]
-    np.testing.assert_array_equal(target, wanted)
-
-
-def test_whole_blocks_that_are_neighbours_at_both_ends_are_one_segment() -> None:
-    def lengths(local: list[int], remote: list[int]) -> list[int]:
-        table = block_segments(
-            LAYOUT, local, remote, first_layer=0, num_layers=4, local_region=0, remote_region=0
-        )
-        return [int(n) // LAYOUT.block_bytes for n in table[:, 4]]
-
-    assert lengths([3, 4, 5, 6], [10, 11, 12, 13]) == [4]
-    assert lengths([3, 4, 5, 6], [10, 11, 13, 14]) == [2, 2]
-    assert lengths([3, 4, 6, 7], [10, 11, 12, 13]) == [2, 2]
-    assert lengths([3, 4], [11, 10]) == [1, 1]
-    assert lengths([], []) == []
 
 
 @pytest.mark.parametrize("threaded", [True, False])
-def test_digests_come_back_with_their_tickets_in_order(threaded: bool) -> None:
-    buffer = memoryview(bytearray(random.Random(3).randbytes(30 * LAYOUT.block_bytes)))
+def test_results_come_back_with_their_tickets_in_order(threaded: bool) -> None:
     woken = threading.Semaphore(0)
     worker = ByteWorker(woken.release, threaded=threaded)
-    wanted = []
     for ticket in range(50):
-        blocks = [ticket % 30, (ticket * 7) % 30]
-        runs = block_runs(LAYOUT, blocks, first_layer=1, num_layers=2)
-        worker.submit(ticket, partial(digest_runs, buffer, runs))
-        offsets = [LAYOUT.run(block, 1, 2) for block in blocks]
-        wanted.append((ticket, [xxhash.xxh3_64_intdigest(buffer[o : o + n]) for o, n in offsets]))
+        worker.submit(ticket, partial(pow, ticket, 2))
     results: list[Any] = []
     while len(results) < 50:
         assert woken.acquire(timeout=20.0)
         results.extend(worker.poll())
-    assert results == wanted
+    assert results == [(ticket, ticket**2) for ticket in range(50)]
     worker.close()
     worker.close()
 
 
 def test_a_digest_sees_every_byte() -> None:
-    buffer = bytearray(LAYOUT.block_bytes)
-    runs = block_runs(LAYOUT, [0], first_layer=0, num_layers=4)
-    seen = {digest_runs(memoryview(buffer), runs)[0]}
-    for i in range(len(buffer)):
-        buffer[i] ^= 0x10
-        seen.add(digest_runs(memoryview(buffer), runs)[0])
-        buffer[i] ^= 0x10
-    assert len(seen) == len(buffer) + 1
+    bytes_ = pool(num_blocks=1)
+    size = bytes_.size(1, 4)
+    data = bytearray(size)
+    seen = set(bytes_.digests([0], 0, 4))
+    assert seen == {xxhash.xxh3_64_intdigest(data)}
+    for i in range(size):
+        data[i] ^= 0x10
+        bytes_.scatter(memoryview(data), [0], 0, 4)
+        seen.update(bytes_.digests([0], 0, 4))
+        data[i] ^= 0x10
+    assert len(seen) == size + 1
+
+
+@pytest.mark.parametrize("sharding", [UNSHARDED, Sharding(tp=2), Sharding(tp=4), Sharding(tp=2, pp=3)])
+def test_bytes_and_digests_are_the_same_however_a_pool_is_cut(sharding: Sharding) -> None:
+    whole, cut = pool(), pool(sharding)
+    blocks, elsewhere = [3, 4, 9, 0], [7, 1, 2, 29]
+    data = memoryview(random.Random(5).randbytes(whole.size(4, 3)))
+    whole.scatter(data, blocks, 1, 3)
+    cut.scatter(data, elsewhere, 1, 3)
+    back = bytearray(len(data))
+    cut.gather(memoryview(back), elsewhere, 1, 3)
+    assert back == data
+    assert cut.digests(elsewhere, 1, 3) == whole.digests(blocks, 1, 3)
+    assert cut.digests(elsewhere, 1, 2) == whole.digests(blocks, 1, 2)
+    assert cut.digests(elsewhere, 0, 4) != cut.digests(blocks, 0, 4)
 
 
 @pytest.mark.parametrize("seed", range(50))
@@ -167,11 +145,11 @@ def test_an_unknown_transport_is_refused_with_those_that_exist() -> None:
 
 def test_transports_that_cannot_work_are_left_out_and_a_wanted_one_is_an_error() -> None:
     clock = MonotonicClock()
-    transports = open_transports(KvTransferConfig(), incarnation="a", region=region(), clock=clock)
+    transports = open_transports(KvTransferConfig(), incarnation="a", pools=[region()], clock=clock)
     assert transports.names == ["tcp"]  # no memfd
     transports.close()
     with pytest.raises(TransferError, match="shm"):
-        open_transports(KvTransferConfig(transport="shm"), incarnation="a", region=region(), clock=clock)
+        open_transports(KvTransferConfig(transport="shm"), incarnation="a", pools=[region()], clock=clock)
 
 
 def test_the_transport_of_one_process_is_tried_only_where_there_is_a_hub(
@@ -180,7 +158,7 @@ def test_the_transport_of_one_process_is_tried_only_where_there_is_a_hub(
     caplog.set_level("INFO")
     for hub, wanted in ((LocalHub(), True), (None, False)):
         transports = open_transports(
-            KvTransferConfig(), incarnation="a", region=region(), clock=MonotonicClock(), hub=hub
+            KvTransferConfig(), incarnation="a", pools=[region()], clock=MonotonicClock(), hub=hub
         )
         assert ("local" in transports.names) is wanted
         transports.close()
@@ -198,13 +176,13 @@ def test_a_host_that_is_not_ours_is_an_error_that_names_the_key(transport: str, 
     config = KvTransferConfig(transport=transport, host=host)
     before = set(threading.enumerate())
     with pytest.raises(ConfigError, match=rf"kv_transfer\.host = '{host}'"):
-        open_transports(config, incarnation="a", region=region(), clock=MonotonicClock())
+        open_transports(config, incarnation="a", pools=[region()], clock=MonotonicClock())
     assert set(threading.enumerate()) == before
 
 
 def local_set(hub: LocalHub, incarnation: str) -> TransportSet:
     context = TransportContext(incarnation=incarnation, wake=lambda: None, clock=MonotonicClock(), hub=hub)
-    return TransportSet({"local": LocalTransport(context)}, region(), byte_thread=False)
+    return TransportSet({"local": LocalTransport(context)}, [region()], byte_thread=False)
 
 
 def test_the_choice_names_why_nothing_fits() -> None:

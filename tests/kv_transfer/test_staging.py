@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -25,8 +26,8 @@ def test_pieces_never_overlap_and_all_come_back(seed: int) -> None:
             if piece is not None:
                 taken[piece] = length
         spans = sorted((offset, offset + length) for offset, length in taken.items())
-        assert all(a[1] <= b[0] for a, b in zip(spans, spans[1:], strict=False))
-        assert all(4096 <= begin and end <= 4096 + 64 * ALIGNMENT for begin, end in spans)
+        assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+        assert all(begin >= 4096 and end <= 4096 + 64 * ALIGNMENT for begin, end in spans)
         assert all(begin % ALIGNMENT == 0 for begin, _ in spans)
         assert arena.used == sum(-(-n // ALIGNMENT) * ALIGNMENT for n in taken.values())
     for offset in taken:
@@ -60,13 +61,13 @@ def test_windows_are_lent_until_there_are_none() -> None:
     assert lender.lent("a") is None
 
 
-def credits(pieces: int = 4) -> Credits:
+def lent(pieces: int = 4) -> Credits:
     return Credits(Window(1, 512, pieces * ALIGNMENT))
 
 
 @pytest.mark.parametrize("order", [("done", "consumed"), ("consumed", "done")])
 def test_a_piece_is_free_again_once_it_is_written_and_consumed(order: tuple[str, str]) -> None:
-    window = credits(1)
+    window = lent(1)
     taken = window.take(10)
     assert taken == (1, 512)
     for say in order:
@@ -76,7 +77,7 @@ def test_a_piece_is_free_again_once_it_is_written_and_consumed(order: tuple[str,
 
 
 def test_a_torn_piece_waits_for_a_fence_that_was_asked_for_after_it_tore() -> None:
-    window = credits(2)
+    window = lent(2)
     window.take(10)
     window.take(10)
     window.torn(1)
@@ -93,14 +94,14 @@ def test_a_torn_piece_waits_for_a_fence_that_was_asked_for_after_it_tore() -> No
 
 
 def test_a_piece_nobody_was_told_of_comes_back_at_once() -> None:
-    window = credits(1)
+    window = lent(1)
     window.take(10)
     window.untouched(1)
     assert window.used == 0
 
 
 def test_the_watermarks_have_hysteresis() -> None:
-    window = credits(8)
+    window = lent(8)
     pieces = []
     while window.flowing:
         taken = window.take(1)

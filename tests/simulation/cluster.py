@@ -213,7 +213,7 @@ class SimWorker:
         )
         self._transport = LocalTransport(context)
         region = Region(buffer=self.engine.kv_buffer, fd=self.engine.kv_fd)
-        return TransportSet({"local": self._transport}, region, byte_thread=False)
+        return TransportSet({"local": self._transport}, [region], byte_thread=False)
 
     def _side(self) -> HandoffSide:
         return HandoffSide(

@@ -1,0 +1,115 @@
+"""Hand-offs whose parts are gathered into pieces of the window that the decode side lends, and pools that
+are cut differently."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from diphase.kv_transfer.reshard import canonical_runs
+from diphase.kv_transfer.staging import Credits, Window
+from diphase.proto.errors import Cancelled
+from diphase.proto.ids import HandoffKey
+from diphase.proto.kv_layout import Sharding
+
+from .handoff_checks import error_codes, idle
+from .test_handoff import KEY, send
+
+
+def nothing_is_staged(pair: Any) -> bool:
+    """At the writer, of the window and of its own buffer."""
+    [session] = pair.sender._sessions.values()
+    return bool(session.credits.used == pair.sender._parts._local.used == 0)
+
+
+@pytest.mark.parametrize("digest", [True, False])
+async def test_a_staged_prompt_arrives_whole_and_the_window_is_free_again(
+    make_pair: Any, digest: bool
+) -> None:
+    pair = make_pair(staging="always", layerwise_tokens=0, layers_per_push=1, digest=digest)
+    blocks = pair.begin(KEY, 10)
+    for layer in range(4):
+        pair.sender.computed(KEY, blocks, 10, layer, 1)
+    pair.sender.seeded(KEY, 42, 3.0)
+    pair.p.pool.release(blocks)
+    pair.pump()
+    [ready] = pair.received()
+    assert pair.read(pair.d, ready.block_ids) == pair.read(pair.p, blocks)
+    assert 1 <= ready.num_segments < 12, "layers of a block are not pushed one by one"
+    assert pair.d.staging.any()
+    assert nothing_is_staged(pair)
+    assert idle(pair)
+
+
+async def test_parts_that_find_no_room_wait_for_it(make_pair: Any) -> None:
+    pair = make_pair(num_blocks=8192, staging="always", max_push_bytes=1 << 19)
+    tokens = 3 * (1 << 20) // pair.layout.token_bytes
+    blocks = send(pair, num_tokens=tokens)
+    pair.pump(1000)
+    [ready] = pair.received()
+    assert pair.read(pair.d, ready.block_ids) == pair.read(pair.p, blocks)
+    assert ready.num_segments >= 6
+    assert nothing_is_staged(pair)
+    assert idle(pair)
+
+
+async def test_what_the_window_cannot_hold_goes_directly(make_pair: Any) -> None:
+    pair = make_pair(num_blocks=4096, staging="always", max_push_bytes=1 << 22)
+    blocks = send(pair, num_tokens=2 * (1 << 20) // pair.layout.token_bytes)
+    pair.pump()
+    [ready] = pair.received()
+    assert pair.read(pair.d, ready.block_ids) == pair.read(pair.p, blocks)
+    assert not pair.d.staging.any()
+    assert idle(pair)
+
+
+async def test_a_piece_that_changed_on_the_way_never_reaches_a_block(make_pair: Any) -> None:
+    pair = make_pair(staging="always")
+    pair.begin(HandoffKey("first", 0), 4)  # so that there is a session
+    pair.pump()
+    pair.data.held.add(("p-1", "d-1"))
+    send(pair)
+    pair.pump()
+    pair.p.staging[:64] ^= 1
+    pair.data.held.clear()
+    pair.pump()
+    pair.sender.abort(HandoffKey("first", 0), Cancelled("enough"))
+    pair.pump()
+    assert error_codes(pair.received()) == ["digest_mismatch"]
+    assert not pair.d.memory.any()
+    assert nothing_is_staged(pair)
+
+
+async def test_a_window_that_was_not_lent_is_refused_by_name(make_pair: Any) -> None:
+    pair = make_pair(staging="always", staging_mib=2)
+    pair.begin(HandoffKey("first", 0), 4)
+    pair.pump()
+    [session] = pair.sender._sessions.values()
+    session.credits = Credits(Window(1, 0, 1 << 20))
+    send(pair)
+    pair.pump()
+    pair.pass_time(20.0)
+    assert all("outside of the window" in event.error.message for event in pair.received())
+    assert len(pair.received()) == 2
+    assert (pair.d.pool.counts().quarantined, pair.receiver.in_flight) == (0, 0)
+
+
+@pytest.mark.parametrize("staging", ["always", "never"])
+@pytest.mark.parametrize(("p", "d"), [(1, 2), (2, 1), (2, 4), (4, 1), (2, 2), (1, 4)])
+async def test_pools_that_are_cut_differently_understand_each_other(
+    make_pair: Any, p: int, d: int, staging: str
+) -> None:
+    pair = make_pair(
+        p_sharding=Sharding(tp=p), d_sharding=Sharding(tp=d, pp=2), staging=staging, layerwise_tokens=0
+    )
+    blocks = send(pair)
+    pair.pump()
+    [ready] = pair.received()
+    assert pair.read(pair.d, ready.block_ids) == pair.read(pair.p, blocks)
+    for copy in range(Sharding(tp=d).copies(pair.layout)):
+        runs = canonical_runs(
+            pair.layout, Sharding(tp=d, pp=2), ready.block_ids, first_layer=0, num_layers=4, copy=copy
+        )
+        there = b"".join(pair.d.memories[r][o : o + n].tobytes() for r, o, n in runs.tolist())
+        assert there == pair.read(pair.p, blocks)
+    assert idle(pair)
