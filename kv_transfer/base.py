@@ -22,9 +22,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..proto.clock import Clock
+from ..proto.errors import TransferError
 
 Segments = NDArray[np.int64]
-"""[n, 5]: local region, local offset, remote region, remote offset, length; bytes."""
+"""[n, 5]: local region, local offset, remote region, remote offset, length; bytes. The remote ranges of one
+write do not overlap."""
+
+MAX_TAG_BYTES = 48
+"""Of a tag: it names what was written, whoever reads it has been told the rest on another way."""
 
 
 class CancelKind(StrEnum):
@@ -48,13 +53,51 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DeviceMemory:
+    """Bytes that only an accelerator addresses."""
+
+    device: int
+    """Index of the CUDA device."""
+    pointer: int
+    """Address of the first byte on the device."""
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Region:
     """Memory that transfers may read and write: a KV pool or a staging buffer."""
 
-    buffer: memoryview
-    """Writable bytes."""
+    buffer: memoryview | None
+    """Writable bytes; None for memory of a device."""
     fd: int | None = None
     """A memfd of it, where other processes may map it."""
+    device: DeviceMemory | None = None
+    """Where it is, if `buffer` is None."""
+
+    def __post_init__(self) -> None:
+        """
+        Raises:
+            TransferError: it is neither memory of the host nor of a device, or both.
+        """
+        if (self.buffer is None) == (self.device is None):
+            raise TransferError("a region has either a buffer of the host or memory of a device")
+
+    @property
+    def num_bytes(self) -> int:
+        return self.device.num_bytes if self.device is not None else len(self.host_bytes())
+
+    def host_bytes(self) -> memoryview:
+        """
+        Raises:
+            TransferError: it is memory of a device.
+        """
+        if self.buffer is None:
+            device = self.device.device if self.device is not None else None
+            raise TransferError(
+                f"the region is memory of cuda:{device}, which only transports for device memory can move; "
+                "register memory of the host"
+            )
+        return self.buffer
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,13 +186,17 @@ class Transport(Protocol):
         now.
 
         Raises:
-            TransferError: the peer is unknown, a segment lies outside a region, or too many transfers are
-            queued.
+            TransferError: the peer is unknown, a segment lies outside a region, two of them overlap at the
+                destination, the tag is longer than MAX_TAG_BYTES, or too many transfers are queued.
         """
         ...
 
     def notify(self, peer: str, tag: bytes) -> None:
-        """A small message, ordered after earlier writes to that peer."""
+        """A small message, ordered after earlier writes to that peer.
+
+        Raises:
+            TransferError: the peer is unknown, or the tag is longer than MAX_TAG_BYTES.
+        """
         ...
 
     def poll(self, max_events: int = 64) -> list[Event]:

@@ -88,6 +88,8 @@ class Connection:
         self.max_body = MAX_BODY
         self.on_ready: Callable[[int], None] = _nobody
         """What the owner's selector calls."""
+        self.watched = 0
+        """What it waits for."""
         self._out: deque[_Outgoing] = deque()
         self._head = bytearray(HEADER.size)
         self._kind = 0

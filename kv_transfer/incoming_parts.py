@@ -80,7 +80,7 @@ class PartReader:
         self._transports = side.transports
         self._bytes = side.pool_bytes()
         staging = side.transports.staging
-        self._staging = memoryview(b"") if staging is None else staging.buffer
+        self._staging = memoryview(b"") if staging is None else staging.host_bytes()
         self._clock = side.clock
         self._counters = counters
         self._post = post

@@ -30,7 +30,7 @@ from .base import (
     TransportContext,
 )
 from .endpoint import read_endpoint, write_endpoint
-from .regions import check_segments, copy_segments
+from .regions import check_segments, check_tag, copy_segments
 
 MAX_QUEUED = 4096
 MAX_UNREAD = 4096
@@ -102,6 +102,7 @@ class LocalTransport:
         self._hub.members[self.incarnation] = self
 
     def register(self, region: Region) -> int:
+        region.host_bytes()
         self.regions.append(region)
         return len(self.regions) - 1
 
@@ -129,9 +130,10 @@ class LocalTransport:
             raise TransferError(f"transport local has no peer {peer}")
         if len(lane.jobs) >= MAX_QUEUED:
             raise TransferError(f"{MAX_QUEUED} transfers to {peer} are queued")
+        check_tag(tag)
         other = self._hub.members.get(peer)
-        remote = [len(region.buffer) for region in other.regions] if other else None
-        check_segments(segments, [len(region.buffer) for region in self.regions], remote)
+        remote = [region.num_bytes for region in other.regions] if other else None
+        check_segments(segments, [region.num_bytes for region in self.regions], remote)
         job = self._job(peer, segments, tag, deadline_s)
         self._live[job.transfer_id] = job
         lane.jobs.append(job)
@@ -142,6 +144,7 @@ class LocalTransport:
         lane = self._lanes.get(peer)
         if lane is None:
             raise TransferError(f"transport local has no peer {peer}")
+        check_tag(tag)
         job = self._job(peer, np.empty((0, 5), dtype=np.int64), tag, float("inf"))
         job.notice_only = True
         lane.jobs.append(job)

@@ -88,7 +88,7 @@ class PartWriter:
         self._ended = ended
         self._written: dict[tuple[str, int], OutgoingPart] = {}
         staging = side.transports.staging
-        self._staging = memoryview(b"") if staging is None else staging.buffer
+        self._staging = memoryview(b"") if staging is None else staging.host_bytes()
         self._local = Arena(0, len(self._staging))
         self._waiting: deque[OutgoingPart] = deque()
         """Staged parts without a piece at both ends, oldest first."""

@@ -72,7 +72,7 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         staging = side.transports.staging
         self._lender = Lender(
             side.transports.staging_region,
-            0 if staging is None else len(staging.buffer),
+            0 if staging is None else staging.num_bytes,
             side.config.staging_window_mib * MIB,
         )
 

@@ -23,6 +23,9 @@ TRANSPORTS: Mapping[str, str] = {
 }
 """Name to "module:Class", best first: the order in which `auto` prefers them."""
 
+EXTRAS: Mapping[str, str] = {"nixl_cu13": "nixl", "cupy": "cuda", "triton": "cuda"}
+"""Library to the extra of this package that installs it."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -136,6 +139,14 @@ def load_factory(name: str) -> TransportFactory:
     module, _, attribute = TRANSPORTS[name].partition(":")
     try:
         factory: TransportFactory = getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library not in EXTRAS:
+            raise
+        raise ConfigError(
+            f"kv_transfer.transport = {name!r} needs {library}, which is not installed; "
+            f"run `pip install diphase[{EXTRAS[library]}]`"
+        ) from error
     except ImportError as error:
         raise ConfigError(f"kv_transfer.transport = {name!r} cannot be loaded: {error}") from error
     return factory
@@ -155,7 +166,8 @@ def open_transports(
     without one the transport that needs it is not tried.
 
     Raises:
-        ConfigError: the configured transport is unknown, or `config.host` is no address of this machine.
+        ConfigError: the configured transport is unknown or not installed, or `config.host` is no address of
+            this machine.
         TransferError: it does not work here, or none does.
     """
     waker = _Waker()
@@ -167,7 +179,14 @@ def open_transports(
     with ExitStack() as on_error:
         for name in every if config.transport == "auto" else (config.transport,):
             try:
-                opened[name] = load_factory(name)(context)
+                factory = load_factory(name)
+            except ConfigError as error:
+                if config.transport != "auto":
+                    raise
+                _log.info("transport_not_installed name=%s why=%r", name, error.message)
+                continue
+            try:
+                opened[name] = factory(context)
             except (TransferError, OSError) as error:
                 _log.info("transport_unusable name=%s why=%r", name, str(error))
             else:

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from ..proto.errors import TransferError
 from .base import CancelKind, Capabilities, Region, TransportContext
 from .framing import FrameError
+from .socket_medium import Targets
 from .socket_peer import Job, Peer, commit
 from .socket_transport import SocketTransport
 
@@ -56,12 +57,15 @@ class _Attachment:
 
 
 class ShmMedium:
-    """See socket_peer.Medium."""
+    """See socket_medium.Medium."""
 
     name = "shm"
     capabilities = Capabilities(name="shm", device_memory=False, same_host=True, cancel=CancelKind.FENCE)
     fields: Mapping[str, type] = MappingProxyType({"path": str, "host": str, "uid": int})
+    hello_fields: Mapping[str, type] = MappingProxyType({})
+    welcome_fields: Mapping[str, type] = MappingProxyType({})
     severs = False
+    lanes = 1
 
     def __init__(self, regions: list[Region]) -> None:
         """
@@ -76,12 +80,13 @@ class ShmMedium:
         self._copying: dict[str, Peer] = {}
 
     def check(self, region: Region) -> None:
+        buffer = region.host_bytes()
         if region.fd is None:
             raise TransferError("transport shm needs memory in a memfd")
         size = os.fstat(region.fd).st_size
-        if size < len(region.buffer):
-            raise TransferError(f"the memfd has {size} bytes, the region {len(region.buffer)}")
-        self._sources.append(np.frombuffer(region.buffer, dtype=np.uint8))
+        if size < len(buffer):
+            raise TransferError(f"the memfd has {size} bytes, the region {len(buffer)}")
+        self._sources.append(np.frombuffer(buffer, dtype=np.uint8))
 
     def describe(self, address: Any) -> dict[str, Any]:
         return {"path": address[1:].decode(), "host": self._host, "uid": os.getuid()}
@@ -116,10 +121,19 @@ class ShmMedium:
         _, uid, _ = _CREDENTIALS.unpack(credentials)
         return None if uid == os.getuid() else f"user {uid} may not connect"
 
+    def hello(self, peer: Peer) -> dict[str, Any]:
+        return {}
+
+    def heard(self, peer: Peer, fields: Mapping[str, Any]) -> None:
+        """A HELLO says nothing more."""
+
+    def welcome(self, peer: Peer) -> dict[str, Any]:
+        return {}
+
     def offer(self) -> list[int]:
         return [region.fd for region in self._regions if region.fd is not None]
 
-    def attach(self, peer: Peer, sizes: list[int], fds: list[int]) -> None:
+    def attach(self, peer: Peer, sizes: list[int], fds: list[int], fields: Mapping[str, Any]) -> None:
         if len(fds) != len(sizes):
             raise TransferError(f"{len(fds)} memfds came for {len(sizes)} regions")
         arrays: list[NDArray[np.uint8]] = []
@@ -151,9 +165,24 @@ class ShmMedium:
         elif peer.writer is not None:
             peer.writer.retract(job)
 
+    def quiet(self, peer: Peer) -> bool:
+        return True  # the copy is on this thread: abandoned is stopped
+
+    def expect(self, peer: Peer, transfer_id: int, targets: Targets) -> None:
+        raise FrameError("transport shm announces no transfers")
+
+    def place(self, peer: Peer, transfer_id: int, num_bytes: int, targets: Targets) -> Iterable[memoryview]:
+        raise FrameError("transport shm brings no bulk")
+
+    def arrived(self, peer: Peer, transfer_id: int, num_bytes: int) -> None:
+        """place() lets none arrive."""
+
+    def landed(self, peer: Peer, transfer_id: int) -> bool:
+        return True  # the COMMIT follows the copy
+
     @property
-    def busy(self) -> bool:
-        return bool(self._copying)
+    def poll_in_s(self) -> float | None:
+        return 0.0 if self._copying else None
 
     def work(self) -> list[Peer]:
         finished = []
@@ -165,8 +194,8 @@ class ShmMedium:
                 finished.append(peer)
         return finished
 
-    def place(self, body: bytearray, bulk_bytes: int) -> Iterable[memoryview]:
-        raise FrameError("transport shm brings no bulk")
+    def close(self) -> None:
+        """Every mapping ended with its peer."""
 
     def _stop_copy(self, peer: Peer) -> None:
         peer.attachment.copy = None

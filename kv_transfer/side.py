@@ -32,7 +32,7 @@ class HandoffSide:
 
     def pool_bytes(self) -> PoolBytes:
         """The worker's pools, as the byte worker reads them."""
-        return PoolBytes(self.layout, self.sharding, [pool.buffer for pool in self.transports.pools])
+        return PoolBytes(self.layout, self.sharding, [pool.host_bytes() for pool in self.transports.pools])
 
 
 def open_side(

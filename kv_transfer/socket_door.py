@@ -6,30 +6,37 @@ from __future__ import annotations
 import hmac
 import logging
 import selectors
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, Protocol
 
 from ..proto.errors import TransferError
 from .base import TransportContext
-from .endpoint import read_endpoint
+from .endpoint import check_fields, read_endpoint
 from .framing import MAX_BODY, Connection, FrameError
-from .socket_peer import Kind, Medium
+from .socket_medium import Medium
+from .socket_peer import Kind
+from .socket_thread import SocketThread
 
 HELLO_TIMEOUT_S = 5.0
 """How long a stranger may stay silent."""
-MAX_HELLO = 65_536
-"""Bytes of a stranger's first frame."""
+MAX_HELLO = 256 * 1024
+"""Bytes of a stranger's first frame: what a library says of itself there goes with its devices."""
+HELLO_FIELDS = {"token": str, "lane": int, "lanes": int, "session": str}
 
 _log = logging.getLogger(__name__)
 
 
 class Host(Protocol):
-    """What the door asks of socket_thread.SocketThread."""
+    """What the door asks of socket_peers.SocketPeers."""
 
-    def run_commands(self) -> None: ...
-    def at(self, deadline: float, action: Callable[[], None]) -> None: ...
-    def welcome(self, connection: Connection, incarnation: str) -> bool: ...
+    def welcome(self, connection: Connection, fields: dict[str, Any]) -> None:
+        """Whoever connected is a peer from now on, or one more lane of one.
+
+        Raises:
+            TransferError: he is not expected.
+        """
+        ...
 
 
 class Door:
@@ -39,12 +46,12 @@ class Door:
         self,
         context: TransportContext,
         medium: Medium,
-        selector: selectors.BaseSelector,
+        thread: SocketThread,
         host: Host,
     ) -> None:
         self._context = context
         self._medium = medium
-        self._selector = selector
+        self._thread = thread
         self._host = host
         self._listener = medium.listen()
         self._strangers: set[Connection] = set()
@@ -54,7 +61,7 @@ class Door:
         return self._listener.getsockname()
 
     def open(self) -> None:
-        self._selector.register(self._listener, selectors.EVENT_READ, self._on_listener)
+        self._thread.selector.register(self._listener, selectors.EVENT_READ, self._on_listener)
 
     def close(self) -> None:
         for connection in list(self._strangers):
@@ -63,19 +70,18 @@ class Door:
 
     def heard(self, connection: Connection, kind: int, body: bytearray) -> None:
         """The first frame of a stranger."""
-        self._host.run_commands()  # he may have been admitted a moment ago
+        self._thread.run_commands()  # he may have been admitted a moment ago
+        self._thread.unwatch(connection)
         try:
-            incarnation = self._identify(connection, kind, body)
+            fields = self._identify(connection, kind, body)
+            connection.max_body = MAX_BODY
+            self._host.welcome(connection, fields)
         except TransferError as error:
             self._turn_away(connection, error.message)
-            return
-        self._strangers.discard(connection)
-        self._selector.unregister(connection.sock)
-        connection.max_body = MAX_BODY
-        if not self._host.welcome(connection, incarnation):
-            self._turn_away(connection, f"incarnation {incarnation} is not expected here")
+        else:
+            self._strangers.discard(connection)
 
-    def _identify(self, connection: Connection, kind: int, body: bytearray) -> str:
+    def _identify(self, connection: Connection, kind: int, body: bytearray) -> dict[str, Any]:
         """
         Raises:
             TransferError: he is not let in.
@@ -85,11 +91,12 @@ class Door:
             raise TransferError(why)
         if kind != Kind.HELLO:
             raise TransferError("a connection begins with HELLO")
-        fields = read_endpoint(body, self._medium.name, {"token": str})
+        fields = read_endpoint(body, self._medium.name, HELLO_FIELDS)
         if not hmac.compare_digest(fields["token"].encode(), self._context.token.encode()):
             raise TransferError("wrong cluster token")
-        incarnation: str = fields["incarnation"]
-        return incarnation
+        if fields["lane"] == 0:
+            check_fields(fields, self._medium.name, self._medium.hello_fields)
+        return fields
 
     def _turn_away(self, connection: Connection, why: str) -> None:
         _log.warning("stranger_refused transport=%s why=%r", self._medium.name, why)
@@ -110,8 +117,9 @@ class Door:
         connection.max_body = MAX_HELLO
         self._strangers.add(connection)
         sink = _StrangerSink(self, connection)
-        self._selector.register(sock, selectors.EVENT_READ, partial(self._on_stranger, connection, sink))
-        self._host.at(self._context.clock.now() + HELLO_TIMEOUT_S, partial(self._expire, connection))
+        connection.on_ready = partial(self._on_stranger, connection, sink)
+        self._thread.watch(connection)
+        self._thread.at(self._context.clock.now() + HELLO_TIMEOUT_S, partial(self._expire, connection))
 
     def _on_stranger(self, connection: Connection, sink: _StrangerSink, mask: int) -> None:
         try:
@@ -126,9 +134,7 @@ class Door:
 
     def _discard(self, connection: Connection) -> None:
         self._strangers.discard(connection)
-        if connection.sock in self._selector.get_map():
-            self._selector.unregister(connection.sock)
-        connection.close()
+        self._thread.discard(connection)
 
 
 class _StrangerSink:

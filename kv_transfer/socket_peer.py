@@ -1,19 +1,19 @@
-"""What the thread of a socket transport knows of a peer, and what it asks of the medium that moves bytes."""
+"""What the thread of a socket transport knows of a peer, and the frames between the two."""
 
 from __future__ import annotations
 
-import socket
 import struct
 from collections import deque
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import Any
 
-from .base import Capabilities, Region, Segments
+from .base import Segments
 from .framing import Connection
 
 ID = struct.Struct("<Q")
+WRITE_HEAD = struct.Struct("<QQ")
+"""Transfer id and how many bytes the whole transfer has."""
 
 
 class Kind(IntEnum):
@@ -21,15 +21,19 @@ class Kind(IntEnum):
 
     HELLO = 1
     WRITE = 2
-    """Transfer id and table of destinations; the bulk is the data (tcp)."""
+    """WRITE_HEAD and table of destinations; the bulk is the data, or a stripe of it. Without bulk the data
+    comes another way."""
     COMMIT = 3
-    """Transfer id and tag: the bytes are there. Id 0 wants no acknowledgement."""
+    """Transfer id and tag: the bytes are on their way or there. Id 0 wants no acknowledgement."""
     FENCED = 4
+    """Number of the fence, on every lane."""
     WELCOME = 16
     REFUSED = 17
     """Why, in UTF-8."""
     ACK = 18
+    """Transfer ids."""
     FENCE = 19
+    """Number of the fence."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -45,104 +49,70 @@ class Job:
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
+class Fence:
+    """Asked by us and not answered."""
+
+    number: int
+    missing: set[int]
+    """Lanes on which the peer has not answered."""
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
 class Peer:
-    """One incarnation. `writer` is the connection that we dialled, `reader` the one that they did."""
+    """One incarnation."""
 
     incarnation: str
     admitted: bool = False
-    writer: Connection | None = None
-    welcomed: bool = False
-    reader: Connection | None = None
+    endpoint: dict[str, Any] = field(default_factory=dict)
+    """Where it was dialled."""
+    writers: list[Connection] = field(default_factory=list)
+    """Connections that we dialled, by lane."""
+    joined: int = 0
+    """Of them, how many the peer has welcomed."""
+    session: str = ""
+    """What our further lanes must know: from the WELCOME of the first."""
+    readers: dict[int, Connection] = field(default_factory=dict)
+    """Connections that it dialled, by lane."""
+    reader_lanes: int = 0
+    """How many it has announced."""
+    reader_session: str = ""
+    """What its further lanes must know."""
     waiting: deque[Job] = field(default_factory=deque)
     """Not begun."""
     unacknowledged: dict[int, Job] = field(default_factory=dict)
     """Begun, not terminal."""
-    fences: deque[int] = field(default_factory=deque)
-    """Asked over `reader` and not answered."""
+    commits: deque[tuple[int, bytes]] = field(default_factory=deque)
+    """Transfer id and tag of COMMITs that came before their bytes, or that nobody has room for."""
+    fences: deque[Fence] = field(default_factory=deque)
+    """Ours."""
+    questions: deque[int] = field(default_factory=deque)
+    """Its fences that we have not answered."""
     down: str | None = None
     """Why it is being dropped, once it is."""
     attachment: Any = None
-    """What the medium keeps for it."""
+    """What the medium keeps for writing to it."""
+    inbox: Any = None
+    """What the medium keeps of what comes from it."""
+
+    @property
+    def writer(self) -> Connection | None:
+        """The connection with the commits of what we write."""
+        return self.writers[0] if self.writers else None
+
+    @property
+    def reader(self) -> Connection | None:
+        """The connection with the commits of what it writes."""
+        return self.readers.get(0)
 
 
 def commit(peer: Peer, job: Job) -> None:
-    """Tells the other end that a job's bytes are there, or precede this on the connection."""
-    if peer.writer is not None:
-        peer.writer.queue(Kind.COMMIT, ID.pack(job.transfer_id) + job.tag, owner=job)
+    """Tells the other end that a job's bytes are there, or precede this on the connections."""
+    if peer.writers:
+        peer.writers[0].queue(Kind.COMMIT, ID.pack(job.transfer_id) + job.tag, owner=job)
 
 
-class Medium(Protocol):
-    """How bytes get from here to there."""
-
-    name: str
-    capabilities: Capabilities
-    fields: Mapping[str, type]
-    """What its endpoints have beside regions."""
-    severs: bool
-    """Whether closing a connection at the destination makes sure that nothing is written any more."""
-
-    def check(self, region: Region) -> None:
-        """
-        Raises:
-            TransferError: this region cannot be moved.
-        """
-        ...
-
-    def describe(self, address: Any) -> dict[str, Any]:
-        """`fields` of our endpoint, given the listener's address."""
-        ...
-
-    def reaches(self, endpoint: dict[str, Any]) -> str | None:
-        """None when that peer can be reached, else the reason."""
-        ...
-
-    def listen(self) -> socket.socket: ...
-
-    def dial(self, endpoint: dict[str, Any]) -> socket.socket:
-        """A socket whose connect has begun."""
-        ...
-
-    def greet(self, sock: socket.socket) -> str | None:
-        """Why whoever connected is not welcome; None: he is. Sets the socket's options."""
-        ...
-
-    def offer(self) -> list[int]:
-        """File descriptors that go with the WELCOME."""
-        ...
-
-    def attach(self, peer: Peer, sizes: list[int], fds: list[int]) -> None:
-        """The WELCOME has come; takes the descriptors."""
-        ...
-
-    def detach(self, peer: Peer) -> None:
-        """No job of this peer goes on; forgets its memory."""
-        ...
-
-    def begin(self, peer: Peer, job: Job) -> None:
-        """Starts to move a job; its COMMIT is queued when the bytes are there, or on their way before it."""
-        ...
-
-    def abandon(self, peer: Peer, job: Job) -> None:
-        """Neither reads nor writes a byte for this job any more."""
-        ...
-
-    def ready(self, peer: Peer) -> bool:
-        """Whether another job may begin."""
-        ...
-
-    @property
-    def busy(self) -> bool:
-        """Whether work() has something to do now."""
-        ...
-
-    def work(self) -> list[Peer]:
-        """Moves some bytes, where the thread itself does it; returns the peers of whom a job is finished."""
-        ...
-
-    def place(self, body: bytearray, bulk_bytes: int) -> Iterable[memoryview]:
-        """Destinations of a WRITE.
-
-        Raises:
-            FrameError: they lie outside of the regions.
-        """
-        ...
+def announce(peer: Peer, job: Job) -> None:
+    """Tells the other end that a job has begun whose bytes come another way than over the connections."""
+    if peer.writers:
+        head = WRITE_HEAD.pack(job.transfer_id, job.num_bytes)
+        peer.writers[0].queue(Kind.WRITE, head + job.segments[:, 2:5].tobytes(), owner=job)

@@ -6,23 +6,24 @@ import os
 from collections.abc import Iterable
 from typing import Protocol
 
+import numpy as np
+
 from ..proto.errors import TransferError
-from .base import Event, Notified
+from .base import MAX_TAG_BYTES, Region
 from .endpoint import read_endpoint, read_sizes
 from .framing import Connection, FrameError
-from .socket_peer import ID, Kind, Medium, Peer
+from .regions import check_segments
+from .socket_jobs import SocketJobs, read_ids
+from .socket_medium import Medium, Targets
+from .socket_peer import ID, WRITE_HEAD, Kind, Peer
 
 
-class Thread(Protocol):
-    """What the sinks ask of socket_thread.SocketThread."""
+class Peers(Protocol):
+    """What the sinks ask of socket_peers.SocketPeers."""
 
-    def run_commands(self) -> None: ...
-    def emit(self, event: Event) -> None: ...
-    def notified(self) -> bool: ...
-    def welcomed(self, peer: Peer) -> None: ...
-    def acknowledged(self, peer: Peer, transfer_id: int) -> None: ...
-    def fenced(self, peer: Peer, number: int) -> None: ...
-    def drop(self, peer: Peer, message: str) -> None: ...
+    def joined(self, peer: Peer) -> None: ...
+    def answered(self, peer: Peer, lane: int, number: int) -> None: ...
+    def asked(self, peer: Peer, number: int) -> None: ...
 
 
 class _Sink:
@@ -33,72 +34,142 @@ class _Sink:
 
 
 class ReaderSink(_Sink):
-    """A peer writes to us."""
+    """A peer writes to us, over one of its lanes."""
 
-    def __init__(self, thread: Thread, peer: Peer, connection: Connection, medium: Medium) -> None:
-        self._thread = thread
+    def __init__(
+        self, peers: Peers, peer: Peer, *, jobs: SocketJobs, lane: int, medium: Medium, regions: list[Region]
+    ) -> None:
+        self._peers = peers
+        self._jobs = jobs
         self._peer = peer
-        self._connection = connection
+        self._lane = lane
         self._medium = medium
+        self._sizes = [region.num_bytes for region in regions]
+        self._bulk_bytes = 0
 
     def place(self, kind: int, body: bytearray, bulk_bytes: int) -> Iterable[memoryview]:
         if kind != Kind.WRITE:
             return super().place(kind, body, bulk_bytes)
-        return self._medium.place(body, bulk_bytes)
+        transfer_id, num_bytes, targets, here = self._read_write(body)
+        if here != bulk_bytes:
+            raise FrameError(f"a WRITE of {here} bytes brings {bulk_bytes}")
+        self._bulk_bytes = bulk_bytes
+        return self._medium.place(self._peer, transfer_id, num_bytes, targets)
 
     def frame(self, kind: int, body: bytearray) -> bool:
-        if self._peer.down is not None:
+        peer = self._peer
+        if peer.down is not None:
             return True  # only its end is waited for
-        if kind == Kind.COMMIT and len(body) >= ID.size:
+        if kind == Kind.WRITE:
+            self._write(body)
+        elif kind == Kind.FENCED and len(body) == ID.size:
+            self._peers.answered(peer, self._lane, *ID.unpack(body))
+        elif kind == Kind.COMMIT and self._lane == 0 and len(body) >= ID.size:
+            tag = bytes(body[ID.size :])
+            if len(tag) > MAX_TAG_BYTES:
+                raise FrameError(f"a COMMIT has a tag of {len(tag)} bytes, {MAX_TAG_BYTES} at most")
             (transfer_id,) = ID.unpack_from(body)
-            if len(body) > ID.size:
-                self._thread.emit(Notified(self._peer.incarnation, bytes(body[ID.size :])))
-            if transfer_id:
-                self._connection.queue(Kind.ACK, bytes(body[: ID.size]))
-            return self._thread.notified()
-        if kind == Kind.FENCED and len(body) == ID.size:
-            self._thread.fenced(self._peer, *ID.unpack(body))
-        elif kind != Kind.WRITE:
-            raise FrameError(f"a writer sent a frame of kind {kind}")
-        return True
+            self._jobs.committed(peer, transfer_id, tag)
+        else:
+            raise FrameError(
+                f"a writer sent a frame of kind {kind} of {len(body)} bytes on lane {self._lane}"
+            )
+        return self._lane != 0 or self._jobs.hears(peer)
+
+    def _write(self, body: bytearray) -> None:
+        if self._bulk_bytes:
+            transfer_id, _ = WRITE_HEAD.unpack_from(body)
+            self._medium.arrived(self._peer, transfer_id, self._bulk_bytes)
+            self._bulk_bytes = 0
+        else:
+            transfer_id, num_bytes, targets, here = self._read_write(body)
+            if here != num_bytes:
+                raise FrameError(f"a WRITE announces {num_bytes} bytes and names the places of {here}")
+            self._medium.expect(self._peer, transfer_id, targets)
+        if self._peer.commits:
+            self._jobs.deliver(self._peer)
+
+    def _read_write(self, body: bytearray) -> tuple[int, int, Targets, int]:
+        """Transfer id, bytes of the whole transfer, targets of this frame and their bytes.
+
+        Raises:
+            FrameError: malformed, or outside of our regions. What a peer claims is checked against what we
+                have: it could be anybody's mistake.
+        """
+        if len(body) < WRITE_HEAD.size or (len(body) - WRITE_HEAD.size) % 24:
+            raise FrameError(f"a WRITE has a malformed table: {len(body)} bytes of body")
+        transfer_id, num_bytes = WRITE_HEAD.unpack_from(body)
+        targets = np.frombuffer(body, dtype=np.int64, offset=WRITE_HEAD.size).reshape(-1, 3)
+        segments = np.empty((len(targets), 5), dtype=np.int64)
+        segments[:, 2:5] = targets
+        segments[:, 0:2] = targets[:, 0:2]
+        try:
+            here = check_segments(segments, self._sizes, self._sizes)
+        except TransferError as error:
+            raise FrameError(f"a WRITE is refused: {error.message}") from error
+        if here > num_bytes:
+            raise FrameError(f"a WRITE of a transfer of {num_bytes} bytes names the places of {here}")
+        return transfer_id, num_bytes, targets, here
 
 
 class WriterSink(_Sink):
-    """A peer that we write to answers."""
+    """A peer that we write to answers, on one of our lanes."""
 
-    def __init__(self, thread: Thread, peer: Peer, medium: Medium) -> None:
-        self._thread = thread
+    def __init__(
+        self,
+        peers: Peers,
+        peer: Peer,
+        *,
+        jobs: SocketJobs,
+        lane: int,
+        medium: Medium,
+        connection: Connection,
+    ) -> None:
+        self._peers = peers
+        self._jobs = jobs
         self._peer = peer
+        self._lane = lane
+        self._connection = connection
         self._medium = medium
+        self._welcomed = False
 
     def frame(self, kind: int, body: bytearray) -> bool:
-        connection = self._peer.writer
-        if connection is None:
+        peer = self._peer
+        if peer.down is not None:
             return False
-        if kind == Kind.ACK and len(body) == ID.size:
-            self._thread.acknowledged(self._peer, *ID.unpack(body))
-        elif kind == Kind.FENCE and len(body) == ID.size:
-            # What the event loop cancelled before it said so to the peer must have stopped when we answer.
-            self._thread.run_commands()
-            connection.queue(Kind.FENCED, bytes(body))
-        elif kind == Kind.WELCOME and not self._peer.welcomed:
-            self._welcome(connection, body)
-        elif kind == Kind.REFUSED:
+        if kind == Kind.REFUSED and not self._welcomed:
             raise FrameError(f"the peer refuses the connection: {body.decode(errors='replace')}")
+        if kind == Kind.WELCOME and not self._welcomed:
+            self._welcome(body)
+        elif kind == Kind.ACK and self._lane == 0 and self._welcomed:
+            self._jobs.acknowledged(peer, read_ids(body))
+        elif kind == Kind.FENCE and self._lane == 0 and len(body) == ID.size:
+            self._peers.asked(peer, *ID.unpack(body))
         else:
-            raise FrameError(f"a destination sent a frame of kind {kind}")
-        return self._peer.writer is connection
+            raise FrameError(
+                f"a destination sent a frame of kind {kind} of {len(body)} bytes on lane {self._lane}"
+            )
+        return peer.down is None
 
-    def _welcome(self, connection: Connection, body: bytearray) -> None:
+    def _welcome(self, body: bytearray) -> None:
+        connection, peer, medium = self._connection, self._peer, self._medium
+        types = {"regions": list, "session": str, **medium.welcome_fields} if self._lane == 0 else {}
         try:
-            fields = read_endpoint(body, self._medium.name, {"regions": list})
-            if fields["incarnation"] != self._peer.incarnation:
+            fields = read_endpoint(body, medium.name, types)
+            if fields["incarnation"] != peer.incarnation:
                 raise TransferError(f"incarnation {fields['incarnation']} answers")
-            self._medium.attach(self._peer, read_sizes(fields["regions"]), connection.fds)
+            if self._lane == 0:
+                sizes = read_sizes(fields["regions"])
+                announced = peer.endpoint["regions"]  # what write() has checked segments against
+                if sizes[: len(announced)] != announced:
+                    raise TransferError(f"regions of {sizes} bytes, and {announced} were announced")
+                peer.session = fields["session"]
+                medium.attach(peer, sizes, connection.fds, fields)
         except (TransferError, OSError) as error:
             raise FrameError(f"the welcome is unusable: {error}") from error
+        self._welcomed = True
         connection.takes_fds = False
         for fd in connection.fds:
             os.close(fd)
         connection.fds.clear()
-        self._thread.welcomed(self._peer)
+        self._peers.joined(peer)

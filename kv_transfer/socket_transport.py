@@ -1,5 +1,4 @@
-"""The event loop's half of the shm and tcp transports: checks, ids, commands to the thread, events from
-it."""
+"""The event loop's half of a transport over sockets: checks, ids, commands to the thread, events from it."""
 
 from __future__ import annotations
 
@@ -14,8 +13,10 @@ import numpy as np
 from ..proto.errors import InternalError, TransferError
 from .base import Done, Event, Failed, PeerDown, Region, Segments, TransportContext
 from .endpoint import read_endpoint, read_sizes, write_endpoint
-from .regions import check_segments
-from .socket_peer import Job, Medium
+from .regions import check_segments, check_tag
+from .socket_medium import Medium
+from .socket_peer import Job
+from .socket_peers import SocketPeers
 from .socket_thread import MAX_UNREAD, SocketThread
 
 MAX_OUTSTANDING = 4096
@@ -32,7 +33,8 @@ class SocketTransport:
         self._context = context
         self._medium = medium
         self._regions = regions
-        self._thread = SocketThread(context, medium, regions)
+        self._thread = SocketThread(context, medium.name)
+        self._peers = SocketPeers(context, medium, regions, self._thread)
         self._destinations: dict[str, list[int]] = {}
         self._outstanding: Counter[str] = Counter()
         self._peer_of: dict[int, str] = {}
@@ -43,15 +45,15 @@ class SocketTransport:
         self._medium.check(region)
         self._regions.append(region)
         if len(self._regions) == 1:
-            self._thread.start()
+            self._thread.start(self._peers)
         return len(self._regions) - 1
 
     def endpoint(self) -> bytes:
         return write_endpoint(
             self._medium.name,
             self._context.incarnation,
-            regions=[len(region.buffer) for region in self._regions],
-            **self._medium.describe(self._thread.address),
+            regions=[region.num_bytes for region in self._regions],
+            **self._medium.describe(self._peers.address),
         )
 
     def reaches(self, endpoint: bytes) -> str | None:
@@ -61,14 +63,14 @@ class SocketTransport:
             return error.message
 
     def admit(self, peer: str) -> None:
-        self._thread.post(partial(self._thread.admit, peer))
+        self._thread.post(partial(self._peers.admit, peer))
 
     def connect(self, endpoint: bytes, deadline_s: float) -> str:
         fields = self._parse(endpoint)
         peer: str = fields["incarnation"]
         if peer not in self._destinations:
             self._destinations[peer] = read_sizes(fields["regions"])
-            self._thread.post(partial(self._thread.connect, fields, self._deadline(deadline_s)))
+            self._thread.post(partial(self._peers.connect, fields, self._deadline(deadline_s)))
         return peer
 
     def write(self, peer: str, segments: Segments, tag: bytes, deadline_s: float) -> int:
@@ -77,7 +79,8 @@ class SocketTransport:
             raise TransferError(f"transport {self._medium.name} has no peer {peer}")
         if self._outstanding[peer] >= MAX_OUTSTANDING:
             raise TransferError(f"{MAX_OUTSTANDING} transfers to {peer} are not done")
-        num_bytes = check_segments(segments, [len(region.buffer) for region in self._regions], sizes)
+        check_tag(tag)
+        num_bytes = check_segments(segments, [region.num_bytes for region in self._regions], sizes)
         transfer_id = next(self._ids)
         self._outstanding[peer] += 1
         self._peer_of[transfer_id] = peer
@@ -89,14 +92,15 @@ class SocketTransport:
             tag=tag,
             deadline=self._deadline(deadline_s),
         )
-        self._thread.post(partial(self._thread.write, job))
+        self._thread.post(partial(self._peers.jobs.add, job))
         return transfer_id
 
     def notify(self, peer: str, tag: bytes) -> None:
         if peer not in self._destinations:
             raise TransferError(f"transport {self._medium.name} has no peer {peer}")
+        check_tag(tag)
         job = Job(transfer_id=0, peer=peer, segments=_NO_SEGMENTS, num_bytes=0, tag=tag, deadline=math.inf)
-        self._thread.post(partial(self._thread.write, job))
+        self._thread.post(partial(self._peers.jobs.add, job))
 
     def poll(self, max_events: int = 64) -> list[Event]:
         if self._thread.crash is not None:
@@ -111,22 +115,22 @@ class SocketTransport:
                 self._outstanding.pop(event.peer, None)
             events.append(event)
         if self._thread.paused and len(self._thread.events) < MAX_UNREAD:
-            self._thread.post(self._thread.resume)
+            self._thread.post(self._peers.resume)
         return events
 
     def cancel(self, transfer_id: int) -> None:
-        self._thread.post(partial(self._thread.cancel, transfer_id))
+        self._thread.post(partial(self._peers.jobs.cancel, transfer_id))
 
     def fence(self, peer: str, deadline_s: float) -> None:
-        self._thread.post(partial(self._thread.fence, peer, self._deadline(deadline_s)))
+        self._thread.post(partial(self._peers.fence, peer, self._deadline(deadline_s)))
 
     def disconnect(self, peer: str) -> None:
-        self._thread.post(partial(self._thread.disconnect, peer))
+        self._thread.post(partial(self._peers.disconnect, peer))
 
     def close(self) -> None:
         if not self._closed:
             self._closed = True
-            self._thread.stop()
+            self._thread.stop(self._peers)
 
     def _deadline(self, seconds: float) -> float:
         return self._context.clock.now() + seconds

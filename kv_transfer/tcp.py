@@ -14,8 +14,8 @@ import numpy as np
 from ..proto.errors import ConfigError, TransferError
 from .base import CancelKind, Capabilities, Region, TransportContext
 from .framing import FrameError
-from .regions import check_segments
-from .socket_peer import ID, Job, Kind, Peer, commit
+from .socket_medium import Targets
+from .socket_peer import WRITE_HEAD, Job, Kind, Peer, commit
 from .socket_transport import SocketTransport
 
 MAX_FRAMES = 8
@@ -23,12 +23,15 @@ MAX_FRAMES = 8
 
 
 class TcpMedium:
-    """See socket_peer.Medium."""
+    """See socket_medium.Medium."""
 
     name = "tcp"
     capabilities = Capabilities(name="tcp", device_memory=False, same_host=False, cancel=CancelKind.FENCE)
     fields: Mapping[str, type] = MappingProxyType({"host": str, "port": int})
+    hello_fields: Mapping[str, type] = MappingProxyType({})
+    welcome_fields: Mapping[str, type] = MappingProxyType({})
     severs = True
+    lanes = 1
 
     def __init__(self, host: str, regions: list[Region]) -> None:
         """
@@ -44,7 +47,7 @@ class TcpMedium:
         self._host = str(found[0][4][0])
 
     def check(self, region: Region) -> None:
-        if region.buffer.readonly:
+        if region.host_bytes().readonly:
             raise TransferError("a region must be writable")
 
     def describe(self, address: Any) -> dict[str, Any]:
@@ -93,10 +96,19 @@ class TcpMedium:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return None
 
+    def hello(self, peer: Peer) -> dict[str, Any]:
+        return {}
+
+    def heard(self, peer: Peer, fields: Mapping[str, Any]) -> None:
+        """A HELLO says nothing more."""
+
+    def welcome(self, peer: Peer) -> dict[str, Any]:
+        return {}
+
     def offer(self) -> list[int]:
         return []
 
-    def attach(self, peer: Peer, sizes: list[int], fds: list[int]) -> None:
+    def attach(self, peer: Peer, sizes: list[int], fds: list[int], fields: Mapping[str, Any]) -> None:
         """Nothing to keep: the bytes go over the connection."""
 
     def detach(self, peer: Peer) -> None:
@@ -108,44 +120,45 @@ class TcpMedium:
     def begin(self, peer: Peer, job: Job) -> None:
         connection = peer.writer
         if connection is not None and job.num_bytes:
-            buffers = [region.buffer for region in self._regions]
+            buffers = [region.host_bytes() for region in self._regions]
             bulk = [
                 buffers[region][offset : offset + length]
                 for region, offset, length in job.segments[:, (0, 1, 4)].tolist()
             ]
             table = np.ascontiguousarray(job.segments[:, 2:5]).tobytes()
-            connection.queue(
-                Kind.WRITE, ID.pack(job.transfer_id) + table, bulk, bulk_bytes=job.num_bytes, owner=job
-            )
+            head = WRITE_HEAD.pack(job.transfer_id, job.num_bytes)
+            connection.queue(Kind.WRITE, head + table, bulk, bulk_bytes=job.num_bytes, owner=job)
         commit(peer, job)
 
     def abandon(self, peer: Peer, job: Job) -> None:
         if peer.writer is not None:
             peer.writer.retract(job)
 
+    def quiet(self, peer: Peer) -> bool:
+        return True  # what is not sent is blanked
+
+    def expect(self, peer: Peer, transfer_id: int, targets: Targets) -> None:
+        raise FrameError("transport tcp brings bulk with a WRITE")
+
+    def place(self, peer: Peer, transfer_id: int, num_bytes: int, targets: Targets) -> Iterable[memoryview]:
+        buffers = [region.host_bytes() for region in self._regions]
+        return [buffers[region][offset : offset + length] for region, offset, length in targets.tolist()]
+
+    def arrived(self, peer: Peer, transfer_id: int, num_bytes: int) -> None:
+        """In place before the COMMIT, which comes on the same connection."""
+
+    def landed(self, peer: Peer, transfer_id: int) -> bool:
+        return True
+
     @property
-    def busy(self) -> bool:
-        return False
+    def poll_in_s(self) -> float | None:
+        return None
 
     def work(self) -> list[Peer]:
         return []
 
-    def place(self, body: bytearray, bulk_bytes: int) -> Iterable[memoryview]:
-        if len(body) < ID.size or (len(body) - ID.size) % 24:
-            raise FrameError("a WRITE has a malformed table")
-        table = np.frombuffer(body, dtype=np.int64, offset=ID.size).reshape(-1, 3)
-        segments = np.zeros((len(table), 5), dtype=np.int64)
-        segments[:, 2:5] = table
-        segments[:, 0:2] = table[:, 0:2]
-        try:
-            # What a peer claims is checked against our own regions: it could be anybody's mistake.
-            total = check_segments(segments, sizes := [len(r.buffer) for r in self._regions], sizes)
-        except TransferError as error:
-            raise FrameError(f"a WRITE is out of bounds: {error.message}") from error
-        if total != bulk_bytes:
-            raise FrameError(f"a WRITE of {total} bytes brings {bulk_bytes}")
-        buffers = [region.buffer for region in self._regions]
-        return [buffers[region][offset : offset + length] for region, offset, length in table.tolist()]
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 class TcpTransport(SocketTransport):

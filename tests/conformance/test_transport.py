@@ -9,11 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 from diphase.kv_transfer.base import (
+    MAX_TAG_BYTES,
+    DeviceMemory,
     Done,
     Failed,
     Fenced,
     Notified,
     PeerDown,
+    Region,
 )
 from diphase.proto.errors import TransferError
 
@@ -157,6 +160,37 @@ class TestRefusals:
         ):
             with pytest.raises(TransferError, match="segment"):
                 a.transport.write("b", bad, b"", 1.0)
+
+    def test_segments_that_overlap_at_the_destination_are_refused(self, make: Any, name: str) -> None:
+        a, b = joined(make, name)
+        for segments, which in (
+            ([(0, 0, 10), (20, 9, 10)], "segments 0 and 1"),
+            ([(0, 500, 10), (20, 0, 5), (40, 505, 100)], "segments 0 and 2"),
+            ([(0, 7, 1), (20, 100, 5), (40, 0, 100)], "segments 0 and 2"),
+        ):
+            with pytest.raises(TransferError, match=which):
+                a.write("b", segments, b"overlap")
+        a.write("b", [(0, 10, 10), (0, 20, 10), (5, 0, 10), (0, 15, 0)], b"side by side")
+        b.until(lambda: b.tags() == [b"side by side"], a)
+
+    def test_a_tag_that_is_too_long_is_refused_with_its_length(self, make: Any, name: str) -> None:
+        a, b = joined(make, name)
+        long = bytes(MAX_TAG_BYTES + 1)
+        with pytest.raises(TransferError, match=r"a tag of 49 bytes.*48"):
+            a.write("b", [(0, 0, 1)], long)
+        with pytest.raises(TransferError, match=r"a tag of 49 bytes.*48"):
+            a.transport.notify("b", long)
+        a.write("b", [(0, 0, 1)], long[1:])
+        b.until(lambda: b.tags() == [long[1:]], a)
+
+    def test_memory_of_a_device_is_refused_where_it_cannot_be_moved(self, make: Any, name: str) -> None:
+        a = make(name, "a")
+        if a.transport.capabilities.device_memory:
+            pytest.skip(f"transport {name} moves memory of devices")
+        pool = Region(buffer=None, device=DeviceMemory(device=1, pointer=1 << 40, num_bytes=1 << 30))
+        assert pool.num_bytes == 1 << 30
+        with pytest.raises(TransferError, match="memory of cuda:1"):
+            a.transport.register(pool)
 
     def test_an_unknown_peer_is_refused(self, make: Any, name: str) -> None:
         a, _ = joined(make, name)

@@ -175,10 +175,10 @@ class TestOtherProcess:
             b"\3\0\0\0\xff\xff\xff\xff" + b"\0" * 8,
             hello_frame(b"[" * 60_000),
             hello_frame(
-                b'{"transport": "%s", "version": 1, "incarnation": "x", "token": "\\ud800"}' % name.encode()
+                b'{"transport": "%s", "version": 2, "incarnation": "x", "token": "\\ud800"}' % name.encode()
             ),
             hello_frame(
-                b'{"transport": "%s", "version": 1, "incarnation": "\\ud800", "token": ""}' % name.encode()
+                b'{"transport": "%s", "version": 2, "incarnation": "\\ud800", "token": ""}' % name.encode()
             ),
         ):
             with socket.socket(kind, socket.SOCK_STREAM) as stranger:

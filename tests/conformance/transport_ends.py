@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 from diphase.kv_transfer.base import (
     Done,
     Event,
@@ -20,12 +21,26 @@ from diphase.kv_transfer.base import (
     Transport,
     TransportContext,
 )
+from diphase.kv_transfer.config import IN_PROCESS
 from diphase.kv_transfer.local import LocalHub
-from diphase.kv_transfer.registry import load_factory
+from diphase.kv_transfer.registry import TRANSPORTS, load_factory
 from diphase.proto.clock import MonotonicClock
+from diphase.proto.errors import ConfigError
 
-NAMES = ["local", "shm", "tcp"]
-OVER_SOCKETS = ["shm", "tcp"]
+
+def _param(name: str) -> Any:
+    """The suite's parameter for a transport; skipped where the library that it needs is not installed."""
+    try:
+        load_factory(name)
+    except ConfigError as error:
+        return pytest.param(name, marks=pytest.mark.skip(reason=error.message))
+    return name
+
+
+HOST_MEMORY = ["local", "shm", "tcp"]
+"""Transports that this suite can ask on any machine; one more is one more name here."""
+NAMES = [_param(name) for name in TRANSPORTS if name in HOST_MEMORY]
+OVER_SOCKETS = [_param(name) for name in TRANSPORTS if name in HOST_MEMORY and name != IN_PROCESS]
 PATIENCE_S = 20.0
 SIZE = 1 << 20
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import random
+import sys
 import threading
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -141,6 +143,32 @@ def test_an_unknown_transport_is_refused_with_those_that_exist() -> None:
         "shm",
         "tcp",
     ]
+
+
+def test_a_transport_whose_library_is_missing_is_skipped_by_auto_and_an_error_by_name(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    (tmp_path / "transport_without_library.py").write_text("import cupy.cuda\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(sys.modules, "cupy", None)
+    offered = {"nccl": "transport_without_library:Nccl", **TRANSPORTS}
+    monkeypatch.setattr("diphase.kv_transfer.registry.TRANSPORTS", offered)
+    clock = MonotonicClock()
+    transports = open_transports(KvTransferConfig(), incarnation="a", pools=[region()], clock=clock)
+    assert transports.names == ["tcp"]
+    transports.close()
+    assert "transport_not_installed name=nccl" in caplog.text
+    with pytest.raises(ConfigError, match=r"'nccl' needs cupy.*pip install diphase\[cuda\]"):
+        open_transports(KvTransferConfig(transport="nccl"), incarnation="a", pools=[region()], clock=clock)
+
+
+def test_a_transport_whose_module_imports_what_nobody_has_is_a_mistake_of_ours(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("diphase.kv_transfer.registry.TRANSPORTS", {"x": "diphase.kv_transfer.no_such:X"})
+    with pytest.raises(ModuleNotFoundError):
+        load_factory("x")
 
 
 def test_transports_that_cannot_work_are_left_out_and_a_wanted_one_is_an_error() -> None:
