@@ -107,6 +107,22 @@ class StatusClient:
         )
         return status
 
+    async def trace(self, address: str, request_id: str, timeout_s: float) -> cluster_pb2.GetTraceResponse:
+        """What one gateway and its workers remember of a request.
+
+        Raises:
+            NotFound: nothing.
+            TimeoutError, DiphaseError: as ask().
+        """
+        request = cluster_pb2.GetTraceRequest(request_id=request_id)
+        trace: cluster_pb2.GetTraceResponse = await self._call(
+            address,
+            lambda channel: ClusterStub(channel).GetTrace(
+                request, timeout=timeout_s, metadata=self._metadata
+            ),
+        )
+        return trace
+
     async def not_ready(self, address: str, timeout_s: float) -> str:
         """Which workers one gateway cannot use and why, as a sentence; empty when there is none.
 

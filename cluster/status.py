@@ -10,13 +10,12 @@ from collections.abc import Callable
 from google.protobuf.json_format import MessageToJson
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from ..proto import cluster_pb2
 from ..proto.errors import DiphaseError, WorkerLost
 from .endpoint import CONNECT_S, WILDCARDS, StatusClient
-from .terminal import status_table
+from .terminal import status_table, transfers_table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -90,5 +89,8 @@ async def ask(client: StatusClient, address: str) -> cluster_pb2.GetStatusRespon
     return status
 
 
-async def _table(client: StatusClient, address: str) -> Table:
-    return status_table(await ask(client, address), await client.not_ready(address, CONNECT_S))
+async def _table(client: StatusClient, address: str) -> RenderableType:
+    status = await ask(client, address)
+    workers = status_table(status, await client.not_ready(address, CONNECT_S))
+    transfers = transfers_table(status)
+    return workers if transfers is None else Group(workers, Text(), transfers)

@@ -89,6 +89,31 @@ def status_table(status: cluster_pb2.GetStatusResponse, not_ready: str) -> Table
     return table
 
 
+def transfers_table(status: cluster_pb2.GetStatusResponse) -> Table | None:
+    """What each worker sent (→) or received (←), by peer; None before the first hand-off. "took" is the
+    sum over parts, of their time on the wire where they were sent and of their check where they arrived."""
+    table = Table(title="KV transfers", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    table.add_column("between", no_wrap=True)
+    table.add_column("over", no_wrap=True)
+    for name in ("done", "MiB", "KiB/run", "took", "fences", "quarant."):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("failed")
+    for worker in sorted(status.workers, key=lambda worker: worker.worker_id):
+        for peer in sorted(worker.transfers, key=lambda peer: (peer.peer, peer.transport)):
+            table.add_row(
+                f"{worker.worker_id} {'→' if peer.outgoing else '←'} {peer.peer}",
+                peer.transport,
+                str(peer.transfers),
+                f"{peer.bytes / 2**20:.0f}",
+                f"{peer.bytes / peer.segments / 1024:.0f}" if peer.segments else "-",
+                f"{peer.wire_s if peer.outgoing else peer.verify_s:.2f} s",
+                str(peer.fences),
+                str(peer.quarantined_blocks),
+                ", ".join(f"{count} {code}" for code, count in sorted(peer.failures.items())) or "-",
+            )
+    return table if table.row_count else None
+
+
 def _used(total: int, available: int) -> str:
     if not total:
         return "-"

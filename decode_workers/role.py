@@ -22,7 +22,7 @@ from ..kv_transfer.counters import HandoffCollector
 from ..kv_transfer.receiver import HandoffReceiver, Ready, ReceiveFailed, ReceiverEvent
 from ..proto.errors import Cancelled, DiphaseError, PromptTooLong
 from ..proto.ids import HandoffKey
-from ..proto.worker_pb2 import Load, SequenceOutput, Submit
+from ..proto.worker_pb2 import Inspect, Inspected, Load, SequenceOutput, Submit
 from .reservations import ReservationPool
 from .scheduler import DecodeScheduler
 
@@ -151,6 +151,11 @@ class DecodeRole:
 
     def collectors(self) -> list[Collector]:
         return [HandoffCollector(self._receiver.counters)] if self._receiver is not None else []
+
+    def inspect(self, question: Inspect) -> Inspected:
+        if self._receiver is None:
+            return Inspected(id=question.id)
+        return self._receiver.inspect(question, outgoing=False)
 
     async def drain(self) -> None:
         if self._receiver is not None:

@@ -175,6 +175,8 @@ class WorkerHost:
                     link.send(WorkerMessage(pong=Pong(sent_at=message.ping.sent_at, at=self._clock.now())))
                 case "prefix_snapshot":
                     self._send_snapshot(link)
+                case "inspect":
+                    link.send(WorkerMessage(inspected=self._role.inspect(message.inspect)))
                 case unknown:
                     logger.warning("message_ignored gateway_id=%s kind=%s", link.gateway_id, unknown)
         except (

@@ -11,7 +11,7 @@ from prometheus_client.registry import Collector
 from ..proto.errors import DiphaseError
 from ..proto.ids import HandoffKey
 from ..proto.inference_pb2 import TokenLogprobs
-from ..proto.worker_pb2 import Load, SequenceOutput, Submit
+from ..proto.worker_pb2 import Inspect, Inspected, Load, SequenceOutput, Submit
 from .base import LayerHook, StepPlan, StepResult
 
 Servicer = Callable[[grpc.aio.Server], None]
@@ -109,6 +109,11 @@ class Role(Protocol):
 
     def collectors(self) -> list[Collector]:
         """What Prometheus is told beside the host's own metrics."""
+        ...
+
+    def inspect(self, question: Inspect) -> Inspected:
+        """What was transferred, by peer and transport, and what happened to the hand-offs of a request as
+        far as it is remembered."""
         ...
 
     async def drain(self) -> None:

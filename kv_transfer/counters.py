@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, fields
 from prometheus_client.core import CounterMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from ..proto.worker_pb2 import TransferFigures
+
 MAX_PEERS = 256
 """Peers whose figures are kept; beyond it the one that was unused longest is forgotten."""
 NO_TRANSPORT = "none"
@@ -39,11 +41,6 @@ class PeerCounters:
     quarantined_blocks: int = 0
     """Blocks that ever went into quarantine."""
 
-    @property
-    def segment_bytes(self) -> float:
-        """Mean bytes of a segment."""
-        return self.num_bytes / self.num_segments if self.num_segments else 0.0
-
 
 @dataclass(slots=True)
 class HandoffCounters:
@@ -64,6 +61,26 @@ class HandoffCounters:
             self.peers.popitem(last=False)
         return counters
 
+    def figures(self, *, outgoing: bool) -> list[TransferFigures]:
+        """The figures of every peer, as a message."""
+        return [
+            TransferFigures(
+                transport=transport,
+                peer=worker_id,
+                outgoing=outgoing,
+                transfers=peer.transfers,
+                bytes=peer.num_bytes,
+                segments=peer.num_segments,
+                queued_s=peer.queued_s,
+                wire_s=peer.wire_s,
+                verify_s=peer.verify_s,
+                failures=peer.failures,
+                fences=peer.fences,
+                quarantined_blocks=peer.quarantined_blocks,
+            )
+            for (transport, worker_id), peer in self.peers.items()
+        ]
+
     def total(self) -> PeerCounters:
         """The sum over the peers that are known."""
         total = PeerCounters()
@@ -81,8 +98,10 @@ class HandoffCollector(Collector):
 
     def collect(self) -> Iterator[Metric]:
         counters = self._counters
-        for name, help_text, attribute in _PEER_METRICS:
-            metric = CounterMetricFamily(f"diphase_handoff_{name}", help_text, labels=["transport", "peer"])
+        for ending, help_text, attribute in _PEER_METRICS:
+            metric = CounterMetricFamily(
+                f"diphase_kv_transfer_{ending}", help_text, labels=["transport", "peer"]
+            )
             for labels, peer in counters.peers.items():
                 metric.add_metric(labels, getattr(peer, attribute))
             yield metric
@@ -110,7 +129,7 @@ class HandoffCollector(Collector):
 
 
 _PEER_METRICS = (
-    ("transfers", "Hand-offs that ended well", "transfers"),
+    ("handoffs", "Hand-offs that ended well", "transfers"),
     ("bytes", "KV bytes of hand-offs that ended well", "num_bytes"),
     ("segments", "Runs of bytes of hand-offs that ended well", "num_segments"),
     ("queued_seconds", "From a part's push to its write, summed", "queued_s"),

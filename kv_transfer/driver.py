@@ -21,10 +21,12 @@ from ..proto.errors import Cancelled, DiphaseError, TransferError
 from ..proto.handoff_pb2 import HandoffMessage
 from ..proto.ids import HandoffKey
 from ..proto.kv_layout import UNSHARDED, Sharding
+from ..proto.worker_pb2 import Inspect, Inspected
 from . import machine as k
 from .base import Event as TransportEvent
 from .base import Fenced, PeerDown, Transport
 from .counters import HandoffCounters, PeerCounters
+from .handoff_traces import TraceBook
 from .link import ControlLink
 from .pool import BlockPool
 from .pump_timer import PumpTimer
@@ -81,6 +83,7 @@ class HandoffDriver(ABC, Generic[H, R]):
     ) -> None:
         """`events` is called on the loop, never from inside a call of the owner other than pump()."""
         self.counters = HandoffCounters()
+        self.traces = TraceBook()
         self._config = side.config
         self._layout = side.layout
         self._pool = pool
@@ -129,6 +132,14 @@ class HandoffDriver(ABC, Generic[H, R]):
     def in_flight(self) -> int:
         """Hand-offs not over yet: those that wait, that are leased and that are fenced included."""
         return len(self._handoffs)
+
+    def inspect(self, question: Inspect, *, outgoing: bool) -> Inspected:
+        """This side's figures, and the events of the request that is asked for."""
+        return Inspected(
+            id=question.id,
+            transfers=self.counters.figures(outgoing=outgoing),
+            events=self.traces.events(question.request_id) if question.request_id else [],
+        )
 
     def pump(self) -> None:
         """Handles transport events, the byte worker's answers and deadlines; called by itself once started.
@@ -262,8 +273,11 @@ class HandoffDriver(ABC, Generic[H, R]):
         try:
             while self._queue:
                 handoff, event = self._queue.popleft()
-                handoff.machine, actions = self._step(handoff.machine, event, self._clock.now())
+                now = self._clock.now()
+                handoff.machine, actions = self._step(handoff.machine, event, now)
+                self.traces.note(handoff.key, now, event)
                 for action in actions:
+                    self.traces.note(handoff.key, now, action)
                     if isinstance(action, k.Refuse):
                         self.counters.refused[action.reason] += 1
                     else:

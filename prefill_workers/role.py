@@ -21,7 +21,7 @@ from ..kv_transfer.counters import HandoffCollector
 from ..kv_transfer.sender import HandoffSender, SenderEvent, SendFailed
 from ..proto.errors import Cancelled, DiphaseError, InvalidRequest, TransferError
 from ..proto.ids import HandoffKey
-from ..proto.worker_pb2 import Load, SequenceOutput, Submit
+from ..proto.worker_pb2 import Inspect, Inspected, Load, SequenceOutput, Submit
 from .layer_pushes import LayeredChunk, LayerPushes
 from .scheduler import PrefillScheduler
 
@@ -151,6 +151,9 @@ class PrefillRole:
 
     def collectors(self) -> list[Collector]:
         return [HandoffCollector(self._sender.counters)]
+
+    def inspect(self, question: Inspect) -> Inspected:
+        return self._sender.inspect(question, outgoing=True)
 
     async def drain(self) -> None:
         await self._idle.wait()

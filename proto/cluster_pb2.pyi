@@ -39,7 +39,7 @@ class GetStatusResponse(_message.Message):
     def __init__(self, model: _Optional[str] = ..., gateway_id: _Optional[str] = ..., workers: _Optional[_Iterable[_Union[WorkerStatus, _Mapping]]] = ..., queued_requests: _Optional[int] = ..., running_requests: _Optional[int] = ..., queued_tokens: _Optional[int] = ..., requests_by_slo: _Optional[_Mapping[str, int]] = ..., metrics_address: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "state", "address", "incarnation", "load", "heartbeat_age_s", "metrics_address")
+    __slots__ = ("worker_id", "role", "state", "address", "incarnation", "load", "heartbeat_age_s", "metrics_address", "transfers")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -48,6 +48,7 @@ class WorkerStatus(_message.Message):
     LOAD_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_AGE_S_FIELD_NUMBER: _ClassVar[int]
     METRICS_ADDRESS_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     state: str
@@ -56,4 +57,21 @@ class WorkerStatus(_message.Message):
     load: _worker_pb2.Load
     heartbeat_age_s: float
     metrics_address: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., heartbeat_age_s: _Optional[float] = ..., metrics_address: _Optional[str] = ...) -> None: ...
+    transfers: _containers.RepeatedCompositeFieldContainer[_worker_pb2.TransferFigures]
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., heartbeat_age_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., transfers: _Optional[_Iterable[_Union[_worker_pb2.TransferFigures, _Mapping]]] = ...) -> None: ...
+
+class GetTraceRequest(_message.Message):
+    __slots__ = ("request_id",)
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    def __init__(self, request_id: _Optional[str] = ...) -> None: ...
+
+class GetTraceResponse(_message.Message):
+    __slots__ = ("request_id", "events", "silent")
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    SILENT_FIELD_NUMBER: _ClassVar[int]
+    request_id: str
+    events: _containers.RepeatedCompositeFieldContainer[_worker_pb2.TraceEvent]
+    silent: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, request_id: _Optional[str] = ..., events: _Optional[_Iterable[_Union[_worker_pb2.TraceEvent, _Mapping]]] = ..., silent: _Optional[_Iterable[str]] = ...) -> None: ...

@@ -39,6 +39,11 @@ class ClusterStub:
                 request_serializer=diphase_dot_proto_dot_cluster__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=diphase_dot_proto_dot_cluster__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.GetTrace = channel.unary_unary(
+                '/diphase.v1.Cluster/GetTrace',
+                request_serializer=diphase_dot_proto_dot_cluster__pb2.GetTraceRequest.SerializeToString,
+                response_deserializer=diphase_dot_proto_dot_cluster__pb2.GetTraceResponse.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -50,6 +55,13 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTrace(self, request, context):
+        """One request's way through gateway and workers, while they remember it. NOT_FOUND: nobody does.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -57,6 +69,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.GetStatus,
                     request_deserializer=diphase_dot_proto_dot_cluster__pb2.GetStatusRequest.FromString,
                     response_serializer=diphase_dot_proto_dot_cluster__pb2.GetStatusResponse.SerializeToString,
+            ),
+            'GetTrace': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetTrace,
+                    request_deserializer=diphase_dot_proto_dot_cluster__pb2.GetTraceRequest.FromString,
+                    response_serializer=diphase_dot_proto_dot_cluster__pb2.GetTraceResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -86,6 +103,33 @@ class Cluster:
             '/diphase.v1.Cluster/GetStatus',
             diphase_dot_proto_dot_cluster__pb2.GetStatusRequest.SerializeToString,
             diphase_dot_proto_dot_cluster__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTrace(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/diphase.v1.Cluster/GetTrace',
+            diphase_dot_proto_dot_cluster__pb2.GetTraceRequest.SerializeToString,
+            diphase_dot_proto_dot_cluster__pb2.GetTraceResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -14,7 +14,7 @@ class GatewayFrame(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[GatewayMessage, _Mapping]]] = ...) -> None: ...
 
 class GatewayMessage(_message.Message):
-    __slots__ = ("hello", "submit", "cancel", "resume", "acknowledge", "ping", "prefix_snapshot")
+    __slots__ = ("hello", "submit", "cancel", "resume", "acknowledge", "ping", "prefix_snapshot", "inspect")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     SUBMIT_FIELD_NUMBER: _ClassVar[int]
     CANCEL_FIELD_NUMBER: _ClassVar[int]
@@ -22,6 +22,7 @@ class GatewayMessage(_message.Message):
     ACKNOWLEDGE_FIELD_NUMBER: _ClassVar[int]
     PING_FIELD_NUMBER: _ClassVar[int]
     PREFIX_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
+    INSPECT_FIELD_NUMBER: _ClassVar[int]
     hello: GatewayHello
     submit: Submit
     cancel: Cancel
@@ -29,7 +30,8 @@ class GatewayMessage(_message.Message):
     acknowledge: Acknowledge
     ping: Ping
     prefix_snapshot: PrefixSnapshotRequest
-    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., prefix_snapshot: _Optional[_Union[PrefixSnapshotRequest, _Mapping]] = ...) -> None: ...
+    inspect: Inspect
+    def __init__(self, hello: _Optional[_Union[GatewayHello, _Mapping]] = ..., submit: _Optional[_Union[Submit, _Mapping]] = ..., cancel: _Optional[_Union[Cancel, _Mapping]] = ..., resume: _Optional[_Union[Resume, _Mapping]] = ..., acknowledge: _Optional[_Union[Acknowledge, _Mapping]] = ..., ping: _Optional[_Union[Ping, _Mapping]] = ..., prefix_snapshot: _Optional[_Union[PrefixSnapshotRequest, _Mapping]] = ..., inspect: _Optional[_Union[Inspect, _Mapping]] = ...) -> None: ...
 
 class GatewayHello(_message.Message):
     __slots__ = ("gateway_id", "incarnation", "cluster_token", "protocol_version")
@@ -118,7 +120,7 @@ class WorkerFrame(_message.Message):
     def __init__(self, messages: _Optional[_Iterable[_Union[WorkerMessage, _Mapping]]] = ...) -> None: ...
 
 class WorkerMessage(_message.Message):
-    __slots__ = ("hello", "step", "heartbeat", "pong", "prefix_delta", "prefix_snapshot", "resumed", "moved")
+    __slots__ = ("hello", "step", "heartbeat", "pong", "prefix_delta", "prefix_snapshot", "resumed", "moved", "inspected")
     HELLO_FIELD_NUMBER: _ClassVar[int]
     STEP_FIELD_NUMBER: _ClassVar[int]
     HEARTBEAT_FIELD_NUMBER: _ClassVar[int]
@@ -127,6 +129,7 @@ class WorkerMessage(_message.Message):
     PREFIX_SNAPSHOT_FIELD_NUMBER: _ClassVar[int]
     RESUMED_FIELD_NUMBER: _ClassVar[int]
     MOVED_FIELD_NUMBER: _ClassVar[int]
+    INSPECTED_FIELD_NUMBER: _ClassVar[int]
     hello: WorkerHello
     step: StepOutput
     heartbeat: Heartbeat
@@ -135,7 +138,8 @@ class WorkerMessage(_message.Message):
     prefix_snapshot: PrefixSnapshot
     resumed: Resumed
     moved: Moved
-    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., prefix_delta: _Optional[_Union[PrefixDelta, _Mapping]] = ..., prefix_snapshot: _Optional[_Union[PrefixSnapshot, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ...) -> None: ...
+    inspected: Inspected
+    def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., prefix_delta: _Optional[_Union[PrefixDelta, _Mapping]] = ..., prefix_snapshot: _Optional[_Union[PrefixSnapshot, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., inspected: _Optional[_Union[Inspected, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
     __slots__ = ("worker_id", "incarnation", "role", "model", "block_size", "num_blocks", "context_length", "max_running", "chunk_budget", "layout_hash", "protocol_version", "transports")
@@ -354,3 +358,72 @@ class Moved(_message.Message):
     request_id: str
     attempt: int
     def __init__(self, request_id: _Optional[str] = ..., attempt: _Optional[int] = ...) -> None: ...
+
+class Inspect(_message.Message):
+    __slots__ = ("id", "request_id")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    request_id: str
+    def __init__(self, id: _Optional[int] = ..., request_id: _Optional[str] = ...) -> None: ...
+
+class Inspected(_message.Message):
+    __slots__ = ("id", "transfers", "events")
+    ID_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    EVENTS_FIELD_NUMBER: _ClassVar[int]
+    id: int
+    transfers: _containers.RepeatedCompositeFieldContainer[TransferFigures]
+    events: _containers.RepeatedCompositeFieldContainer[TraceEvent]
+    def __init__(self, id: _Optional[int] = ..., transfers: _Optional[_Iterable[_Union[TransferFigures, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[TraceEvent, _Mapping]]] = ...) -> None: ...
+
+class TransferFigures(_message.Message):
+    __slots__ = ("transport", "peer", "outgoing", "transfers", "bytes", "segments", "queued_s", "wire_s", "verify_s", "failures", "fences", "quarantined_blocks")
+    class FailuresEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: int
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[int] = ...) -> None: ...
+    TRANSPORT_FIELD_NUMBER: _ClassVar[int]
+    PEER_FIELD_NUMBER: _ClassVar[int]
+    OUTGOING_FIELD_NUMBER: _ClassVar[int]
+    TRANSFERS_FIELD_NUMBER: _ClassVar[int]
+    BYTES_FIELD_NUMBER: _ClassVar[int]
+    SEGMENTS_FIELD_NUMBER: _ClassVar[int]
+    QUEUED_S_FIELD_NUMBER: _ClassVar[int]
+    WIRE_S_FIELD_NUMBER: _ClassVar[int]
+    VERIFY_S_FIELD_NUMBER: _ClassVar[int]
+    FAILURES_FIELD_NUMBER: _ClassVar[int]
+    FENCES_FIELD_NUMBER: _ClassVar[int]
+    QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    transport: str
+    peer: str
+    outgoing: bool
+    transfers: int
+    bytes: int
+    segments: int
+    queued_s: float
+    wire_s: float
+    verify_s: float
+    failures: _containers.ScalarMap[str, int]
+    fences: int
+    quarantined_blocks: int
+    def __init__(self, transport: _Optional[str] = ..., peer: _Optional[str] = ..., outgoing: _Optional[bool] = ..., transfers: _Optional[int] = ..., bytes: _Optional[int] = ..., segments: _Optional[int] = ..., queued_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., verify_s: _Optional[float] = ..., failures: _Optional[_Mapping[str, int]] = ..., fences: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
+
+class TraceEvent(_message.Message):
+    __slots__ = ("begin_s", "end_s", "where", "track", "name", "detail")
+    BEGIN_S_FIELD_NUMBER: _ClassVar[int]
+    END_S_FIELD_NUMBER: _ClassVar[int]
+    WHERE_FIELD_NUMBER: _ClassVar[int]
+    TRACK_FIELD_NUMBER: _ClassVar[int]
+    NAME_FIELD_NUMBER: _ClassVar[int]
+    DETAIL_FIELD_NUMBER: _ClassVar[int]
+    begin_s: float
+    end_s: float
+    where: str
+    track: str
+    name: str
+    detail: str
+    def __init__(self, begin_s: _Optional[float] = ..., end_s: _Optional[float] = ..., where: _Optional[str] = ..., track: _Optional[str] = ..., name: _Optional[str] = ..., detail: _Optional[str] = ...) -> None: ...

@@ -99,6 +99,27 @@ class RequestTimes:
     def verdict(self, slo: Slo) -> Verdict:
         return slo.verdict(self.ttft_ms, self.tpot_ms)
 
+    def spans(self) -> list[tuple[str, str, float, float]]:
+        """(stage, worker or "" for the gateway, begin, end) of the stages that are known, in order."""
+        written = self.first_written_at
+        prefill, decode = self.prefill_worker, self.decode_worker
+        stamps = (
+            ("tokenise", "", self.received_at, self.tokenised_at),
+            ("placement", "", self.tokenised_at, self.submitted_at),
+            ("prefill queue", prefill, self.submitted_at, self.prefill_scheduled_at),
+            ("prefill", prefill, self.prefill_scheduled_at, self.token0_at),
+            ("delivery", "", self.token0_at, written),
+            ("hand-off", decode, self.token0_at, self.verified_at),
+            ("decode queue", decode, self.verified_at, self.decode_scheduled_at),
+            ("first decode", decode, self.decode_scheduled_at, self.token1_at),
+            ("further tokens", decode, self.token1_at, self.last_written_at if written else None),
+        )
+        return [
+            (name, where, begin, end)
+            for name, where, begin, end in stamps
+            if begin is not None and end is not None
+        ]
+
     def stages(self) -> pb.Stages:
         """The message for the client. A re-attached request has no stages of TTFT: another gateway saw
         them."""

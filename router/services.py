@@ -18,11 +18,19 @@ from google.protobuf.message import DecodeError, Message
 from ..proto import cluster_pb2
 from ..proto import inference_pb2 as pb
 from ..proto.clock import Clock
-from ..proto.errors import Cancelled, DiphaseError, InternalError, InvalidRequest, Unauthenticated
+from ..proto.errors import (
+    Cancelled,
+    DiphaseError,
+    InternalError,
+    InvalidRequest,
+    NotFound,
+    Unauthenticated,
+)
 from ..proto.slo import slo_to_proto
 from .dispatcher import Dispatcher
 from .generation import Generation
 from .text import TextProcessor
+from .traces import MAX_REQUESTS, RecentRequests, time_line
 from .worker_handle import WorkerState
 from .workers import WorkerPool
 
@@ -58,6 +66,7 @@ class GatewayServices:
         self._text = text
         self._clock = clock
         self._client_stall_s = client_stall_s
+        self._recent = RecentRequests()
         self._writing: dict[asyncio.Task[None], float] = {}
         self._bearer = f"Bearer {client_token}" if client_token else ""
 
@@ -87,6 +96,10 @@ class GatewayServices:
                         "GetStatus": unary(
                             self._answer(cluster_pb2.GetStatusRequest, self._get_status),
                             response_serializer=cluster_pb2.GetStatusResponse.SerializeToString,
+                        ),
+                        "GetTrace": unary(
+                            self._answer(cluster_pb2.GetTraceRequest, self._get_trace),
+                            response_serializer=cluster_pb2.GetTraceResponse.SerializeToString,
                         ),
                     },
                 ),
@@ -128,8 +141,10 @@ class GatewayServices:
         if not message.HasField("resume_from"):
             request = await self._text.prepare(message, received_at)
             stream = self._dispatcher.accept(request)
+            self._recent.add(stream.active)
             return Generation(self._dispatcher, stream, self._text.stream(request.sampling), self._clock)
         stream = await self._dispatcher.resume(self._text.check_resume(message))
+        self._recent.add(stream.active)
         text = self._text.stream(stream.active.request.sampling)
         return Generation(self._dispatcher, stream, text, self._clock, message.resume_from)
 
@@ -158,20 +173,20 @@ class GatewayServices:
     # the others
 
     def _answer(
-        self, request_type: type[Request], answer: Callable[[Request], Message]
+        self, request_type: type[Request], answer: Callable[[Request], Awaitable[Message]]
     ) -> Callable[[bytes, Context], Awaitable[Message]]:
         """A unary method: parse, answer, map errors."""
 
         async def method(data: bytes, context: Context) -> Message:
             try:
                 self._authenticate(context)
-                return answer(_parse(request_type, data))
+                return await answer(_parse(request_type, data))
             except DiphaseError as exc:
                 await _abort(context, exc)
 
         return method
 
-    def _get_model(self, _: pb.GetModelRequest) -> pb.GetModelResponse:
+    async def _get_model(self, _: pb.GetModelRequest) -> pb.GetModelResponse:
         model = self._text.model
         workers = self._pool.ready()
         return pb.GetModelResponse(
@@ -183,7 +198,7 @@ class GatewayServices:
             default_slo=slo_to_proto(self._text.default_slo),
         )
 
-    def _health(self, _: pb.HealthRequest) -> pb.HealthResponse:
+    async def _health(self, _: pb.HealthRequest) -> pb.HealthResponse:
         """Also when it is ready, the detail names the workers that are not."""
         states = ", ".join(
             f"{worker.worker_id} is {worker.state}" + (f" ({worker.detail})" if worker.detail else "")
@@ -194,7 +209,9 @@ class GatewayServices:
             return pb.HealthResponse(ready=True, detail=states)
         return pb.HealthResponse(detail=f"no worker that decodes is ready: {states or 'none is known'}")
 
-    def _get_status(self, _: cluster_pb2.GetStatusRequest) -> cluster_pb2.GetStatusResponse:
+    async def _get_status(self, _: cluster_pb2.GetStatusRequest) -> cluster_pb2.GetStatusResponse:
+        usable = [worker for worker in self._pool.handles() if worker.usable]
+        answers = await self._pool.inspector.ask(usable)
         dispatcher, now = self._dispatcher, self._clock.now()
         admission = dispatcher.admission
         return cluster_pb2.GetStatusResponse(
@@ -211,6 +228,7 @@ class GatewayServices:
                     load=worker.load,
                     heartbeat_age_s=max(0.0, now - worker.last_frame_at) if worker.attached else 0.0,
                     metrics_address=worker.member.metrics_address,
+                    transfers=answers[worker.worker_id].transfers if worker.worker_id in answers else (),
                 )
                 for worker in self._pool.handles()
             ],
@@ -219,6 +237,21 @@ class GatewayServices:
             queued_tokens=admission.queued_tokens,
             requests_by_slo=dispatcher.metrics.requests_by_slo,
         )
+
+    async def _get_trace(self, request: cluster_pb2.GetTraceRequest) -> cluster_pb2.GetTraceResponse:
+        found = self._recent.find(request.request_id)
+        if found is None:
+            raise NotFound(
+                f"this gateway knows no request {request.request_id!r}; it remembers the last {MAX_REQUESTS} "
+                "that it served"
+            )
+        request_id, times = found
+        workers = [worker for worker in self._pool.handles() if worker.usable and worker.clock.known]
+        answers = await self._pool.inspector.ask(workers, request_id)
+        clocks = {worker.worker_id: worker.clock for worker in workers}
+        trace = time_line(request_id, times, self._dispatcher.gateway_id, answers, clocks)
+        trace.silent.extend(worker_id for worker_id in clocks if worker_id not in answers)
+        return trace
 
     def _authenticate(self, context: Context) -> None:
         if not self._bearer:

@@ -17,6 +17,7 @@ from ..proto import worker_pb2 as pb
 from ..proto.clock import Clock
 from ..proto.errors import WorkerLost
 from ..proto.ids import PROTOCOL_VERSION
+from .inspection import Inspector
 from .latency_model import LatencyModel, StepShape
 from .links import LinkFactory
 from .membership import Member, MembershipSource
@@ -77,6 +78,7 @@ class WorkerPool:
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._role_models = {role: LatencyModel() for role in ROLES}
         self.prefixes = prefixes
+        self.inspector = Inspector()
 
     def listen(self, listener: PoolListener) -> None:
         """To be called once, before run()."""
@@ -202,6 +204,8 @@ class WorkerPool:
                     self.listener.resumed(handle, message.resumed)
                 case "moved":
                     self.listener.moved(message.moved)
+                case "inspected":
+                    self.inspector.answered(message.inspected)
         self._judge(handle, now)
 
     def _on_hello(self, handle: WorkerHandle, hello: pb.WorkerHello, now: float) -> None:

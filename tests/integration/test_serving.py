@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import re
 import statistics
 import time
+from pathlib import Path
 
 import pytest
 from diphase.cluster.endpoint import open_channel
@@ -19,6 +21,7 @@ from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import InvalidRequest
 from diphase.proto.inference_pb2_grpc import InferenceStub
 from diphase.proto.sampling import SamplingParams
+from diphase.proto.worker_pb2 import TransferFigures
 from google.protobuf.json_format import ParseDict
 
 from .served import Completion, Served, complete, follow, idle, prompt_request, run, wait_until
@@ -55,6 +58,67 @@ async def test_a_prompt_is_computed_in_one_process_and_its_tokens_in_another(clu
         + stages.delivery_ms
     )
     assert stages.ttft_ms == pytest.approx(parts, abs=0.01)
+
+
+async def test_a_request_can_be_traced_from_its_receipt_to_its_verified_blocks(
+    cluster: Served, tmp_path: Path
+) -> None:
+    [prompt] = prompts([1100], seed=21)
+    done = await complete(cluster.addresses[0], prompt_request(prompt, 4))
+    assert done.last is not None
+    request_id = done.last.request_id
+    shown = await asyncio.to_thread(run, "trace", request_id, "--address", cluster.addresses[0])
+    assert shown.returncode == 0, shown.stderr
+    lines = shown.stdout.splitlines()[2:]
+    wanted = [
+        r"gateway-\S+ +request: tokenise",
+        r"prefill-0 +request: prefill",
+        r"prefill-0 +hand-off, attempt 0: peer granted",
+        r"prefill-0 +hand-off, attempt 0: push .*num_layers=",
+        r"decode-0 +hand-off, attempt 0: verify .*intact=True",
+        r"decode-0 +request: first decode",
+    ]
+    found = [next(i for i, line in enumerate(lines) if re.search(pattern, line)) for pattern in wanted]
+    assert found == sorted(found), "in order of their beginning"
+    assert sum("push" in line for line in lines) > 1, "layers were pushed as they were computed"
+    file = tmp_path / "trace.json"
+    chrome = await asyncio.to_thread(
+        run, "trace", request_id, "--address", cluster.addresses[0], "--chrome", str(file)
+    )
+    assert chrome.returncode == 0, chrome.stderr
+    events = json.loads(file.read_text())["traceEvents"]
+    names = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert {"prefill-0", "decode-0"} < names
+    spans = {event["name"]: event for event in events if event["ph"] == "X"}
+    assert spans["prefill"]["ts"] <= spans["push"]["ts"] < spans["hand-off"]["ts"] + spans["hand-off"]["dur"]
+    unknown = await asyncio.to_thread(run, "trace", "nobody", "--address", cluster.addresses[0])
+    assert unknown.returncode == 2
+    assert "knows no request 'nobody'" in unknown.stderr
+
+
+async def test_the_status_shows_what_was_transferred_between_whom(cluster: Served) -> None:
+    [prompt] = prompts([200], seed=22)
+    before = transfers_of(cluster)
+    await complete(cluster.addresses[0], prompt_request(prompt, 4))
+    await asyncio.to_thread(wait_until, lambda: idle(cluster), "the request to be over", 15)
+    after = transfers_of(cluster)
+    moved = 13 * 16 * 1024
+    for worker, peer in (("prefill-0", "decode-0"), ("decode-0", "prefill-0")):
+        old, new = before.get((worker, peer)), after[worker, peer]
+        assert new.transfers - (old.transfers if old else 0) == 1
+        assert new.bytes - (old.bytes if old else 0) == moved
+        assert new.transport == "shm"
+        assert not new.failures
+    assert after["prefill-0", "decode-0"].wire_s > 0.0
+    assert after["decode-0", "prefill-0"].verify_s > 0.0
+    shown = await asyncio.to_thread(run, "status", "--address", cluster.addresses[0])
+    assert re.search(r"prefill-0 → decode-0 +shm +\d+ ", shown.stdout)
+
+
+def transfers_of(cluster: Served) -> dict[tuple[str, str], TransferFigures]:
+    """(worker, its peer) -> what the worker says of it."""
+    status = ParseDict(cluster.status(), cluster_pb2.GetStatusResponse())
+    return {(w.worker_id, peer.peer): peer for w in status.workers for peer in w.transfers}
 
 
 async def test_a_clients_own_ttft_agrees_with_the_servers_within_5_percent(cluster: Served) -> None:

@@ -293,8 +293,8 @@ def test_prometheus_reads_the_counters_as_they_are_when_it_asks() -> None:
     assert {name: value for name, value in values.items() if value} == {
         ("diphase_failed_handoffs_total", "tcp", "d0", "peer_lost"): 2,
         ("diphase_refused_handoff_messages_total", "stale"): 1,
-        ("diphase_handoff_quarantined_blocks_total", "tcp", "d0"): 7,
-        ("diphase_handoff_wire_seconds_total", "none", "d1"): 0.5,
+        ("diphase_kv_transfer_quarantined_blocks_total", "tcp", "d0"): 7,
+        ("diphase_kv_transfer_wire_seconds_total", "none", "d1"): 0.5,
     }
     assert values["diphase_digest_mismatches_total",] == 0
     assert counters.total().quarantined_blocks == 7

@@ -173,7 +173,7 @@ def test_the_status_tells_where_the_gateways_metrics_are() -> None:
             async with cluster.router() as router:
                 services = services_of(router, client_stall_s=60.0)
                 services.metrics_address = "127.0.0.1:9000"
-                status = services._get_status(cluster_pb2.GetStatusRequest())
+                status = await services._get_status(cluster_pb2.GetStatusRequest())
                 assert status.metrics_address == "127.0.0.1:9000"
 
     run_virtually(main())
