@@ -103,7 +103,8 @@ def _check(name: str, written: Bytes, pool: Bytes, slot: Bytes, block_ids: Ids) 
 def _split(array: Bytes) -> tuple[int, list[tuple[int, int]]]:
     """How one block lies: the bytes of its runs, and (size, stride) of the dimensions over the runs, the
     outermost first."""
-    run_bytes, outer = 1, []
+    run_bytes = 1
+    outer: list[tuple[int, int]] = []
     for size, stride in zip(array.shape[:0:-1], array.strides[:0:-1], strict=True):
         if size == 1:
             continue
