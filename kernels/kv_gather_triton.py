@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import gcd
-from typing import Any
 
 import torch
 import triton
@@ -130,9 +129,9 @@ def _copy(
     do_not_specialize_on_alignment=["target_ptr", "source_ptr", "block_ids_ptr"],
 )
 def _copy_blocks_kernel(
-    target_ptr: Any,  # [blocks, num_planes, words of a run]
-    source_ptr: Any,  # [blocks, num_planes, words of a run]
-    block_ids_ptr: Any,  # [num_rows / num_planes] int64
+    target_ptr: tl.pointer_type,  # [blocks, num_planes, words of a run]
+    source_ptr: tl.pointer_type,  # [blocks, num_planes, words of a run]
+    block_ids_ptr: tl.pointer_type,  # [num_rows / num_planes] int64
     num_rows: tl.int64,
     num_planes: tl.int64,
     run_accesses: tl.int64,
