@@ -87,7 +87,7 @@ def _check(name: str, written: Bytes, pool: Bytes, slot: Bytes, block_ids: Ids) 
             f"{name} takes int64 block_ids [{len(slot)}]; got {block_ids.shape} of {block_ids.dtype}"
         )
     for array in (pool, slot):
-        if (array.shape[-1] > 1 and array.strides[-1] != 1) or min(array.strides) < 0:
+        if array.size and ((array.shape[-1] > 1 and array.strides[-1] != 1) or min(array.strides) < 0):
             raise KernelError(
                 f"{name} takes arrays whose last dimension is contiguous and whose strides are not negative; "
                 f"got strides {array.strides}"
