@@ -24,6 +24,8 @@ NUM_PROGRAMS = 20
 WARPS = 1
 _ALIGNMENT = 16
 """Bytes of the widest access of a thread."""
+_MAX_TILES = 2**30
+"""The kernel counts in 32 bits: 64-bit divisions made it spill. Offsets have 64."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +98,8 @@ def _copy(
     launch = choose_launch(run_bytes, target.data_ptr(), source.data_ptr(), *strides)
     access_bytes = launch.word_bytes * launch.vector
     tiles = triton.cdiv(rows, launch.rows) * triton.cdiv(run_bytes, launch.columns * launch.word_bytes)
+    if tiles >= _MAX_TILES:
+        raise KernelError(f"one copy has at most {_MAX_TILES} tiles; got {tiles}: copy fewer blocks at once")
     with torch.cuda.device_of(target):
         _copy_blocks_kernel[(min(num_programs, tiles),)](
             target.view(WORDS[launch.word_bytes]),
@@ -132,10 +136,10 @@ def _copy_blocks_kernel(
     target_ptr: tl.pointer_type,  # [blocks, num_planes, words of a run]
     source_ptr: tl.pointer_type,  # [blocks, num_planes, words of a run]
     block_ids_ptr: tl.pointer_type,  # [num_rows / num_planes] int64
-    num_rows: tl.int64,
-    num_planes: tl.int64,
-    run_accesses: tl.int64,
-    num_pool_blocks: tl.int64,
+    num_rows: tl.int32,
+    num_planes: tl.int32,
+    run_accesses: tl.int32,
+    num_pool_blocks: tl.int32,
     target_block_stride: tl.int64,
     target_plane_stride: tl.int64,
     source_block_stride: tl.int64,
@@ -154,9 +158,9 @@ def _copy_blocks_kernel(
     run_words = run_accesses * VECTOR
     num_tiles = tl.cdiv(run_words, COLUMNS)
     for tile in range(tl.program_id(0), tl.cdiv(num_rows, ROWS) * num_tiles, tl.num_programs(0)):
-        rows = (tile // num_tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-        columns = (tile % num_tiles).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
-        listed, plane = rows // num_planes, rows % num_planes
+        rows = (tile // num_tiles) * ROWS + tl.arange(0, ROWS)  # [ROWS]
+        columns = (tile % num_tiles) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
+        listed, plane = (rows // num_planes).to(tl.int64), (rows % num_planes).to(tl.int64)
         pool_block = tl.load(block_ids_ptr + listed, mask=rows < num_rows, other=-1)
         of_pool = (pool_block >= 0) & (pool_block < num_pool_blocks)
         if SCATTER:
