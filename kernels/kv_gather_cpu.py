@@ -1,8 +1,8 @@
 """Gathers KV blocks into a staging slot and scatters them back, in host memory, with numpy alone.
 
-The hand-off's thread copies beside the engine's on a laptop, so each copy is a numpy call over all of its
-rows: it lets go of the interpreter lock for as long as it takes, and numpy starts no threads. Knows no torch:
-the hand-off of a worker whose engine needs none can use it.
+The hand-off's thread copies beside the engine's on a laptop, so a copy is one numpy call over all of its rows
+where numpy allows it: the interpreter lock is let go for as long as that takes, and no threads are started.
+Knows no torch: the hand-off of a worker whose engine needs none can use it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ Ids = NDArray[np.int64]
 
 _BOUNCE_BYTES = 256 * 1024
 """Stays in a core's cache."""
+_LONG_BLOCK_BYTES = 32 * 1024
+"""A copy takes so much longer than the call around it."""
 
 
 def blocks_of(buffer: memoryview, layout: KvLayout) -> Bytes:
@@ -53,13 +55,27 @@ def gather_blocks(out: Bytes, pool: Bytes, block_ids: Ids) -> None:
     _check("gather_blocks", out, pool, out, block_ids)
     if not out.size:
         return
+    if not out.flags.c_contiguous:
+        _gather_apart(out, pool, block_ids)
+        return
     row_bytes = _row_bytes(out, pool)
-    source, target = _rows(pool, row_bytes), _rows(out, row_bytes)
-    taken = _row_numbers(pool, row_bytes, block_ids)
-    if out.flags.c_contiguous:
-        np.take(source, taken, axis=0, out=target, mode="clip")
-    else:
-        _move(target, _row_numbers(out, row_bytes, np.arange(len(out))), source, taken)
+    numbers = _row_numbers(pool, row_bytes, block_ids)
+    np.take(_rows(pool, row_bytes), numbers, axis=0, out=_rows(out, row_bytes), mode="clip")
+
+
+def _gather_apart(out: Bytes, pool: Bytes, block_ids: Ids) -> None:
+    """Into a part of a slot, which numpy cannot do in one call: a call a block, or where a block's part is
+    short, through memory that stays in the cache."""
+    if out[0].size >= _LONG_BLOCK_BYTES:
+        for i, block_id in enumerate(block_ids.tolist()):
+            out[i] = pool[block_id]
+        return
+    at_once = max(1, _BOUNCE_BYTES // out[0].size)
+    bounce = np.empty((min(at_once, len(out)), *out.shape[1:]), np.uint8)
+    for begin in range(0, len(out), at_once):
+        part = bounce[: len(out) - begin]
+        gather_blocks(part, pool, block_ids[begin : begin + at_once])
+        out[begin : begin + at_once] = part
 
 
 def scatter_blocks(pool: Bytes, staged: Bytes, block_ids: Ids) -> None:
@@ -68,12 +84,12 @@ def scatter_blocks(pool: Bytes, staged: Bytes, block_ids: Ids) -> None:
     if not staged.size:
         return
     row_bytes = _row_bytes(staged, pool)
-    source, target = _rows(staged, row_bytes), _rows(pool, row_bytes)
-    put = _row_numbers(pool, row_bytes, block_ids)
+    target, numbers = _rows(pool, row_bytes), _row_numbers(pool, row_bytes, block_ids)
     if staged.flags.c_contiguous:
-        target[put] = source
+        target[numbers] = _rows(staged, row_bytes)
     else:
-        _move(target, put, source, _row_numbers(staged, row_bytes, np.arange(len(staged))))
+        source = _runs_in_rows(staged, row_bytes)
+        target[numbers.reshape(source.shape[:-1])] = source
 
 
 def _check(name: str, written: Bytes, pool: Bytes, slot: Bytes, block_ids: Ids) -> None:
@@ -141,12 +157,9 @@ def _rows(array: Bytes, row_bytes: int) -> Bytes:
     return as_strided(array, (span // row_bytes, row_bytes), (row_bytes, 1), writeable=array.flags.writeable)
 
 
-def _move(target: Bytes, put: Ids, source: Bytes, taken: Ids) -> None:
-    """target[put] = source[taken], in pieces that pass through the cache: numpy has no copy that is indexed
-    on both sides."""
-    piece = max(1, _BOUNCE_BYTES // source.shape[1])
-    bounce = np.empty((piece, source.shape[1]), np.uint8)
-    for begin in range(0, len(put), piece):
-        rows = bounce[: len(put) - begin]
-        np.take(source, taken[begin : begin + piece], axis=0, out=rows, mode="clip")
-        target[put[begin : begin + piece]] = rows
+def _runs_in_rows(array: Bytes, row_bytes: int) -> Bytes:
+    """[num_blocks, ..., rows of a run, row_bytes]: no more dimensions than the array's strides ask for."""
+    run_bytes, outer = _split(array)
+    shape = (len(array), *(size for size, _ in outer), run_bytes // row_bytes, row_bytes)
+    strides = (array.strides[0], *(stride for _, stride in outer), row_bytes, 1)
+    return as_strided(array, shape, strides, writeable=False)

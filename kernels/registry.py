@@ -76,7 +76,7 @@ def kernels_for(device: str) -> Kernels:
     """The implementations of a model's operations for a device type, or those of `reference`.
 
     Raises:
-        KernelError: there are none for that device.
+        KernelError: there are none for that device, or they need a package that is not installed.
     """
     return _chosen(Kernels, device)
 
@@ -95,7 +95,13 @@ def _chosen(operations: type[T], device: str) -> T:
         raise KernelError(
             f"no kernels for device {device!r} ({', '.join(names)}); there are {', '.join(complete)}"
         )
-    return operations(**{name: _load(chosen[name]) for name in names})
+    try:
+        return operations(**{name: _load(chosen[name]) for name in names})
+    except ModuleNotFoundError as error:
+        raise KernelError(
+            f"the kernels for device {device!r} need {error.name}, which is not installed; "
+            f"pip install 'diphase[{device}]'"
+        ) from error
 
 
 def _load(path: str) -> Any:

@@ -36,7 +36,7 @@ def test_reshard_is_one_gather_a_source_and_one_scatter_a_destination() -> None:
     cases.check_reshard(gather, scatter)
 
 
-def test_blocks_past_two_to_the_31_words() -> None:
+def test_blocks_past_two_to_the_31_accesses() -> None:
     cases.check_past_two_to_the_31(gather, scatter)
 
 

@@ -151,11 +151,11 @@ def check_reshard(gather: KvGather, scatter: KvScatter, device: str = "cpu") -> 
 
 
 def check_past_two_to_the_31(gather: KvGather, scatter: KvScatter) -> None:
-    """There and back through the last block of a pool of 2**31 words of eight bytes, of which only the pages
-    that are touched exist."""
+    """There and back through the last block of a pool of 2**31 times sixteen bytes, a thread's widest access;
+    only the pages that are touched exist."""
     shape = (2, 2, 2, 8, 8)
     block_bytes = 4 * 2 * 2 * 2 * 8 * 8
-    num_blocks = (2**31 * 8) // block_bytes + 2
+    num_blocks = 2**31 * 16 // block_bytes + 2
     fd = os.memfd_create("sparse")
     os.ftruncate(fd, num_blocks * block_bytes)
     memory = mmap.mmap(fd, num_blocks * block_bytes)

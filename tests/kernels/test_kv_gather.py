@@ -10,6 +10,8 @@ import pytest
 import torch
 from diphase.kernels import kv_gather_cpu as in_host_memory
 from diphase.kernels.kv_gather import (
+    KvGather,
+    KvScatter,
     kv_gather_cpu,
     kv_gather_reference,
     kv_scatter_cpu,
@@ -33,13 +35,13 @@ def test_cpu_path_equals_the_reference(case: cases.Case) -> None:
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.why)
-def test_pieces_between_strided_sides_may_be_shorter_than_a_row(
+def test_a_part_of_a_slot_is_gathered_alike_a_block_at_a_time_and_in_pieces(
     case: cases.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for bounce_bytes in (1, 5000):
+    for long_block_bytes, bounce_bytes in ((1, 1), (1 << 30, 1), (1 << 30, 20_000)):
+        monkeypatch.setattr(in_host_memory, "_LONG_BLOCK_BYTES", long_block_bytes)
         monkeypatch.setattr(in_host_memory, "_BOUNCE_BYTES", bounce_bytes)
         cases.check_gather(kv_gather_cpu, case)
-        cases.check_scatter(kv_scatter_cpu, case)
 
 
 def test_the_reference_copies_what_it_says() -> None:
@@ -55,16 +57,18 @@ def test_the_reference_copies_what_it_says() -> None:
 
 
 @pytest.mark.parametrize(("gather", "scatter"), COPIES)
-def test_reshard_is_one_gather_a_source_and_one_scatter_a_destination(gather, scatter) -> None:
+def test_reshard_is_one_gather_a_source_and_one_scatter_a_destination(
+    gather: KvGather, scatter: KvScatter
+) -> None:
     cases.check_reshard(gather, scatter)
 
 
-def test_blocks_past_two_to_the_31_words() -> None:
+def test_blocks_past_two_to_the_31_accesses() -> None:
     cases.check_past_two_to_the_31(kv_gather_cpu, kv_scatter_cpu)
 
 
 @pytest.mark.parametrize(("gather", "scatter"), COPIES)
-def test_wrong_shapes_dtypes_devices_and_strides_are_refused(gather, scatter) -> None:
+def test_wrong_shapes_dtypes_devices_and_strides_are_refused(gather: KvGather, scatter: KvScatter) -> None:
     for said, call in cases.wrong_calls():
         slot, pool, block_ids = call()
         with pytest.raises(KernelError, match=said):
@@ -75,11 +79,15 @@ def test_wrong_shapes_dtypes_devices_and_strides_are_refused(gather, scatter) ->
 
 @pytest.mark.parametrize(("gather", "scatter"), COPIES)
 @pytest.mark.parametrize("bad", [-1, 4])
-def test_ids_that_are_not_of_the_pool_are_refused_before_anything_is_written(gather, scatter, bad) -> None:
+def test_ids_that_are_not_of_the_pool_are_refused_before_anything_is_written(
+    gather: KvGather, scatter: KvScatter, bad: int
+) -> None:
     pool, slot = torch.zeros(4, 1, 2, 1, 2, 2), torch.ones(2, 1, 2, 1, 2, 2)
-    for copy in (lambda ids: gather(slot, pool, ids), lambda ids: scatter(pool, slot, ids)):
-        with pytest.raises(KernelError, match="below 4"):
-            copy(torch.tensor([0, bad]))
+    block_ids = torch.tensor([0, bad])
+    with pytest.raises(KernelError, match="below 4"):
+        gather(slot, pool, block_ids)
+    with pytest.raises(KernelError, match="below 4"):
+        scatter(pool, slot, block_ids)
     assert pool.eq(0).all()
     assert slot.eq(1).all()
 
