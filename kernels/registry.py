@@ -10,11 +10,12 @@ from __future__ import annotations
 import importlib
 from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from ..proto.errors import KernelError
+from .kv_gather import KvGather, KvScatter
 from .kv_write import KvWrite
 from .linear import DenseLinear, Linear, MakeLinear
 from .paged_attention import MakePagedAttention
@@ -24,7 +25,7 @@ from .rope import Rope
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Kernels:
-    """One implementation of every operation."""
+    """One implementation of every operation of a model."""
 
     linear: MakeLinear
     rms_norm: RmsNorm
@@ -33,6 +34,16 @@ class Kernels:
     paged_attention: MakePagedAttention
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvCopies:
+    """One implementation of every operation of a hand-off."""
+
+    kv_gather: KvGather
+    kv_scatter: KvScatter
+
+
+T = TypeVar("T", Kernels, KvCopies)
+
 _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
     "reference": {
         "linear": "linear:DenseLinear",
@@ -40,6 +51,8 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "rope": "rope:rope_reference",
         "kv_write": "kv_write:kv_write_reference",
         "paged_attention": "paged_attention:ReferencePagedAttention",
+        "kv_gather": "kv_gather:kv_gather_reference",
+        "kv_scatter": "kv_gather:kv_scatter_reference",
     },
     "cpu": {
         "linear": "registry:_cpu_linear",
@@ -47,6 +60,12 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
         "rope": "rope:rope_cpu",
         "kv_write": "kv_write:kv_write_cpu",
         "paged_attention": "paged_attention_cpu:CpuPagedAttention",
+        "kv_gather": "kv_gather:kv_gather_cpu",
+        "kv_scatter": "kv_gather:kv_scatter_cpu",
+    },
+    "cuda": {
+        "kv_gather": "kv_gather_triton:kv_gather_triton",
+        "kv_scatter": "kv_gather_triton:kv_scatter_triton",
     },
 }
 """Device -> operation -> "module:name" in this folder. `reference` is slow and runs anywhere."""
@@ -54,15 +73,35 @@ _IMPLEMENTATIONS: dict[str, dict[str, str]] = {
 
 @cache
 def kernels_for(device: str) -> Kernels:
-    """The implementations for a device type, or those of `reference`.
+    """The implementations of a model's operations for a device type, or those of `reference`.
 
     Raises:
-        KernelError: there are none for that device.
+        KernelError: there are none for that device, or they need a package that is not installed.
     """
-    if device not in _IMPLEMENTATIONS:
-        raise KernelError(f"no kernels for device {device!r}; there are {', '.join(_IMPLEMENTATIONS)}")
-    chosen = _IMPLEMENTATIONS[device]
-    return Kernels(**{field.name: _load(chosen[field.name]) for field in fields(Kernels)})
+    return _chosen(Kernels, device)
+
+
+@cache
+def kv_copies_for(device: str) -> KvCopies:
+    """As kernels_for, of a hand-off's operations."""
+    return _chosen(KvCopies, device)
+
+
+def _chosen(operations: type[T], device: str) -> T:
+    names = [field.name for field in fields(operations)]
+    chosen = _IMPLEMENTATIONS.get(device, {})
+    if not chosen.keys() >= set(names):
+        complete = [name for name, there in _IMPLEMENTATIONS.items() if there.keys() >= set(names)]
+        raise KernelError(
+            f"no kernels for device {device!r} ({', '.join(names)}); there are {', '.join(complete)}"
+        )
+    try:
+        return operations(**{name: _load(chosen[name]) for name in names})
+    except ModuleNotFoundError as error:
+        raise KernelError(
+            f"the kernels for device {device!r} need {error.name}, which is not installed; "
+            f"pip install 'diphase[{device}]'"
+        ) from error
 
 
 def _load(path: str) -> Any:
