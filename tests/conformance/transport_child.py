@@ -20,9 +20,15 @@ def main(name: str, incarnation: str, size: int) -> None:
     fd = os.memfd_create("child")
     os.ftruncate(fd, size)
     buffer = memoryview(mmap.mmap(fd, size))
-    transport = load_factory(name)(
-        TransportContext(incarnation=incarnation, wake=woken.set, clock=MonotonicClock())
+    # "tcp over 3 sockets", as transport_ends.OVER_LANES has it.
+    name, _, sockets = name.partition(" over ")
+    context = TransportContext(
+        incarnation=incarnation,
+        wake=woken.set,
+        clock=MonotonicClock(),
+        tcp_sockets=int(sockets.split()[0]) if sockets else 1,
     )
+    transport = load_factory(name)(context)
     transport.register(Region(buffer=buffer, fd=fd))
     print(json.dumps({"endpoint": base64.b64encode(transport.endpoint()).decode()}), flush=True)
 
