@@ -1,243 +1,185 @@
 """How fast the transports move KV bytes between two processes, beside what the machine can do.
 
-Run `.venv/bin/python -P benchmarks/transport.py`. For each piece size it measures, interleaved: memcpy into
-warm shared memory, a raw loopback TCP socket (sendall against recv_into), and the transports shm and tcp. The
-ratios are the result: shm to memcpy, tcp to the raw socket, each the best of all rounds, since whatever else
-runs on the machine can only slow a round down. Writes docs/results/transport.json.
+Run `.venv/bin/python -P benchmarks/transport.py`. Transfers of 16 MiB, made of pieces of 16 KiB to 16 MiB that
+are neighbours or scattered over the pool, go through each mover in turn: memcpy of the same pieces between warm
+memfds, the same between anonymous memory, a raw sendmsg and recvmsg_into loop over a loopback socket, and the
+transports. The ratios are the result, each of the best of all rounds, since whatever else runs on the machine
+can only slow a round down; those of the medians stand beside them. Then transfers of one small piece, one at a
+time and several in flight, and what an idle connected transport costs. Writes docs/results/transport.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import mmap
 import multiprocessing as mp
-import os
 import platform
-import socket
 import statistics
-import threading
 import time
-from collections.abc import Callable
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from diphase.benchmarks import harness
-from diphase.kv_transfer.base import Done, Failed, PeerDown, Region, TransportContext
-from diphase.kv_transfer.registry import load_factory
-from diphase.proto.clock import MonotonicClock
+from diphase.benchmarks.transport_movers import (
+    DEPTH,
+    POOL_BYTES,
+    Memcpy,
+    Mover,
+    RawSocket,
+    Shape,
+    Transfers,
+    cpu_s,
+)
 
-POOL_BYTES = 128 * 1024 * 1024
-PIECES = (64 * 1024, 512 * 1024, 4 * 1024 * 1024, 16 * 1024 * 1024)
-DEPTH = 8
-"""Transfers in flight."""
+KIB, MIB, GIB = 1024, 1024**2, 1024**3
+TRANSFER_BYTES = 16 * MIB
+PIECES = (16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, TRANSFER_BYTES)
+SMALL = (1 * KIB, 16 * KIB, 256 * KIB)
+"""Transfers of one piece."""
+IDLE_S = 5.0
+YARDSTICK = {"shm": "memcpy", "tcp": "socket"}
+"""What a transport is measured against."""
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "transport.json"
-GIB = 1024**3
 
 
-class End:
-    """A transport with one region in a memfd, all pages touched."""
-
-    def __init__(self, name: str, incarnation: str) -> None:
-        self.woken = threading.Event()
-        self.fd = os.memfd_create(incarnation)
-        os.ftruncate(self.fd, POOL_BYTES)
-        self.buffer = memoryview(mmap.mmap(self.fd, POOL_BYTES))
-        np.frombuffer(self.buffer, dtype=np.uint8)[:] = 1
-        self.transport = load_factory(name)(
-            TransportContext(incarnation=incarnation, wake=self.woken.set, clock=MonotonicClock())
-        )
-        self.transport.register(Region(buffer=self.buffer, fd=self.fd))
+def movers(context: Any, names: list[str]) -> dict[str, Mover]:
+    """The yardsticks first, then the transports."""
+    found: dict[str, Mover] = {
+        "memcpy": Memcpy(shared=True),
+        "memcpy_anonymous": Memcpy(shared=False),
+        "socket": RawSocket(context),
+    }
+    found.update((name, Transfers(context, name)) for name in names)
+    return found
 
 
-def destination(pipe: Connection, name: str) -> None:
-    """The other process: takes what comes until it is told to end."""
-    if name == "socket":
-        raw_destination(pipe)
-        return
-    end = End(name, "destination")
-    end.transport.admit("source")
-    pipe.send(end.transport.endpoint())
-    # Notices are collected now and then, as by a busy event loop: measured are the transports' own threads.
-    while not pipe.poll(0.005):
-        end.transport.poll(4096)
-    end.transport.close()
-
-
-def raw_destination(pipe: Connection) -> None:
-    """recv_into the same kind of memory, one byte back for each piece."""
-    memory = memoryview(mmap.mmap(-1, POOL_BYTES))
-    np.frombuffer(memory, dtype=np.uint8)[:] = 1
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        pipe.send(listener.getsockname())
-        sock, _ = listener.accept()
-        with sock:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            while piece := int.from_bytes(sock.recv(8, socket.MSG_WAITALL), "little"):
-                offset = 0
-                for _ in range(int.from_bytes(sock.recv(8, socket.MSG_WAITALL), "little")):
-                    offset = offset if offset + piece <= POOL_BYTES else 0
-                    got = 0
-                    while got < piece:
-                        got += sock.recv_into(memory[offset + got : offset + piece])
-                    offset += piece
-                sock.sendall(b"!")
-
-
-class Transfer:
-    """One transport to the other process."""
-
-    def __init__(self, context: Any, name: str) -> None:
-        self.pipe, far = context.Pipe()
-        self.process = context.Process(target=destination, args=(far, name), daemon=True)
-        self.process.start()
-        self.end = End(name, "source")
-        self.peer = self.end.transport.connect(self.pipe.recv(), 10.0)
-
-    def move(self, piece: int, count: int) -> None:
-        """`count` pieces, DEPTH of them in flight; returns when all are acknowledged."""
-        done = sent = 0
-        per_pool = POOL_BYTES // piece
-        while done < count:
-            while sent < count and sent - done < DEPTH:
-                offset = (sent % per_pool) * piece
-                segments = np.array([[0, offset, 0, offset, piece]], dtype=np.int64)
-                self.end.transport.write(self.peer, segments, b"piece", 30.0)
-                sent += 1
-            self.end.woken.wait(1.0)
-            self.end.woken.clear()
-            for event in self.end.transport.poll(4096):
-                if isinstance(event, Failed | PeerDown):
-                    raise SystemExit(f"a transfer failed: {event}")
-                done += isinstance(event, Done)
-
-    def close(self) -> None:
-        self.pipe.send("end")
-        self.process.join()
-        self.end.transport.close()
-
-
-class RawSocket:
-    """sendall into a loopback socket."""
-
-    def __init__(self, context: Any) -> None:
-        self.pipe, far = context.Pipe()
-        self.process = context.Process(target=destination, args=(far, "socket"), daemon=True)
-        self.process.start()
-        self.memory = memoryview(mmap.mmap(-1, POOL_BYTES))
-        np.frombuffer(self.memory, dtype=np.uint8)[:] = 1
-        self.sock = socket.create_connection(self.pipe.recv())
-        self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-
-    def move(self, piece: int, count: int) -> None:
-        self.sock.sendall(piece.to_bytes(8, "little") + count.to_bytes(8, "little"))
-        offset = 0
-        for _ in range(count):
-            offset = offset if offset + piece <= POOL_BYTES else 0
-            self.sock.sendall(self.memory[offset : offset + piece])
-            offset += piece
-        self.sock.recv(1)
-
-    def close(self) -> None:
-        self.sock.sendall(bytes(8))
-        self.sock.close()
-        self.process.join()
-
-
-class Memcpy:
-    """numpy copies between two warm pools of this process."""
-
-    def __init__(self) -> None:
-        self.source = np.ones(POOL_BYTES, dtype=np.uint8)
-        fd = os.memfd_create("memcpy")
-        os.ftruncate(fd, POOL_BYTES)
-        self.target = np.frombuffer(mmap.mmap(fd, POOL_BYTES), dtype=np.uint8)
-        os.close(fd)
-        self.target[:] = 0
-
-    def move(self, piece: int, count: int) -> None:
-        per_pool = POOL_BYTES // piece
-        for i in range(count):
-            offset = (i % per_pool) * piece
-            self.target[offset : offset + piece] = self.source[offset : offset + piece]
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
-def rate(move: Callable[[int, int], None], piece: int, total: int) -> float:
-    """GiB/s."""
-    count = max(1, total // piece)
+def seconds(mover: Mover, shape: Shape, count: int) -> float:
     start = time.perf_counter()
-    move(piece, count)
-    return count * piece / (time.perf_counter() - start) / GIB
+    mover.move(shape, count)
+    return time.perf_counter() - start
 
 
-def first_touch(context: Any) -> dict[str, float]:
-    """GiB/s of the first transfer over the whole pool, whose pages the writer has never touched."""
+def first_touch(context: Any, names: list[str]) -> dict[str, float]:
+    """GiB/s of the first transfers over the whole pool, whose pages this process has never touched there."""
     rates = {}
-    for name in ("shm", "tcp"):
-        transfer = Transfer(context, name)
-        rates[name] = rate(transfer.move, PIECES[2], POOL_BYTES)
-        transfer.close()
+    shape = Shape(TRANSFER_BYTES, 4 * MIB, scattered=False)
+    for name in names:
+        mover = Transfers(context, name)
+        rates[name] = POOL_BYTES / seconds(mover, shape, POOL_BYTES // TRANSFER_BYTES) / GIB
+        mover.close()
     return rates
 
 
-def measure(rounds: int, total: int) -> dict[str, Any]:
-    context = mp.get_context("spawn")
-    cold = first_touch(context)
-    movers: dict[str, Any] = {
-        "memcpy": Memcpy(),
-        "socket": RawSocket(context),
-        "shm": Transfer(context, "shm"),
-        "tcp": Transfer(context, "tcp"),
-    }
-    for mover in movers.values():
-        mover.move(PIECES[-1], POOL_BYTES // PIECES[-1])  # touch every page
-    rows = []
-    for piece in PIECES:
-        samples: dict[str, list[float]] = {name: [] for name in movers}
-        for _ in range(rounds):
-            for name, mover in movers.items():
-                samples[name].append(rate(mover.move, piece, total))
-        row: dict[str, Any] = {"piece_bytes": piece}
-        row.update({f"{name}_gib_s": max(values) for name, values in samples.items()})
-        row.update({f"{name}_median_gib_s": statistics.median(values) for name, values in samples.items()})
-        for name, floor in (("shm", "memcpy"), ("tcp", "socket")):
-            row[f"{name}_to_{floor}"] = max(samples[name]) / max(samples[floor])
-        rows.append(row)
-    for mover in movers.values():
+def idle(context: Any, names: list[str]) -> dict[str, float]:
+    """Cores that both ends of an idle connection use together."""
+    cores = {}
+    for name in names:
+        mover = Transfers(context, name)
+        mover.move(Shape(TRANSFER_BYTES, MIB, scattered=False), 2)
+        time.sleep(0.1)
+        before = cpu_s(mover.pids())
+        time.sleep(IDLE_S)
+        cores[name] = (cpu_s(mover.pids()) - before) / IDLE_S
         mover.close()
-    return {
-        "kernel": platform.release(),
-        "depth": DEPTH,
-        "rounds": rounds,
-        "bytes_a_round": total,
-        "first_touch_gib_s": cold,
-        "pieces": rows,
-    }
+    return cores
+
+
+def sweep(found: dict[str, Mover], rounds: int, total: int) -> list[dict[str, Any]]:
+    count = max(1, total // TRANSFER_BYTES)
+    rows = []
+    for scattered in (False, True):
+        for piece in PIECES[: None if not scattered else -1]:
+            shape = Shape(TRANSFER_BYTES, piece, scattered)
+            samples: dict[str, list[float]] = {name: [] for name in found}
+            for _ in range(rounds):
+                for name, mover in found.items():
+                    samples[name].append(count * TRANSFER_BYTES / seconds(mover, shape, count) / GIB)
+            row: dict[str, Any] = {"piece_bytes": piece, "scattered": scattered}
+            row["gib_s"] = {name: max(values) for name, values in samples.items()}
+            row["median_gib_s"] = {name: statistics.median(values) for name, values in samples.items()}
+            for key in ("gib_s", "median_gib_s"):
+                ratios = {
+                    f"{name}/{of}": row[key][name] / row[key][of]
+                    for name, of in [*YARDSTICK.items(), ("shm", "memcpy_anonymous")]
+                    if name in found
+                }
+                row["ratio" if key == "gib_s" else "median_ratio"] = ratios
+            rows.append(row)
+            report(row)
+    return rows
+
+
+def report(row: dict[str, Any]) -> None:
+    rates = "  ".join(f"{name} {rate:6.2f}" for name, rate in row["gib_s"].items())
+    ratios = "  ".join(
+        f"{name} {ratio:4.0%} ({row['median_ratio'][name]:4.0%})" for name, ratio in row["ratio"].items()
+    )
+    kind = "scattered " if row["scattered"] else "contiguous"
+    print(f"{row['piece_bytes'] // KIB:>6} KiB {kind}  {rates} GiB/s   {ratios}", flush=True)
+
+
+def scatter_cost(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Time of a transfer of scattered pieces of 16 KiB to that of one contiguous piece."""
+    (one,) = [row for row in rows if row["piece_bytes"] == TRANSFER_BYTES]
+    (many,) = [row for row in rows if row["piece_bytes"] == PIECES[0] and row["scattered"]]
+    return {name: one["gib_s"][name] / many["gib_s"][name] for name in many["gib_s"]}
+
+
+def overhead(found: dict[str, Mover], rounds: int) -> list[dict[str, Any]]:
+    """Microseconds of a transfer of one piece."""
+    rows = []
+    for piece in SMALL:
+        row: dict[str, Any] = {"piece_bytes": piece, "alone_us": {}, "in_flight_us": {}}
+        shape, count = Shape(piece, piece, scattered=True), 500
+        for name, mover in found.items():
+            if isinstance(mover, Transfers):
+                alone = []
+                for _ in range(rounds):
+                    start = time.perf_counter()
+                    mover.move(shape, count, depth=1)
+                    alone.append(time.perf_counter() - start)
+                row["alone_us"][name] = min(alone) / count * 1e6
+            row["in_flight_us"][name] = min(seconds(mover, shape, count) for _ in range(rounds)) / count * 1e6
+        rows.append(row)
+        print(f"one piece of {piece // KIB} KiB, us:", row["alone_us"], row["in_flight_us"], flush=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument(
-        "--mib", type=int, default=128, help="moved in a round, for each piece size and mover"
-    )
+    parser.add_argument("--mib", type=int, default=128, help="moved in a round by each mover")
+    parser.add_argument("--transports", nargs="+", default=list(YARDSTICK))
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
-    result = measure(options.rounds, options.mib * 1024 * 1024)
-    print(
-        f"{'piece':>9}  {'memcpy':>7} {'shm':>7} {'ratio':>6}  {'socket':>7} {'tcp':>7} {'ratio':>6}   GiB/s"
+    context = mp.get_context("spawn")
+    cold = first_touch(context, options.transports)
+    resting = idle(context, options.transports)
+    print("first touch, GiB/s:", cold, "\nidle, cores:", resting, flush=True)
+    found = movers(context, options.transports)
+    warm = Shape(TRANSFER_BYTES, TRANSFER_BYTES, scattered=False)
+    for mover in found.values():
+        mover.move(warm, POOL_BYTES // TRANSFER_BYTES)
+    rows = sweep(found, options.rounds, options.mib * MIB)
+    small = overhead(found, options.rounds)
+    for mover in found.values():
+        mover.close()
+    cost = scatter_cost(rows)
+    print("16 KiB scattered to one piece, time:", {name: f"{value:.2f}" for name, value in cost.items()})
+    harness.write_result(
+        options.output,
+        {
+            "kernel": platform.release(),
+            "depth": DEPTH,
+            "rounds": options.rounds,
+            "transfer_bytes": TRANSFER_BYTES,
+            "bytes_a_round": options.mib * MIB,
+            "first_touch_gib_s": cold,
+            "idle_cores": resting,
+            "pieces": rows,
+            "scattered_16_kib_to_one_piece_time": cost,
+            "one_piece": small,
+        },
     )
-    for row in result["pieces"]:
-        print(
-            f"{row['piece_bytes'] // 1024:>5} KiB  {row['memcpy_gib_s']:7.2f} {row['shm_gib_s']:7.2f} "
-            f"{row['shm_to_memcpy']:6.0%}  {row['socket_gib_s']:7.2f} {row['tcp_gib_s']:7.2f} "
-            f"{row['tcp_to_socket']:6.0%}"
-        )
-    harness.write_result(options.output, result)
 
 
 if __name__ == "__main__":

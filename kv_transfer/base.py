@@ -246,6 +246,8 @@ class TransportContext:
     """The cluster token; whoever connects must know it."""
     host: str = "127.0.0.1"
     """Address to listen on and to announce, where there is one."""
+    tcp_sockets: int = 1
+    """Connections that the tcp transport makes to each peer."""
     hub: LocalPeers | None = None
     """Where transports of this process meet; None: no local transfers."""
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from ..proto.errors import ConfigError
 
 MIB = 1024 * 1024
+MAX_TCP_SOCKETS = 16
+"""Connections that a peer may make."""
 IN_PROCESS = "local"
 """The transport that joins roles of one process: who composes them gives it a hub; nobody configures it."""
 STAGING = ("auto", "always", "never")
@@ -47,6 +49,9 @@ class KvTransferConfig:
     """Reservations that may wait for room on a decode worker; more are refused."""
     host: str = "127.0.0.1"
     """Address that network transports listen on and announce to their peers."""
+    tcp_sockets: int = 1
+    """Connections that the tcp transport makes to each peer and stripes transfers of 2 MiB or more over; more
+    than one where the network gives a single connection less than the link has."""
 
     def __post_init__(self) -> None:
         if not self.transport:
@@ -60,6 +65,10 @@ class KvTransferConfig:
             raise ConfigError(
                 f"kv_transfer.host = {self.host!r} is no address that a peer could dial; "
                 "use one of this machine's"
+            )
+        if not 1 <= self.tcp_sockets <= MAX_TCP_SOCKETS:
+            raise ConfigError(
+                f"kv_transfer.tcp_sockets = {self.tcp_sockets} is out of range; use 1 to {MAX_TCP_SOCKETS}"
             )
         for name, least in (
             ("layerwise_tokens", 0),

@@ -81,6 +81,24 @@ def _check_overlaps(
         )
 
 
+def cut_segments(segments: Segments, num_parts: int, align: int) -> list[Segments]:
+    """Cuts a table into at most so many parts of about the same bytes, each but the last a multiple of
+    `align` bytes."""
+    ends = np.cumsum(segments[:, 4])
+    starts, total = ends - segments[:, 4], int(ends[-1])
+    step = -(-total // (num_parts * align)) * align
+    parts = []
+    for begin in range(0, total, step):
+        end = min(begin + step, total)
+        first, last = int(np.searchsorted(ends, begin, "right")), int(np.searchsorted(starts, end, "left"))
+        part = segments[first:last].copy()
+        part[0, [1, 3]] += begin - starts[first]
+        part[0, 4] -= begin - starts[first]
+        part[-1, 4] -= ends[last - 1] - end
+        parts.append(part)
+    return parts
+
+
 def copy_segments(segments: Segments, sources: Sequence[Region], targets: Sequence[Region]) -> None:
     """Copies checked segments within this process's address space."""
     source = [np.frombuffer(region.host_bytes(), dtype=np.uint8) for region in sources]

@@ -172,7 +172,13 @@ def open_transports(
     """
     waker = _Waker()
     context = TransportContext(
-        incarnation=incarnation, wake=waker, clock=clock, token=token, host=config.host, hub=hub
+        incarnation=incarnation,
+        wake=waker,
+        clock=clock,
+        token=token,
+        host=config.host,
+        tcp_sockets=config.tcp_sockets,
+        hub=hub,
     )
     opened: dict[str, Transport] = {}
     every = [name for name in TRANSPORTS if name != IN_PROCESS or hub is not None]

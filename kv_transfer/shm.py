@@ -171,11 +171,11 @@ class ShmMedium:
     def expect(self, peer: Peer, transfer_id: int, targets: Targets) -> None:
         raise FrameError("transport shm announces no transfers")
 
-    def place(self, peer: Peer, transfer_id: int, num_bytes: int, targets: Targets) -> Iterable[memoryview]:
+    def place(self, peer: Peer, transfer_id: int, num_lanes: int, targets: Targets) -> Iterable[memoryview]:
         raise FrameError("transport shm brings no bulk")
 
-    def arrived(self, peer: Peer, transfer_id: int, num_bytes: int) -> None:
-        """place() lets none arrive."""
+    def arrived(self, peer: Peer, transfer_id: int) -> None:
+        raise FrameError("transport shm has one lane")
 
     def landed(self, peer: Peer, transfer_id: int) -> bool:
         return True  # the COMMIT follows the copy

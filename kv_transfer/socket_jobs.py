@@ -3,7 +3,7 @@ the notice and its acknowledgement."""
 
 from __future__ import annotations
 
-import logging
+from collections import deque
 from functools import partial
 
 from .base import Done, Failed, Notified
@@ -14,8 +14,6 @@ from .socket_thread import SocketThread
 
 MAX_COMMITS = 4096
 """COMMITs of a peer that wait for their bytes; until they have come, no more are read."""
-
-_log = logging.getLogger(__name__)
 
 
 class SocketJobs:
@@ -71,6 +69,13 @@ class SocketJobs:
         """The peer says that the bytes of a transfer are there or on their way."""
         peer.commits.append((transfer_id, tag))
         self.deliver(peer)
+
+    def withdrawn(self, peer: Peer, transfer_id: int) -> None:
+        """The bytes of a transfer will never all be there."""
+        waiting = [commit for commit in peer.commits if commit[0] != transfer_id]
+        if len(waiting) < len(peer.commits):
+            peer.commits = deque(waiting)
+            self.deliver(peer)
 
     def deliver(self, peer: Peer) -> None:
         """Hands on what has landed, in the order of the COMMITs."""

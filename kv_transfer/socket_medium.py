@@ -111,8 +111,8 @@ class Medium(Protocol):
         ...
 
     def abandon(self, peer: Peer, job: Job) -> None:
-        """Writer: the job failed or was cancelled; no COMMIT of it may follow. Where its bytes may move on,
-        quiet() is false until they cannot."""
+        """Writer: the job failed or was cancelled; no COMMIT of it may follow, and one that may have gone
+        before its bytes is withdrawn. Where its bytes may move on, quiet() is false until they cannot."""
         ...
 
     def ready(self, peer: Peer) -> bool:
@@ -133,16 +133,20 @@ class Medium(Protocol):
         """
         ...
 
-    def place(self, peer: Peer, transfer_id: int, num_bytes: int, targets: Targets) -> Iterable[memoryview]:
-        """Destination: where the bulk of a WRITE goes, which is a stripe of a transfer of `num_bytes`.
+    def place(self, peer: Peer, transfer_id: int, num_lanes: int, targets: Targets) -> Iterable[memoryview]:
+        """Destination: where the bulk of a WRITE goes, one of `num_lanes` stripes of a transfer.
 
         Raises:
-            FrameError: this medium brings no bulk.
+            FrameError: this medium brings no bulk, or not so.
         """
         ...
 
-    def arrived(self, peer: Peer, transfer_id: int, num_bytes: int) -> None:
-        """Destination: bulk of so many bytes is in place."""
+    def arrived(self, peer: Peer, transfer_id: int) -> None:
+        """Destination: the stripe of a further lane is in place.
+
+        Raises:
+            FrameError: this medium has none.
+        """
         ...
 
     def landed(self, peer: Peer, transfer_id: int) -> bool:

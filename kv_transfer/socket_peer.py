@@ -13,20 +13,23 @@ from .framing import Connection
 
 ID = struct.Struct("<Q")
 WRITE_HEAD = struct.Struct("<QQ")
-"""Transfer id and how many bytes the whole transfer has."""
+"""Transfer id and on how many lanes its bytes come."""
 
 
 class Kind(IntEnum):
-    """Frames. The first five go from writer to destination, the others back."""
+    """Frames. The first six go from writer to destination, the others back."""
 
     HELLO = 1
     WRITE = 2
-    """WRITE_HEAD and table of destinations; the bulk is the data, or a stripe of it. Without bulk the data
-    comes another way."""
+    """WRITE_HEAD and table of destinations; the bulk is the data, or this lane's stripe of it. Without bulk
+    the data comes another way."""
     COMMIT = 3
-    """Transfer id and tag: the bytes are on their way or there. Id 0 wants no acknowledgement."""
+    """Transfer id and tag: the bytes precede this on the lane, or come another way. Id 0 wants no
+    acknowledgement. On further lanes without a tag: the stripe is whole."""
     FENCED = 4
     """Number of the fence, on every lane."""
+    CANCEL = 5
+    """Transfer id: if its COMMIT came, it waits in vain."""
     WELCOME = 16
     REFUSED = 17
     """Why, in UTF-8."""
@@ -106,13 +109,20 @@ class Peer:
 
 
 def commit(peer: Peer, job: Job) -> None:
-    """Tells the other end that a job's bytes are there, or precede this on the connections."""
+    """Tells the other end that a job's bytes are there, or precede this, or will be where landed() looks."""
     if peer.writers:
         peer.writers[0].queue(Kind.COMMIT, ID.pack(job.transfer_id) + job.tag, owner=job)
+
+
+def withdraw(peer: Peer, job: Job) -> None:
+    """Takes the COMMIT of a job back whose bytes will never all land; else those behind it would wait for
+    ever. Where it may have been sent: else retract() is enough."""
+    if peer.writers:
+        peer.writers[0].queue(Kind.CANCEL, ID.pack(job.transfer_id))
 
 
 def announce(peer: Peer, job: Job) -> None:
     """Tells the other end that a job has begun whose bytes come another way than over the connections."""
     if peer.writers:
-        head = WRITE_HEAD.pack(job.transfer_id, job.num_bytes)
+        head = WRITE_HEAD.pack(job.transfer_id, 1)
         peer.writers[0].queue(Kind.WRITE, head + job.segments[:, 2:5].tobytes(), owner=job)

@@ -18,6 +18,7 @@ from typing import Any
 
 from ..proto.errors import TransferError
 from .base import Fenced, PeerDown, Region, TransportContext
+from .config import MAX_TCP_SOCKETS
 from .endpoint import write_endpoint
 from .framing import Connection, FrameSink
 from .socket_door import Door
@@ -27,8 +28,6 @@ from .socket_peer import ID, Fence, Kind, Peer
 from .socket_sinks import ReaderSink, WriterSink
 from .socket_thread import SocketThread
 
-MAX_LANES = 16
-"""Connections that one peer may make."""
 WORK_S = 0.001
 """The medium moves bytes at least so long before sockets and deadlines get their turn."""
 
@@ -162,8 +161,8 @@ class SocketPeers:
         self._flush(peer, connection)
 
     def _welcome_first(self, peer: Peer, connection: Connection, fields: dict[str, Any]) -> None:
-        if not 1 <= fields["lanes"] <= MAX_LANES:
-            raise TransferError(f"lanes: {fields['lanes']}, not 1 to {MAX_LANES}")
+        if not 1 <= fields["lanes"] <= MAX_TCP_SOCKETS:
+            raise TransferError(f"lanes: {fields['lanes']}, not 1 to {MAX_TCP_SOCKETS}")
         medium = self._medium
         medium.heard(peer, fields)
         peer.reader_session = uuid.uuid4().hex

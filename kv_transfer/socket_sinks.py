@@ -45,52 +45,58 @@ class ReaderSink(_Sink):
         self._lane = lane
         self._medium = medium
         self._sizes = [region.num_bytes for region in regions]
-        self._bulk_bytes = 0
+        self._has_bulk = False
 
     def place(self, kind: int, body: bytearray, bulk_bytes: int) -> Iterable[memoryview]:
         if kind != Kind.WRITE:
             return super().place(kind, body, bulk_bytes)
-        transfer_id, num_bytes, targets, here = self._read_write(body)
-        if here != bulk_bytes:
-            raise FrameError(f"a WRITE of {here} bytes brings {bulk_bytes}")
-        self._bulk_bytes = bulk_bytes
-        return self._medium.place(self._peer, transfer_id, num_bytes, targets)
+        transfer_id, num_lanes, targets, num_bytes = self._read_write(body)
+        if num_bytes != bulk_bytes:
+            raise FrameError(f"a WRITE of {num_bytes} bytes brings {bulk_bytes}")
+        self._has_bulk = True
+        return self._medium.place(self._peer, transfer_id, num_lanes, targets)
 
     def frame(self, kind: int, body: bytearray) -> bool:
         peer = self._peer
         if peer.down is not None:
             return True  # only its end is waited for
         if kind == Kind.WRITE:
-            self._write(body)
+            if not self._has_bulk:
+                self._announced(body)
+            self._has_bulk = False
+        elif kind == Kind.COMMIT and len(body) >= ID.size:
+            self._commit(body)
         elif kind == Kind.FENCED and len(body) == ID.size:
             self._peers.answered(peer, self._lane, *ID.unpack(body))
-        elif kind == Kind.COMMIT and self._lane == 0 and len(body) >= ID.size:
-            tag = bytes(body[ID.size :])
-            if len(tag) > MAX_TAG_BYTES:
-                raise FrameError(f"a COMMIT has a tag of {len(tag)} bytes, {MAX_TAG_BYTES} at most")
-            (transfer_id,) = ID.unpack_from(body)
-            self._jobs.committed(peer, transfer_id, tag)
+        elif kind == Kind.CANCEL and self._lane == 0 and len(body) == ID.size:
+            self._jobs.withdrawn(peer, *ID.unpack(body))
         else:
             raise FrameError(
                 f"a writer sent a frame of kind {kind} of {len(body)} bytes on lane {self._lane}"
             )
         return self._lane != 0 or self._jobs.hears(peer)
 
-    def _write(self, body: bytearray) -> None:
-        if self._bulk_bytes:
-            transfer_id, _ = WRITE_HEAD.unpack_from(body)
-            self._medium.arrived(self._peer, transfer_id, self._bulk_bytes)
-            self._bulk_bytes = 0
-        else:
-            transfer_id, num_bytes, targets, here = self._read_write(body)
-            if here != num_bytes:
-                raise FrameError(f"a WRITE announces {num_bytes} bytes and names the places of {here}")
-            self._medium.expect(self._peer, transfer_id, targets)
-        if self._peer.commits:
-            self._jobs.deliver(self._peer)
+    def _announced(self, body: bytearray) -> None:
+        if self._lane != 0:
+            raise FrameError(f"a WRITE without bulk on lane {self._lane}")
+        transfer_id, _, targets, _ = self._read_write(body)
+        self._medium.expect(self._peer, transfer_id, targets)
+
+    def _commit(self, body: bytearray) -> None:
+        (transfer_id,) = ID.unpack_from(body)
+        tag = bytes(body[ID.size :])
+        if len(tag) > MAX_TAG_BYTES:
+            raise FrameError(f"a COMMIT has a tag of {len(tag)} bytes, {MAX_TAG_BYTES} at most")
+        if self._lane == 0:
+            self._jobs.committed(self._peer, transfer_id, tag)
+            return
+        if tag:
+            raise FrameError(f"a COMMIT on lane {self._lane} has a tag")
+        self._medium.arrived(self._peer, transfer_id)
+        self._jobs.deliver(self._peer)
 
     def _read_write(self, body: bytearray) -> tuple[int, int, Targets, int]:
-        """Transfer id, bytes of the whole transfer, targets of this frame and their bytes.
+        """Transfer id, lanes of the transfer, targets of this frame and their bytes.
 
         Raises:
             FrameError: malformed, or outside of our regions. What a peer claims is checked against what we
@@ -98,18 +104,18 @@ class ReaderSink(_Sink):
         """
         if len(body) < WRITE_HEAD.size or (len(body) - WRITE_HEAD.size) % 24:
             raise FrameError(f"a WRITE has a malformed table: {len(body)} bytes of body")
-        transfer_id, num_bytes = WRITE_HEAD.unpack_from(body)
+        transfer_id, num_lanes = WRITE_HEAD.unpack_from(body)
         targets = np.frombuffer(body, dtype=np.int64, offset=WRITE_HEAD.size).reshape(-1, 3)
         segments = np.empty((len(targets), 5), dtype=np.int64)
         segments[:, 2:5] = targets
         segments[:, 0:2] = targets[:, 0:2]
         try:
-            here = check_segments(segments, self._sizes, self._sizes)
+            num_bytes = check_segments(segments, self._sizes, self._sizes)
         except TransferError as error:
             raise FrameError(f"a WRITE is refused: {error.message}") from error
-        if here > num_bytes:
-            raise FrameError(f"a WRITE of a transfer of {num_bytes} bytes names the places of {here}")
-        return transfer_id, num_bytes, targets, here
+        if not 1 <= num_lanes <= max(1, self._peer.reader_lanes):
+            raise FrameError(f"a WRITE on {num_lanes} lanes, and {self._peer.reader_lanes} were announced")
+        return transfer_id, num_lanes, targets, num_bytes
 
 
 class WriterSink(_Sink):

@@ -10,19 +10,26 @@ import sys
 import threading
 
 import numpy as np
-from diphase.kv_transfer.base import Notified, PeerDown, Region, TransportContext
+from diphase.kv_transfer.base import Done, Failed, Fenced, Notified, PeerDown, Region, TransportContext
 from diphase.kv_transfer.registry import load_factory
 from diphase.proto.clock import MonotonicClock
 
 
-def main(name: str, incarnation: str, size: int) -> None:
+def main(name: str, incarnation: str, size: int, host: str) -> None:
     woken = threading.Event()
     fd = os.memfd_create("child")
     os.ftruncate(fd, size)
     buffer = memoryview(mmap.mmap(fd, size))
-    transport = load_factory(name)(
-        TransportContext(incarnation=incarnation, wake=woken.set, clock=MonotonicClock())
+    # "tcp over 3 sockets", as transport_ends.OVER_LANES has it.
+    name, _, sockets = name.partition(" over ")
+    context = TransportContext(
+        incarnation=incarnation,
+        wake=woken.set,
+        clock=MonotonicClock(),
+        host=host,
+        tcp_sockets=int(sockets.split()[0]) if sockets else 1,
     )
+    transport = load_factory(name)(context)
     transport.register(Region(buffer=buffer, fd=fd))
     print(json.dumps({"endpoint": base64.b64encode(transport.endpoint()).decode()}), flush=True)
 
@@ -36,10 +43,16 @@ def main(name: str, incarnation: str, size: int) -> None:
                         print(json.dumps({"notified": event.tag.decode()}), flush=True)
                     elif isinstance(event, PeerDown):
                         print(json.dumps({"down": event.peer}), flush=True)
+                    elif isinstance(event, Done):
+                        print(json.dumps({"done": event.transfer_id}), flush=True)
+                    elif isinstance(event, Failed):
+                        print(json.dumps({"failed": event.code}), flush=True)
+                    elif isinstance(event, Fenced):
+                        print(json.dumps({"fenced": event.ok}), flush=True)
 
     threading.Thread(target=serve, daemon=True).start()
     for line in sys.stdin:
-        command = json.loads(line)
+        command, ok = json.loads(line), 1
         if "admit" in command:
             transport.admit(command["admit"])
         elif "connect" in command:
@@ -48,11 +61,16 @@ def main(name: str, incarnation: str, size: int) -> None:
             np.frombuffer(buffer, dtype=np.uint8)[:] = command["fill"]
             segments = np.array([[0, 0, 0, 0, size]], dtype=np.int64)
             for i in range(command["times"]):
-                transport.write(command["write"], segments, f"part {i}".encode(), 10.0)
+                tag = f"part {i}".encode()
+                transport.write(command["write"], segments, tag, command.get("s", 30.0))
         elif "fill" in command:
             np.frombuffer(buffer, dtype=np.uint8)[:] = command["fill"]
-        print(json.dumps({"ok": True}), flush=True)
+        elif "fence" in command:
+            transport.fence(command["fence"], command["s"])
+        elif "sums" in command:
+            ok = int(np.frombuffer(buffer, dtype=np.uint8).sum(dtype=np.int64))
+        print(json.dumps({"ok": ok}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), (*sys.argv[4:], "127.0.0.1")[0])

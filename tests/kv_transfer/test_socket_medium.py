@@ -42,7 +42,6 @@ class LibraryMedium(TcpMedium):
     hello_fields: Mapping[str, type] = {"key": bytes}
     welcome_fields: Mapping[str, type] = {"key": bytes, "handles": list}
     severs = False
-    lanes = 1
 
     def __init__(self, regions: list[Region], library: Library) -> None:
         super().__init__("127.0.0.1", regions)

@@ -1,0 +1,147 @@
+"""tcp between two network namespaces, each an own process, over a link that can be taken down."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHILD = Path(__file__).parents[1] / "conformance" / "transport_child.py"
+MIB = 1024 * 1024
+SIZE = 24 * MIB
+RATE = "400mbit"
+"""A transfer of SIZE takes half a second: time to take the link down in the middle."""
+
+
+def ip(*args: str) -> None:
+    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
+
+
+@dataclass
+class Net:
+    """Two namespaces with a veth pair between them."""
+
+    names: tuple[str, str]
+    addresses: tuple[str, str] = ("10.231.7.1", "10.231.7.2")
+
+    def link(self, state: str) -> None:
+        ip("-n", self.names[0], "link", "set", "kv0", state)
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Net]:
+    names = (f"diphase-{os.getpid()}-0", f"diphase-{os.getpid()}-1")
+    made: list[str] = []
+    try:
+        try:
+            for name in names:
+                ip("netns", "add", name)
+                made.append(name)
+            ip("-n", names[0], "link", "add", "kv0", "type", "veth", "peer", "name", "kv1", "netns", names[1])
+            for i, name in enumerate(names):
+                ip("-n", name, "link", "set", "lo", "up")
+                ip("-n", name, "addr", "add", f"10.231.7.{i + 1}/24", "dev", f"kv{i}")
+                ip("-n", name, "link", "set", f"kv{i}", "up")
+                subprocess.run(
+                    f"tc -n {name} qdisc add dev kv{i} root tbf rate {RATE} burst 256k latency 50ms".split(),
+                    check=True,
+                    capture_output=True,
+                )
+        except (OSError, subprocess.CalledProcessError) as error:
+            why = getattr(error, "stderr", None) or error
+            pytest.skip(f"no network namespaces may be made here: {why}")
+        yield Net(names)
+    finally:
+        for name in made:
+            ip("netns", "delete", name)
+
+
+class Child:
+    """One end in its namespace."""
+
+    def __init__(self, net: Net, i: int, sockets: int) -> None:
+        end = (f"tcp over {sockets} sockets", f"end{i}", str(SIZE), net.addresses[i])
+        self.process = subprocess.Popen(
+            [*f"ip netns exec {net.names[i]}".split(), sys.executable, "-P", str(CHILD), *end],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self.said: list[dict[str, Any]] = []
+        self.endpoint: str = self.until("endpoint")["endpoint"]
+
+    def until(self, key: str) -> dict[str, Any]:
+        """What it said first of this kind and was not asked for before."""
+        assert self.process.stdout is not None
+        while True:
+            for line in self.said:
+                if key in line:
+                    self.said.remove(line)
+                    return line
+            self.said.append(json.loads(self.process.stdout.readline()))
+
+    def tell(self, **command: Any) -> dict[str, Any]:
+        assert self.process.stdin is not None
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+        return self.until("ok")
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+@pytest.fixture(params=[1, 3])
+def ends(net: Net, request: pytest.FixtureRequest) -> Iterator[tuple[Child, Child]]:
+    children: list[Child] = []
+    try:
+        for i in (0, 1):
+            children.append(Child(net, i, request.param))
+        children[1].tell(admit="end0")
+        children[0].tell(connect=children[1].endpoint)
+        yield children[0], children[1]
+    finally:
+        net.link("up")
+        for child in children:
+            child.end()
+
+
+def test_a_link_that_goes_down_and_comes_back_costs_time_and_nothing_else(
+    net: Net, ends: tuple[Child, Child]
+) -> None:
+    a, b = ends
+    a.tell(write="end1", fill=3, times=2)
+    b.until("notified")
+    net.link("down")  # the second transfer is on its way
+    a.tell(write="end1", fill=3, times=1)
+    a.tell(write="end1", fill=3, times=1, s=0.05)
+    assert a.until("failed")["failed"] == "deadline_exceeded"
+    net.link("up")
+    for _ in range(2):
+        b.until("notified")
+    for _ in range(3):
+        a.until("done")
+    assert b.tell(sums=True)["ok"] == 3 * SIZE
+    assert [line for line in a.said + b.said if "down" in line] == []
+
+
+def test_a_link_that_stays_down_fails_transfers_at_their_deadlines_and_the_fence_ends_the_peer(
+    net: Net, ends: tuple[Child, Child]
+) -> None:
+    a, b = ends
+    a.tell(write="end1", fill=3, times=1)
+    b.until("notified")
+    net.link("down")
+    a.tell(write="end1", fill=3, times=3, s=0.3)
+    for _ in range(3):
+        assert a.until("failed")["failed"] == "deadline_exceeded"
+    b.tell(fence="end0", s=0.2)  # who reads may close: then nothing comes any more
+    assert b.until("fenced")["fenced"] is True
+    assert b.until("down")["down"] == "end0"
