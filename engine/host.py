@@ -99,8 +99,8 @@ class WorkerHost:
         """Steps and heartbeats.
 
         Raises:
-            InternalError: the engine failed twice in a row, or the hand-off broke; the process should end.
-            WorkerLost: the engine has lost one of its ranks; likewise.
+            InternalError, WorkerLost: the engine failed twice in a row or has lost a rank, or the hand-off
+                broke; the process should end.
         """
         self._broken = asyncio.get_running_loop().create_future()
         self._role.start(self)
@@ -277,12 +277,8 @@ class WorkerHost:
 
     def broken(self, error: Exception) -> None:
         if not self._broken.done():
-            self._broken.set_exception(InternalError(f"the hand-off broke: {error}"))
-
-    def engine_lost(self, error: DiphaseError) -> None:
-        """The engine says, between or beside its steps, that it can compute no more."""
-        if not self._broken.done():
-            self._broken.set_exception(error)
+            lost = isinstance(error, WorkerLost)  # the engine says so, beside its steps
+            self._broken.set_exception(error if lost else InternalError(f"the hand-off broke: {error}"))
 
     def retire(self, key: HandoffKey) -> None:
         self._retention.retire(key)

@@ -39,9 +39,9 @@ class ModelRunner:
         block_size: int,
         *,
         batch_invariant: bool = False,
-        announce: Callable[[StepRows], None] | None = None,
+        announce: Callable[[bytes], None] | None = None,
     ) -> None:
-        """`announce` has the other ranks compute the same rows; None when there are none."""
+        """`announce` has the other ranks compute the same rows (StepRows); None when there are none."""
         self._model = model
         self._announce = announce
         self._block_size = block_size
@@ -65,7 +65,7 @@ class ModelRunner:
         pieces = singles + prompts
         rows = self._rows(pieces)
         if self._announce is not None:
-            self._announce(rows)
+            self._announce(rows.to_bytes())
         hidden = self._model.forward(step_tensors(self._model, rows), on_layer)
         return self._model.logits(hidden[_sampling_rows(plan, pieces)])
 

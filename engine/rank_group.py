@@ -21,7 +21,6 @@ from . import rank_wire
 from .base import KvRegion
 from .config import EngineConfig
 from .rank_wire import Kind, RankSpec
-from .step_rows import StepRows
 
 LOAD_TIMEOUT_S = 900.0
 """For a rank's model; as long as the supervisor gives a worker by default."""
@@ -92,16 +91,15 @@ class RankGroup:
             sock.settimeout(self._config.rank_timeout_s)
         return regions
 
-    def announce(self, rows: StepRows) -> None:
-        """Has every rank compute a step.
+    def announce(self, rows: bytes) -> None:
+        """Has every rank compute a step (StepRows.to_bytes()).
 
         Raises:
             WorkerLost: one is gone or reads nothing.
         """
-        data = rows.to_bytes()
         for sock in self._sockets:
             try:
-                rank_wire.send(sock, Kind.STEP, data)
+                rank_wire.send(sock, Kind.STEP, rows)
             except OSError as exc:
                 raise WorkerLost(f"a rank of this worker does not take a step: {exc}") from exc
 

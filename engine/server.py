@@ -179,7 +179,7 @@ async def serve(
     loop = asyncio.get_running_loop()
 
     def lost(error: DiphaseError) -> None:
-        loop.call_soon_threadsafe(host.engine_lost, error)
+        loop.call_soon_threadsafe(host.broken, error)
 
     engine.watch(lost)
     logger.info("worker_started worker_id=%s role=%s address=%s", hello.worker_id, hello.role, address)

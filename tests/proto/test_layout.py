@@ -23,7 +23,7 @@ NEEDS_TORCH = {
         f"engine.{name}"
         for name in (
             *("engine", "generate", "kv_pool", "llama", "model_runner", "rank_steps", "ranks", "sampler"),
-            *("shard", "weights"),
+            *("shard", "step_rows", "weights"),
         )
     ),
     "decode_workers.worker",
