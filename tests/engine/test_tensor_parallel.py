@@ -29,20 +29,11 @@ from diphase.proto.ids import HandoffKey
 from diphase.proto.sampling import SamplingParams
 from diphase.proto.slo import Slo
 
+from ..live_workers import rank_pids
+
 PROMPT = [(i * i * 7 + i * 31) % 490 + 5 for i in range(150)]
 CONFIG = EngineConfig(model="dummy:tiny", dtype="fp32", kv_cache_mib=4)
 TWO = replace(CONFIG, tensor_parallel=2)
-
-
-def rank_pids(of: int | None = None) -> list[int]:
-    """Living rank processes that a process, this one by default, has started; in the order of the ranks."""
-    parent = of or os.getpid()
-    found = []
-    for task in Path(f"/proc/{parent}/task").iterdir():
-        for pid in map(int, (task / "children").read_text().split()):
-            if b"rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                found.append(pid)
-    return sorted(found)
 
 
 @pytest.fixture(autouse=True)
