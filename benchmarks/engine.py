@@ -72,7 +72,7 @@ class Diphase:
     def __init__(self, files: ModelFiles, dtype: str) -> None:
         self.name = f"diphase {dtype}"
         self._engine = TorchEngine.load(EngineConfig(dtype=dtype, kv_cache_mib=512), files=files)
-        pool = torch.frombuffer(self._engine.kv_buffer, dtype=torch.bfloat16)
+        pool = torch.frombuffer(self._engine.kv_regions[0].buffer, dtype=torch.bfloat16)
         pool.normal_(generator=torch.Generator().manual_seed(0))
         self._rng = random.Random(0)
 

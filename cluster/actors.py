@@ -179,7 +179,7 @@ def _pin(assignment: Assignment) -> None:
         )
     for thread in Path("/proc/self/task").iterdir():
         with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
-            os.sched_setaffinity(int(thread.name), assignment.cores)
+            os.sched_setaffinity(int(thread.name), assignment.own_cores)
 
 
 def _cores_there() -> set[int]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
-from ..engine.config import EngineConfig
+from ..engine.config import MOST_RANKS, EngineConfig
 from ..engine.host_config import HostConfig
 from ..kv_transfer.config import KvTransferConfig
 from ..prefill_workers.config import PrefillSchedulerConfig
@@ -33,8 +33,10 @@ class PlacementConfig:
 
     workers: int = 1
     """Worker processes of the pool."""
+    tensor_parallel: int = 1
+    """Processes of each worker, which share the model's heads and the KV between them. Pools may differ."""
     cpus: float = 1.0
-    """CPUs a worker takes of its node, as Ray counts them."""
+    """CPUs a worker takes of its node with all its processes, as Ray counts them."""
     gpus: float = 0.0
     """GPUs a worker takes."""
     resources: dict[str, float] = field(default_factory=dict)
@@ -56,10 +58,15 @@ class PlacementConfig:
         for name, value in self.resources.items():
             if not 0.0 <= value < math.inf:
                 raise ConfigError(f"resources: {name} = {value} is out of range; use 0 or more")
-        if self.cores and len(self.cores) % max(self.workers, 1):
+        if not 1 <= self.tensor_parallel <= MOST_RANKS:
             raise ConfigError(
-                f"cores has {len(self.cores)} entries, which {self.workers} workers cannot share evenly"
+                f"tensor_parallel = {self.tensor_parallel} is out of range; use 1 to {MOST_RANKS}"
             )
+        if self.cores and len(self.cores) % (max(self.workers, 1) * self.tensor_parallel):
+            sharers = f"{self.workers} workers"
+            if self.tensor_parallel > 1:
+                sharers += f" of {self.tensor_parallel} processes"
+            raise ConfigError(f"cores has {len(self.cores)} entries, which {sharers} cannot share evenly")
         if len(set(self.cores)) != len(self.cores) or any(core < 0 for core in self.cores):
             raise ConfigError(f"cores = {self.cores} must be different core numbers from 0 on")
 
@@ -238,9 +245,12 @@ class ClusterConfig:
             raise ConfigError(f'name = "{self.name}" must be up to 64 letters, digits and - _ .')
 
 
-GIVEN = ("engine.model", "engine.dtype", "host.cluster_token", "host.port", "host.metrics_port")
-"""Values that the composition sets and a file may not: the engine's model is [model]'s, every process has the
-cluster's token, and each takes ports of its own."""
+GIVEN = (
+    "engine.model", "engine.dtype", "engine.tensor_parallel", "engine.cores",
+    "host.cluster_token", "host.port", "host.metrics_port",
+)  # fmt: skip
+"""Values that the composition sets and a file may not: the engine's model is [model]'s, its processes and
+cores are the pool's, every process has the cluster's token, and each takes ports of its own."""
 
 
 def load(file: Path | None, settings: Iterable[str], rng: Rng) -> ClusterConfig:
@@ -258,7 +268,7 @@ def load(file: Path | None, settings: Iterable[str], rng: Rng) -> ClusterConfig:
     security = section(SecurityConfig, table, "security", source)
     model = section(ModelConfig, table, "model", source)
     token = security.cluster_token or Drawn(f"{rng.getrandbits(256):064x}")
-    source.given = dict(zip(GIVEN, (model.name, model.dtype, token, 0, 0), strict=True))
+    source.given = dict(zip(GIVEN, (model.name, model.dtype, 1, (), token, 0, 0), strict=True))
     config = build(ClusterConfig, table, source)
     if not is_loopback(config.gateway.host) and not security.cluster_token:
         raise ConfigError(

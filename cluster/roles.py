@@ -47,7 +47,14 @@ class Assignment:
     """Of a gateway; 0 takes any free one. A restarted gateway is given the ports it had."""
     metrics_port: int = 0
     cores: list[int] = field(default_factory=list)
-    """CPU cores to run on; empty leaves the choice to the system."""
+    """CPU cores to run on; empty leaves the choice to the system. A worker's further processes have the last
+    of them."""
+
+    @property
+    def own_cores(self) -> list[int]:
+        """Of the process that is told this."""
+        placement = self.config.pools.placements().get(self.role)
+        return self.cores[: len(self.cores) // placement.tensor_parallel] if placement else self.cores
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,19 +174,21 @@ async def _start_worker(
 def _worker_config(assignment: Assignment, node_ip: str) -> PrefillWorkerConfig | DecodeWorkerConfig:
     config = assignment.config
     transfer = config.kv_transfer
+    placement = config.pools.placements()[assignment.role]
+    engine = replace(config.engine, tensor_parallel=placement.tensor_parallel, cores=tuple(assignment.cores))
     if config.host.host in WILDCARDS:
         # The transports of a worker that other nodes shall reach listen where they can be dialled.
         transfer = replace(transfer, host=node_ip)
     if assignment.role == "prefill":
         return PrefillWorkerConfig(
-            engine=config.engine,
+            engine=engine,
             host=config.host,
             scheduler=config.pools.prefill.scheduler,
             kv_transfer=transfer,
         )
     pool = config.pools.decode if assignment.role == "decode" else config.pools.colocated
     return DecodeWorkerConfig(
-        engine=config.engine,
+        engine=engine,
         host=config.host,
         scheduler=pool.scheduler,
         kv_transfer=transfer,

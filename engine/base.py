@@ -5,19 +5,20 @@ The real engine (engine.py) and the fake one (fake.py) pass the same conformance
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from ..proto.kv_layout import KvLayout
-from .sequence import Sequence
+from ..proto.errors import DiphaseError
+from ..proto.kv_layout import KvLayout, Sharding
+from .sequence import Sequence as TokenSequence
 
 
 @dataclass(slots=True, kw_only=True)
 class Chunk:
     """The next `num_tokens` uncomputed tokens of a sequence; their blocks are already in its block_table."""
 
-    sequence: Sequence
+    sequence: TokenSequence
     num_tokens: int
     samples: bool
     """True when the chunk reaches the sequence's last token: one token is sampled from its logits."""
@@ -61,21 +62,29 @@ class ModelLimits:
     eos_token_ids: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KvRegion:
+    """One rank's KV pool."""
+
+    buffer: memoryview
+    """Its bytes, writable, num_blocks * sharding.rank_layout(layout, rank).block_bytes long."""
+    fd: int | None
+    """A memfd of it that another process may map; None where there is none."""
+
+
 class Engine(Protocol):
     """Computes steps. It owns the KV pool's memory, never its blocks: those are the block manager's."""
 
     layout: KvLayout
+    """Of the whole model."""
+    sharding: Sharding
+    """How the pool is cut into regions."""
     limits: ModelLimits
     num_blocks: int
 
     @property
-    def kv_buffer(self) -> memoryview:
-        """The pool's bytes, writable, num_blocks * layout.block_bytes long."""
-        ...
-
-    @property
-    def kv_fd(self) -> int | None:
-        """A memfd of the pool that another process may map; None where there is none."""
+    def kv_regions(self) -> Sequence[KvRegion]:
+        """The pools of all ranks in their order; none once closed."""
         ...
 
     def execute(self, plan: StepPlan, on_layer: LayerHook | None = None) -> StepResult:
@@ -83,9 +92,17 @@ class Engine(Protocol):
         its sequence, and samples where asked. Does not change the sequences.
 
         eos and stop tokens are masked while the token index is below min_tokens.
+
+        Raises:
+            WorkerLost: a part of the engine is gone; it can compute no more.
         """
         ...
 
+    def watch(self, lost: Callable[[DiphaseError], None]) -> None:
+        """Calls `lost` once, from a thread of its own, when the engine can compute no more though no step
+        says so. Asked once."""
+        ...
+
     def close(self) -> None:
-        """Frees the pool. Idempotent."""
+        """Frees the pool and ends the watch. Idempotent."""
         ...

@@ -8,6 +8,7 @@ from ..proto.errors import ConfigError
 
 DTYPES = ("bf16", "fp32", "int8")
 BLOCK_SIZES = (8, 16, 32, 64)
+MOST_RANKS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +26,13 @@ class EngineConfig:
     """Memory of the KV pool, MiB; taken at start."""
     threads: int = 1
     """Threads that one step computes with. More than the worker's own cores make everything slower."""
+    rank_timeout_s: float = 10.0
+    """Longest that a rank of a worker with tensor parallelism waits for another in a step, seconds; then the
+    worker ends."""
+    tensor_parallel: int = 1
+    """Ranks, each a process with its part of the model and of the KV."""
+    cores: tuple[int, ...] = ()
+    """CPU cores of all ranks together, dealt out evenly in order; empty leaves them to the system."""
     batch_invariant: bool = False
     """Whether a token's bits are kept apart from its company in decode steps, prefills and mixed steps alike,
     so that preemption and recovery change nothing either; a decode step of bf16 takes about a fifth longer.
@@ -46,6 +54,21 @@ class EngineConfig:
             )
         if not 1 <= self.threads <= 1024:
             raise ConfigError(f"engine.threads = {self.threads} is out of range; use 1 to 1024")
+
+        if not 1 <= self.tensor_parallel <= MOST_RANKS:
+            raise ConfigError(
+                f"tensor_parallel = {self.tensor_parallel} is out of range; use 1 to {MOST_RANKS}"
+            )
+        if len(self.cores) % self.tensor_parallel:
+            raise ConfigError(f"{len(self.cores)} cores cannot be dealt out to {self.tensor_parallel} ranks")
+        if not 0.0 < self.rank_timeout_s <= 86_400.0:
+            raise ConfigError(
+                f"engine.rank_timeout_s = {self.rank_timeout_s} is out of range; use up to 86400"
+            )
+
+    def cores_of(self, rank: int) -> tuple[int, ...]:
+        share = len(self.cores) // self.tensor_parallel
+        return self.cores[rank * share : (rank + 1) * share]
 
     @property
     def activation_dtype(self) -> str:

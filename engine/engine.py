@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from ..checkpoints.lookup import resolve
 from ..checkpoints.model_files import ModelFiles, Progress
-from ..kernels.registry import kernels_for
 from ..proto.clock import Clock, MonotonicClock
+from ..proto.errors import DiphaseError, WorkerLost
 from ..proto.ids import HandoffKey
-from ..proto.kv_layout import KvLayout
 from ..proto.sampling import SamplingParams
 from ..proto.slo import Slo
-from .base import Chunk, LayerHook, ModelLimits, SampledToken, StepPlan, StepResult
+from .base import Chunk, KvRegion, LayerHook, ModelLimits, SampledToken, StepPlan, StepResult
 from .config import EngineConfig
-from .kv_pool import TORCH_DTYPES, KvPool
-from .llama import Llama
+from .kv_pool import KvPool
 from .model_runner import ModelRunner
+from .rank_group import RankGroup
+from .ranks import ALONE, GlooRanks, Ranks
 from .sampler import sample
 from .sequence import Sequence
-from .weights import load_weights
+from .shard import load_shard
+from .tensor_parallel import layout_of, num_blocks_of, sharding_of
 
 _WARM_UP_TOKENS = (512, 1)
 
@@ -30,38 +35,44 @@ class TorchEngine:
     def __init__(
         self, files: ModelFiles, config: EngineConfig, clock: Clock, progress: Progress | None
     ) -> None:
-        torch.set_num_threads(config.threads)
-        model = files.config
         self._clock = clock
-        self.layout = KvLayout(
-            model=f"{files.name}:{files.fingerprint}:{config.dtype}",
-            num_layers=model.num_layers,
-            num_kv_heads=model.num_kv_heads,
-            head_dim=model.head_dim,
-            block_size=config.block_size,
-            dtype=config.activation_dtype,
-        )
-        self._pool = KvPool(self.layout, (config.kv_cache_mib << 20) // self.layout.block_bytes)
-        self.num_blocks = self._pool.num_blocks
+        self.layout = layout_of(files, config)
+        self.sharding = sharding_of(files, config)
+        self.num_blocks = num_blocks_of(self.layout, self.sharding, config)
         self.limits = ModelLimits(
             name=files.name,
             # What does not fit the pool could never run.
-            context_length=min(model.context_length, self.num_blocks * config.block_size),
-            vocab_size=model.vocab_size,
-            eos_token_ids=model.eos_token_ids,
+            context_length=min(files.config.context_length, self.num_blocks * config.block_size),
+            vocab_size=files.config.vocab_size,
+            eos_token_ids=files.config.eos_token_ids,
         )
-        kernels = kernels_for("cpu")
-        with torch.inference_mode():
-            weights = load_weights(
-                files,
-                kernels,
-                dtype=TORCH_DTYPES[config.activation_dtype],
-                quantised=config.dtype == "int8",
-                progress=progress,
-            )
-            llama = Llama(model, weights, kernels, self._pool.tensor, self.limits.context_length)
+        self._other_regions: list[KvRegion] = []
+        self._group = RankGroup(config, files.fingerprint) if self.sharding.num_ranks > 1 else None
+        try:
+            shard = load_shard(files, config, 0, partial(self._connect, config), progress)
+        except BaseException:
+            if self._group is not None:
+                self._group.close()
+            raise
+        self._pool = shard.pool
         self._runner: ModelRunner | None = ModelRunner(
-            llama, config.block_size, batch_invariant=config.batch_invariant
+            shard.model,
+            config.block_size,
+            batch_invariant=config.batch_invariant,
+            announce=self._group.announce if self._group is not None else None,
+        )
+
+    def _connect(self, config: EngineConfig, _pool: KvPool) -> Ranks:
+        """Waits for the other ranks, if there are any."""
+        if self._group is None:
+            return ALONE
+        sizes = [
+            self.num_blocks * self.sharding.rank_layout(self.layout, rank).block_bytes
+            for rank in range(1, self.sharding.num_ranks)
+        ]
+        self._other_regions = self._group.wait_loaded(sizes)
+        return GlooRanks(
+            0, self.sharding.num_ranks, store_path=self._group.store_path, timeout_s=config.rank_timeout_s
         )
 
     @classmethod
@@ -91,12 +102,10 @@ class TorchEngine:
         return engine
 
     @property
-    def kv_buffer(self) -> memoryview:
-        return self._pool.buffer
-
-    @property
-    def kv_fd(self) -> int | None:
-        return self._pool.fd
+    def kv_regions(self) -> list[KvRegion]:
+        if self._runner is None:
+            return []
+        return [KvRegion(buffer=self._pool.buffer, fd=self._pool.fd), *self._other_regions]
 
     def execute(self, plan: StepPlan, on_layer: LayerHook | None = None) -> StepResult:
         started = self._clock.now()
@@ -114,10 +123,27 @@ class TorchEngine:
         if self._runner is None:
             raise RuntimeError("the engine is closed")
         with torch.inference_mode():
-            return self._runner.run(plan, on_layer)
+            try:
+                return self._runner.run(plan, on_layer)
+            except WorkerLost as error:
+                if self._group is None:
+                    raise
+                raise self._group.reason(error) from error
+
+    def watch(self, lost: Callable[[DiphaseError], None]) -> None:
+        if self._group is not None:
+            self._group.watch(lost)
 
     def close(self) -> None:
+        if self._runner is None:
+            return
         self._runner = None
+        if self._group is not None:
+            self._group.close()
+        for region in self._other_regions:
+            if region.fd is not None:
+                os.close(region.fd)
+        self._other_regions = []
         self._pool.close()
 
     def _warm_up(self) -> None:

@@ -19,9 +19,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from ..proto.kv_layout import ITEM_BYTES, KvLayout
+from ..proto.errors import DiphaseError
+from ..proto.kv_layout import ITEM_BYTES, UNSHARDED, KvLayout
 from ..proto.sampling import SamplingParams
-from .base import Chunk, LayerHook, ModelLimits, SampledToken, StepPlan, StepResult
+from .base import Chunk, KvRegion, LayerHook, ModelLimits, SampledToken, StepPlan, StepResult
 
 FAKE_LAYOUT = KvLayout(model="fake", num_layers=2, num_kv_heads=1, head_dim=4, block_size=16, dtype="bf16")
 FAKE_LIMITS = ModelLimits(name="fake", context_length=4096, vocab_size=1000, eos_token_ids=(2,))
@@ -65,19 +66,24 @@ class FakeEngine:
         sleep: Callable[[float], None] | None = None,
     ) -> None:
         self.layout = layout
+        self.sharding = UNSHARDED
         self.limits = limits
         self.num_blocks = num_blocks
         self.cost = cost or StepCost()
         self._sleep = sleep
         size_bytes = max(num_blocks, 1) * layout.block_bytes
-        self.kv_fd: int | None = os.memfd_create("diphase-fake-kv")
-        os.ftruncate(self.kv_fd, size_bytes)
-        self._map = mmap.mmap(self.kv_fd, size_bytes)
+        self._fd: int | None = os.memfd_create("diphase-fake-kv")
+        os.ftruncate(self._fd, size_bytes)
+        self._map = mmap.mmap(self._fd, size_bytes)
         self.kv_buffer = memoryview(self._map)
         # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_bytes]
         self._pool = np.frombuffer(self.kv_buffer, np.uint8)[: num_blocks * layout.block_bytes].reshape(
             num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, -1
         )
+
+    @property
+    def kv_regions(self) -> list[KvRegion]:
+        return [] if self._fd is None else [KvRegion(buffer=self.kv_buffer, fd=self._fd)]
 
     def execute(self, plan: StepPlan, on_layer: LayerHook | None = None) -> StepResult:
         seconds = self.cost.of(plan)
@@ -108,11 +114,14 @@ class FakeEngine:
             token_ids.append(self._choose(kv.tobytes(), index, params).token_id)
         return token_ids[len(prompt) :]
 
+    def watch(self, lost: Callable[[DiphaseError], None]) -> None:
+        """It has no parts that it could lose."""
+
     def close(self) -> None:
-        if self.kv_fd is None:
+        if self._fd is None:
             return
-        os.close(self.kv_fd)
-        self.kv_fd = None
+        os.close(self._fd)
+        self._fd = None
         # The mapping itself goes with the last view of it, which a transport may still hold.
         del self._pool
 

@@ -21,6 +21,7 @@ from ..proto.errors import (
     InternalError,
     InvalidRequest,
     Unauthenticated,
+    WorkerLost,
 )
 from ..proto.ids import PROTOCOL_VERSION, HandoffKey
 from ..proto.inference_pb2 import TokenLogprobs
@@ -98,7 +99,8 @@ class WorkerHost:
         """Steps and heartbeats.
 
         Raises:
-            InternalError: the engine failed twice in a row, or the hand-off broke; the process should end.
+            InternalError, WorkerLost: the engine failed twice in a row or has lost a rank, or the hand-off
+                broke; the process should end.
         """
         self._broken = asyncio.get_running_loop().create_future()
         self._role.start(self)
@@ -277,7 +279,8 @@ class WorkerHost:
 
     def broken(self, error: Exception) -> None:
         if not self._broken.done():
-            self._broken.set_exception(InternalError(f"the hand-off broke: {error}"))
+            lost = isinstance(error, WorkerLost)  # the engine says so, beside its steps
+            self._broken.set_exception(error if lost else InternalError(f"the hand-off broke: {error}"))
 
     def retire(self, key: HandoffKey) -> None:
         self._retention.retire(key)
@@ -308,6 +311,9 @@ class WorkerHost:
         started = self._step_started_at = self._clock.now()
         try:
             result = await self._execute(plan, hook)
+        except WorkerLost as error:  # no further step can run: what other requests it has fails with it
+            self.emit(self._role.fail(plan, error))
+            raise
         except Exception as exc:  # the top of a step: its requests fail, the worker lives
             logger.exception("step_failed sequences=%d", len(plan.chunks))
             self.metrics.step_failed()

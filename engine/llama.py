@@ -15,7 +15,9 @@ from ..kernels.linear import Epilogue
 from ..kernels.paged_attention import AttentionStep
 from ..kernels.registry import Kernels
 from ..kernels.rope import rope_table
+from ..proto.errors import InternalError
 from .base import LayerHook
+from .ranks import ALONE, Ranks
 from .weights import LayerWeights, LlamaWeights
 
 _HEAD_ROWS = 32
@@ -48,8 +50,12 @@ class Llama:
         kernels: Kernels,
         pool: torch.Tensor,
         max_context: int,
+        *,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """`config`: of the layers as this rank has them."""
         self.config = config
+        self._ranks = ranks
         self._weights = weights
         self._kernels = kernels
         self._layer_pools = [pool[:, i] for i in range(config.num_layers)]
@@ -65,7 +71,7 @@ class Llama:
         hidden_size].
 
         Args:
-            on_layer: called with i once the KV of layer i is in the pool.
+            on_layer: called with i once the KV of layer i is in the pool, that of every rank.
         """
         config = self.config
         num_tokens = len(step.token_ids)
@@ -75,18 +81,21 @@ class Llama:
         x[:num_tokens] = F.embedding(step.token_ids, embedding)
         normed = torch.zeros_like(x)
         attended = x.new_zeros(step.num_rows, config.num_q_heads, config.head_dim)
+        written, summed = self._ranks.hooks(on_layer)
         turns = self._cos[step.positions], self._sin[step.positions]  # [num_tokens, 1, head_dim] each
         for i, layer in enumerate(self._weights.layers):
             self._norm(normed, x, layer.attention_norm, num_tokens)
             q, kv = self._project(layer, normed, turns)
             self._kernels.kv_write(self._layer_pools[i], kv, step.block_ids, step.slots)
-            if on_layer is not None:
-                on_layer(i)
+            if written is not None:
+                written(i)
             step.attention.run(attended, q, i)
-            x = layer.output(attended.flatten(1), Epilogue.ADD, x)
+            x = self._ranks.add(layer.output, attended.flatten(1), x, num_tokens)
+            if summed is not None:
+                summed(i)
             self._norm(normed, x, layer.mlp_norm, num_tokens)
             gate = layer.gate(normed, Epilogue.SILU)
-            x = layer.down(layer.up(normed, Epilogue.MUL, gate), Epilogue.ADD, x)
+            x = self._ranks.add(layer.down, layer.up(normed, Epilogue.MUL, gate), x, num_tokens)
         return x[:num_tokens]
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -96,6 +105,8 @@ class Llama:
     def _logits(self, hidden: torch.Tensor) -> torch.Tensor:
         num_tokens = len(hidden)
         head = self._weights.lm_head
+        if head is None:
+            raise InternalError("only rank 0 has the output projection")
         normed = hidden.new_zeros(head.padded_rows(num_tokens, prompts=False), self.config.hidden_size)
         self._norm(normed, hidden, self._weights.final_norm, num_tokens)
         return head(normed)[:num_tokens]

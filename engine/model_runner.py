@@ -6,6 +6,7 @@ together; then prompts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +18,7 @@ from ..proto.errors import InternalError
 from .base import Chunk, LayerHook, StepPlan
 from .llama import Llama, StepTensors
 from .sequence import Sequence
+from .step_rows import StepRows
 
 
 @dataclass(slots=True, kw_only=True)
@@ -31,8 +33,17 @@ class ModelRunner:
     """One model on one pool; one step at a time. With `batch_invariant`, every step is multiplied as one with
     prompts."""
 
-    def __init__(self, model: Llama, block_size: int, *, batch_invariant: bool = False) -> None:
+    def __init__(
+        self,
+        model: Llama,
+        block_size: int,
+        *,
+        batch_invariant: bool = False,
+        announce: Callable[[bytes], None] | None = None,
+    ) -> None:
+        """`announce` has the other ranks compute the same rows (StepRows); None when there are none."""
         self._model = model
+        self._announce = announce
         self._block_size = block_size
         self._batch_invariant = batch_invariant
 
@@ -52,9 +63,11 @@ class ModelRunner:
         padded_length = self._model.attention.padded_length
         singles.sort(key=lambda piece: padded_length(piece.segment.first_position + 1))
         pieces = singles + prompts
-        hidden = self._model.forward(self._tensors(pieces), on_layer)
-        rows = _sampling_rows(plan, pieces)
-        return self._model.logits(hidden[rows])
+        rows = self._rows(pieces)
+        if self._announce is not None:
+            self._announce(rows.to_bytes())
+        hidden = self._model.forward(step_tensors(self._model, rows), on_layer)
+        return self._model.logits(hidden[_sampling_rows(plan, pieces)])
 
     def _pieces(self, chunk: Chunk) -> list[_Piece]:
         """The chunk as segments: whole, or where attention's bits would tell, generated tokens one by one."""
@@ -66,14 +79,12 @@ class ModelRunner:
         pieces = [_piece(sequence, first, split - first, single=False)] if split > first else []
         return pieces + [_piece(sequence, position, 1, single=True) for position in range(split, end)]
 
-    def _tensors(self, pieces: list[_Piece]) -> StepTensors:
-        attention = self._model.attention.plan([piece.segment for piece in pieces])
+    def _rows(self, pieces: list[_Piece]) -> StepRows:
         num_tokens = sum(piece.segment.num_rows for piece in pieces)
         prompts = self._batch_invariant or any(
             piece.segment.num_rows > 1 or piece.segment.first_position < piece.sequence.num_prompt_tokens
             for piece in pieces
         )
-        # Rows: token ids, positions, block ids, slots.
         table: NDArray[np.int64] = np.empty((4, num_tokens), np.int64)
         row = 0
         for piece in pieces:
@@ -87,15 +98,21 @@ class ModelRunner:
             table[2, columns] = blocks[table[1, columns] // self._block_size - first_block]
             row += count
         np.remainder(table[1], self._block_size, out=table[3])
-        tensor = torch.from_numpy(table)
-        return StepTensors(
-            num_rows=self._model.padded_rows(max(num_tokens, attention.num_rows), prompts),
-            token_ids=tensor[0],
-            positions=tensor[1],
-            block_ids=tensor[2],
-            slots=tensor[3],
-            attention=attention,
-        )
+        return StepRows(table=table, segments=[piece.segment for piece in pieces], prompts=prompts)
+
+
+def step_tensors(model: Llama, rows: StepRows) -> StepTensors:
+    """The rows as one rank's model takes them."""
+    attention = model.attention.plan(rows.segments)
+    tensor = torch.from_numpy(rows.table)
+    return StepTensors(
+        num_rows=model.padded_rows(max(tensor.shape[1], attention.num_rows), rows.prompts),
+        token_ids=tensor[0],
+        positions=tensor[1],
+        block_ids=tensor[2],
+        slots=tensor[3],
+        attention=attention,
+    )
 
 
 def _piece(sequence: Sequence, first: int, num_rows: int, *, single: bool) -> _Piece:

@@ -14,7 +14,7 @@ import grpc.aio
 from prometheus_client import start_http_server
 
 from ..proto.clock import Clock
-from ..proto.errors import ConfigError
+from ..proto.errors import ConfigError, DiphaseError
 from ..proto.ids import PROTOCOL_VERSION
 from ..proto.rpc import INTERNAL_OPTIONS, host_port
 from ..proto.worker_pb2 import WorkerHello
@@ -65,6 +65,7 @@ def hello_of(
         layout_hash=engine.layout.fingerprint(),
         protocol_version=PROTOCOL_VERSION,
         transports=transports,
+        tensor_parallel=engine.sharding.tp,
     )
 
 
@@ -104,6 +105,7 @@ class RunningWorker:
 
         Raises:
             InternalError: the engine is broken; the process should end.
+        WorkerLost: it has lost one of its ranks; likewise.
         """
         await asyncio.wait((self._running,))
         if not self._running.cancelled():
@@ -174,6 +176,12 @@ async def serve(
     running = RunningWorker(
         host, server, address=address, metrics_address=metrics_address, parts=parts.pop_all()
     )
+    loop = asyncio.get_running_loop()
+
+    def lost(error: DiphaseError) -> None:
+        loop.call_soon_threadsafe(host.broken, error)
+
+    engine.watch(lost)
     logger.info("worker_started worker_id=%s role=%s address=%s", hello.worker_id, hello.role, address)
     return running
 

@@ -20,6 +20,7 @@ from ..checkpoints.model_files import ModelFiles, Progress
 from ..checkpoints.weights import expected_shapes, open_weights
 from ..kernels.linear import Linear
 from ..kernels.registry import Kernels
+from ..proto.kv_layout import UNSHARDED, Sharding
 from .kv_pool import TORCH_DTYPES
 
 ReadTensor = Callable[[str], torch.Tensor]
@@ -46,7 +47,8 @@ class LlamaWeights:
     """[vocab_size, hidden_size]"""
     layers: list[LayerWeights]
     final_norm: torch.Tensor
-    lm_head: Linear
+    lm_head: Linear | None
+    """None on all ranks but the first, which samples."""
 
 
 def load_weights(
@@ -56,8 +58,10 @@ def load_weights(
     dtype: torch.dtype,
     quantised: bool = False,
     progress: Progress | None = None,
+    sharding: Sharding = UNSHARDED,
+    rank: int = 0,
 ) -> LlamaWeights:
-    """Reads or draws all weights.
+    """Reads or draws the weights of a rank.
 
     Args:
         dtype: of the plain weights and of the activations.
@@ -70,16 +74,20 @@ def load_weights(
     report = progress or (lambda _stage, _share: None)
     read = drawn_tensors(config, files.seed, dtype) if files.is_dummy else _stored_tensors(files, dtype)
     embedding = read("model.embed_tokens.weight")
+    if sharding.num_ranks > 1:
+        read = rank_tensors(read, config, sharding.tp, rank)
     layers: list[LayerWeights] = []
     for i in range(config.num_layers):
         report("loading weights", i / config.num_layers)
         layers.append(_layer(read, kernels, config, f"model.layers.{i}", quantised))
-    head = embedding if config.tie_word_embeddings else read("lm_head.weight")
+    head = None
+    if rank == 0:
+        head = kernels.linear(embedding if config.tie_word_embeddings else read("lm_head.weight"))
     weights = LlamaWeights(
         embedding=embedding,
         layers=layers,
         final_norm=read("model.norm.weight"),
-        lm_head=kernels.linear(head),
+        lm_head=head,
     )
     report("loading weights", 1.0)
     return weights
@@ -106,6 +114,26 @@ def _layer(
         up=linear("mlp", "up", biased=mlp_bias),
         down=linear("mlp", "down", biased=mlp_bias),
     )
+
+
+def rank_tensors(read: ReadTensor, config: ModelConfig, tp: int, rank: int) -> ReadTensor:
+    """What one of `tp` ranks keeps of the tensors that `read` gives, with a memory of their own."""
+    kv_parts = min(tp, config.num_kv_heads)
+    by_rows = {"q_proj": tp, "k_proj": kv_parts, "v_proj": kv_parts, "gate_proj": tp, "up_proj": tp}
+
+    def read_part(name: str) -> torch.Tensor:
+        tensor = read(name)
+        projection = name.split(".")[-2]
+        if projection in by_rows:
+            parts = by_rows[projection]
+            return tensor.chunk(parts)[rank * parts // tp].clone()
+        if projection not in {"o_proj", "down_proj"}:
+            return tensor
+        if tensor.dim() == 1:  # a bias is added once
+            return tensor if rank == 0 else torch.zeros_like(tensor)
+        return tensor.chunk(tp, dim=1)[rank].clone(memory_format=torch.contiguous_format)
+
+    return read_part
 
 
 def _stored_tensors(files: ModelFiles, dtype: torch.dtype) -> ReadTensor:

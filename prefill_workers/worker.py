@@ -45,7 +45,8 @@ async def start(
             incarnation=incarnation,
             cluster_token=config.host.cluster_token,
             layout=engine.layout,
-            pools=[Region(buffer=engine.kv_buffer, fd=engine.kv_fd)],
+            pools=[Region(buffer=pool.buffer, fd=pool.fd) for pool in engine.kv_regions],
+            sharding=engine.sharding,
             clock=clock,
             parts=parts,
         )

@@ -142,7 +142,7 @@ class WorkerMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., prefix_delta: _Optional[_Union[PrefixDelta, _Mapping]] = ..., prefix_snapshot: _Optional[_Union[PrefixSnapshot, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., inspected: _Optional[_Union[Inspected, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "model", "block_size", "num_blocks", "context_length", "max_running", "chunk_budget", "layout_hash", "protocol_version", "transports")
+    __slots__ = ("worker_id", "incarnation", "role", "model", "block_size", "num_blocks", "context_length", "max_running", "chunk_budget", "layout_hash", "protocol_version", "transports", "tensor_parallel")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -155,6 +155,7 @@ class WorkerHello(_message.Message):
     LAYOUT_HASH_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
+    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: str
@@ -167,7 +168,8 @@ class WorkerHello(_message.Message):
     layout_hash: str
     protocol_version: int
     transports: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., context_length: _Optional[int] = ..., max_running: _Optional[int] = ..., chunk_budget: _Optional[int] = ..., layout_hash: _Optional[str] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ...) -> None: ...
+    tensor_parallel: int
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., context_length: _Optional[int] = ..., max_running: _Optional[int] = ..., chunk_budget: _Optional[int] = ..., layout_hash: _Optional[str] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
 
 class StepOutput(_message.Message):
     __slots__ = ("outputs", "sample", "load")

@@ -1,10 +1,12 @@
-"""A gateway that speaks to workers in this process over real gRPC."""
+"""A gateway that speaks to workers in this process over real gRPC, and the rank processes of workers."""
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from diphase.engine.server import RunningWorker
 from diphase.proto import worker_pb2 as pb
@@ -45,3 +47,14 @@ async def until_idle(gateway: Gateway, *workers: RunningWorker) -> None:
                 break
             gateway.heard.clear()
             await gateway.heard.wait()
+
+
+def rank_pids(of: int | None = None) -> list[int]:
+    """Living rank processes that a process, this one by default, has started; in the order of the ranks."""
+    parent = of or os.getpid()
+    found = []
+    for task in Path(f"/proc/{parent}/task").iterdir():
+        for pid in map(int, (task / "children").read_text().split()):
+            if b"rank_process" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                found.append(pid)
+    return sorted(found)

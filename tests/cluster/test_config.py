@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 from diphase.cluster.config import GIVEN, ClusterConfig, PlacementConfig, load
 from diphase.cluster.config_writer import field_docs, to_toml
+from diphase.cluster.roles import Assignment, _worker_config
+from diphase.engine.config import EngineConfig
 from diphase.proto.errors import ConfigError
 
 
@@ -89,6 +91,8 @@ def test_sections_of_every_folder_are_read_from_one_file(tmp_path: Path) -> None
         ("pools.decode.workers=-1", "workers = -1 is negative"),
         ("pools.decode.cpus=-1", "cpus = -1.0 is out of range"),
         ("pools.decode.cores=[1, 1]", "different core numbers"),
+        ("pools.prefill.tensor_parallel=0", "tensor_parallel = 0 is out of range; use 1 to 256"),
+        ("engine.tensor_parallel=2", "unknown key engine.tensor_parallel"),
         ("router.admission=maybe", "router.admission"),
         ("name=a/b", "must be up to 64"),
         ("gateway.host=0.0.0.0", "set security.cluster_token"),
@@ -126,6 +130,25 @@ def test_cores_are_dealt_out_evenly_and_in_order() -> None:
     assert [placement.cores_of(0), placement.cores_of(1)] == [[4, 5], [6, 7]]
     with pytest.raises(ConfigError, match="cannot share evenly"):
         PlacementConfig(workers=2, cores=[0, 1, 2])
+    with pytest.raises(ConfigError, match="2 workers of 2 processes cannot share evenly"):
+        PlacementConfig(workers=2, tensor_parallel=2, cores=[0, 1])
+
+
+def test_every_pool_has_its_own_tensor_parallelism_and_each_process_its_cores() -> None:
+    config = loaded("pools.prefill.tensor_parallel=2", "pools.prefill.cores=[4, 5, 6, 7]")
+
+    def engine(role: str) -> tuple[EngineConfig, list[int]]:
+        placement = config.pools.placements()[role]
+        assignment = Assignment(
+            worker_id="w", role=role, config=config, store_url="", cores=placement.cores_of(0)
+        )
+        return _worker_config(assignment, "127.0.0.1").engine, assignment.own_cores
+
+    prefill, own = engine("prefill")
+    assert (prefill.tensor_parallel, prefill.cores, own) == (2, (4, 5, 6, 7), [4, 5])
+    assert [prefill.cores_of(rank) for rank in range(2)] == [(4, 5), (6, 7)]
+    decode, own = engine("decode")
+    assert (decode.tensor_parallel, decode.cores, own) == (1, (), [])
 
 
 def test_a_worker_reserves_what_it_takes() -> None:

@@ -13,6 +13,7 @@ from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.fake import FakeEngine
 from diphase.engine.sequence import Sequence
+from diphase.kv_transfer.reshard import canonical_runs
 from diphase.proto.ids import HandoffKey
 from diphase.proto.sampling import SamplingParams
 from diphase.proto.slo import Slo
@@ -24,11 +25,15 @@ def real_engine() -> Engine:
     return TorchEngine.load(EngineConfig(model="dummy:tiny", kv_cache_mib=4))
 
 
+def two_ranks() -> Engine:
+    return TorchEngine.load(EngineConfig(model="dummy:tiny", kv_cache_mib=4, tensor_parallel=2))
+
+
 def fake_engine() -> Engine:
     return FakeEngine(num_blocks=256)
 
 
-@pytest.fixture(params=[real_engine, fake_engine])
+@pytest.fixture(params=[real_engine, two_ranks, fake_engine])
 def make_engine(request: pytest.FixtureRequest) -> Iterator[MakeEngine]:
     made: list[Engine] = []
 
@@ -77,6 +82,27 @@ def step(engine: Engine, *chunks: Chunk) -> list[SampledToken | None]:
     return result.tokens
 
 
+def runs_of(engine: Engine, block: int, first_layer: int, num_layers: int) -> list[memoryview]:
+    """The bytes of a range of layers of a block, in canonical order."""
+    runs = canonical_runs(
+        engine.layout, engine.sharding, [block], first_layer=first_layer, num_layers=num_layers
+    )
+    return [
+        engine.kv_regions[region].buffer[offset : offset + size] for region, offset, size in runs.tolist()
+    ]
+
+
+def kv_of(engine: Engine, block: int, first_layer: int = 0, num_layers: int | None = None) -> bytes:
+    num_layers = engine.layout.num_layers if num_layers is None else num_layers
+    return b"".join(runs_of(engine, block, first_layer, num_layers))
+
+
+def put_kv(engine: Engine, block: int, data: bytes) -> None:
+    for run in runs_of(engine, block, 0, engine.layout.num_layers):
+        run[:], data = data[: len(run)], data[len(run) :]
+    assert not data
+
+
 def decode(engine: Engine, of: Sequence, num_tokens: int) -> list[int]:
     """The next `num_tokens` tokens, prompt first if it is not computed."""
     for _ in range(num_tokens):
@@ -86,18 +112,23 @@ def decode(engine: Engine, of: Sequence, num_tokens: int) -> list[int]:
 
 def test_it_says_how_large_its_pool_is(engine: Engine) -> None:
     assert engine.num_blocks >= 200
-    assert len(engine.kv_buffer) == engine.num_blocks * engine.layout.block_bytes
-    assert not engine.kv_buffer.readonly
+    assert len(engine.kv_regions) == engine.sharding.num_ranks
+    for rank, region in enumerate(engine.kv_regions):
+        block_bytes = engine.sharding.rank_layout(engine.layout, rank).block_bytes
+        assert len(region.buffer) == engine.num_blocks * block_bytes
+        assert not region.buffer.readonly
     assert engine.limits.vocab_size > 495
 
 
 def test_its_descriptor_maps_the_pool(engine: Engine) -> None:
     decode(engine, sequence(20, [7, 3]), 1)
-    assert engine.kv_fd is not None
-    with mmap.mmap(os.dup(engine.kv_fd), 0) as other:
-        offset, length = engine.layout.run(7, 0, engine.layout.num_layers)
-        assert any(other[offset : offset + length])
-        assert other[offset : offset + length] == bytes(engine.kv_buffer[offset : offset + length])
+    for rank, region in enumerate(engine.kv_regions):
+        assert region.fd is not None
+        layout = engine.sharding.rank_layout(engine.layout, rank)
+        offset, length = layout.run(7, 0, layout.num_layers)
+        with mmap.mmap(os.dup(region.fd), 0) as other:
+            assert any(other[offset : offset + length])
+            assert other[offset : offset + length] == bytes(region.buffer[offset : offset + length])
 
 
 def test_chunks_that_sample_get_a_token_in_the_plan_s_order(engine: Engine) -> None:
@@ -134,9 +165,7 @@ def test_decoding_goes_on_where_the_kv_was_moved_to(make_engine: MakeEngine) -> 
     step(prefill, chunk(moved))
     target = [17, 2, 11, 12]
     for source, destination in zip(moved.block_table, target, strict=True):
-        begin, length = prefill.layout.run(source, 0, prefill.layout.num_layers)
-        to, _ = decoder.layout.run(destination, 0, decoder.layout.num_layers)
-        decoder.kv_buffer[to : to + length] = prefill.kv_buffer[begin : begin + length]
+        put_kv(decoder, destination, kv_of(prefill, source))
     moved.block_table = target
     decode(decoder, moved, 7)
     assert moved.token_ids[50:] == expected
@@ -147,15 +176,15 @@ def test_a_wrong_block_changes_the_output(engine: Engine) -> None:
     expected = decode(engine, sequence(50, [0, 1, 2, 3]), 8)
     damaged = sequence(50, [0, 1, 2, 3])
     step(engine, chunk(damaged))
-    begin, length = engine.layout.run(1, 0, engine.layout.num_layers)
-    engine.kv_buffer[begin : begin + length] = bytes(length)
+    put_kv(engine, 1, bytes(engine.layout.block_bytes))
     decode(engine, damaged, 7)
     assert damaged.token_ids[50:] != expected
 
 
 def test_only_the_slots_of_the_step_s_tokens_are_written(engine: Engine) -> None:
     layout = engine.layout
-    engine.kv_buffer[:] = b"\x01" * len(engine.kv_buffer)
+    for region in engine.kv_regions:
+        region.buffer[:] = b"\x01" * len(region.buffer)
     one = sequence(20, [6, 4])
     step(engine, chunk(one))
     # In units of one head's vector: [block, layer and k|v and head, slot].
@@ -164,23 +193,22 @@ def test_only_the_slots_of_the_step_s_tokens_are_written(engine: Engine) -> None
     blank = b"\x01" * width
     for block in range(engine.num_blocks):
         written = {6: 16, 4: 4}.get(block, 0)
+        data = kv_of(engine, block)
         for row in range(rows):
             for slot in range(layout.block_size):
-                begin = (block * rows + row) * layout.block_size * width + slot * width
-                assert (bytes(engine.kv_buffer[begin : begin + width]) != blank) == (slot < written)
+                begin = (row * layout.block_size + slot) * width
+                assert (data[begin : begin + width] != blank) == (slot < written)
 
 
 def test_the_hook_hears_of_each_layer_once_its_kv_is_there(engine: Engine) -> None:
     layout, seen = engine.layout, []
-    one = sequence(16, [3])
 
-    def kv_of(layer: int) -> bytes:
-        begin, length = layout.run(3, layer, 1)
-        return bytes(engine.kv_buffer[begin : begin + length])
+    def hook(layer: int) -> None:
+        seen.append((layer, kv_of(engine, 3, layer, 1)))
 
-    engine.execute(StepPlan(chunks=[chunk(one)]), lambda layer: seen.append((layer, kv_of(layer))))
+    engine.execute(StepPlan(chunks=[chunk(sequence(16, [3]))]), hook)
     assert [layer for layer, _ in seen] == list(range(layout.num_layers))
-    assert all(kv == kv_of(layer) and any(kv) for layer, kv in seen)
+    assert all(kv == kv_of(engine, 3, layer, 1) and any(kv) for layer, kv in seen)
 
 
 def test_sequences_are_left_as_they_were(engine: Engine) -> None:
@@ -227,4 +255,4 @@ def test_closing_twice_is_closing_once(make_engine: MakeEngine) -> None:
     engine = make_engine()
     engine.close()
     engine.close()
-    assert engine.kv_fd is None
+    assert not engine.kv_regions

@@ -127,5 +127,5 @@ def test_close_is_idempotent() -> None:
     engine = FakeEngine(num_blocks=4)
     engine.close()
     engine.close()
-    assert engine.kv_fd is None
+    assert not engine.kv_regions
     assert FAKE_LIMITS.vocab_size == engine.limits.vocab_size

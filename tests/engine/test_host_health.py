@@ -10,7 +10,7 @@ from diphase.decode_workers.role import DecodeRole
 from diphase.engine.base import LayerHook, StepPlan, StepResult
 from diphase.engine.fake import StepCost
 from diphase.proto import worker_pb2 as pb
-from diphase.proto.errors import InternalError
+from diphase.proto.errors import InternalError, WorkerLost, from_wire
 
 from ..simulation.cluster import SimWorker
 from .host_client import PROMPT, Client, expected, with_worker
@@ -82,16 +82,17 @@ def test_prefix_deltas_and_snapshots_agree_with_the_pool() -> None:
 class Broken:
     """An engine whose given steps raise."""
 
-    def __init__(self, worker: SimWorker, failing: set[int]) -> None:
+    def __init__(self, worker: SimWorker, failing: set[int], error: Exception | None = None) -> None:
         self._engine = worker.engine
         self._failing = failing
+        self._error = error or RuntimeError("out of luck")
         self.steps = 0
         worker.host._execute = self.execute
 
     async def execute(self, plan: StepPlan, hook: LayerHook | None) -> StepResult:
         self.steps += 1
         if self.steps in self._failing:
-            raise RuntimeError("out of luck")
+            raise self._error
         return await self._engine.execute_on_loop(plan, hook)
 
 
@@ -125,6 +126,36 @@ def test_two_failures_in_a_row_end_the_worker() -> None:
             worker._running.result()
 
     with_worker(body, scheduler=ColocatedSchedulerConfig(max_running=1))
+
+
+def test_a_step_that_lost_a_rank_fails_retryably_and_ends_the_worker() -> None:
+    async def body(worker: SimWorker) -> None:
+        Broken(worker, {2}, WorkerLost("a rank of this worker has ended"))
+        client = Client(worker)
+        client.send(submit=make_submit("r", PROMPT, max_tokens=5))
+        await asyncio.sleep(1.0)
+        terminal = client.terminal()
+        assert terminal is not None
+        assert from_wire(terminal.error.code, terminal.error.message).retryable
+        assert client.link.closed
+        with pytest.raises(WorkerLost, match="a rank of this worker"):
+            worker._running.result()
+
+    with_worker(body, scheduler=ColocatedSchedulerConfig(max_running=1))
+
+
+def test_an_idle_engine_that_lost_a_rank_ends_the_worker() -> None:
+    async def body(worker: SimWorker) -> None:
+        client = Client(worker)
+        await asyncio.sleep(0.1)
+        assert not client.link.closed
+        worker.host.broken(WorkerLost("a rank of this worker has ended"))
+        await asyncio.sleep(0.1)
+        assert client.link.closed
+        with pytest.raises(WorkerLost, match="a rank of this worker"):
+            worker._running.result()
+
+    with_worker(body)
 
 
 def test_a_broken_hand_off_ends_the_worker() -> None:

@@ -29,14 +29,20 @@ async def run_pair(
     batch: int,
     model: str = "dummy:tiny",
     decode_kv_mib: int = 64,
+    dtype: str = "bf16",
+    tensor_parallel: tuple[int, int] = (1, 1),
     **transfer_config: Any,
 ) -> tuple[list[list[int]], int]:
-    """The outputs of a prefill and a decode worker with `batch` requests at a time, and the preemptions."""
+    """The outputs of a prefill and a decode worker with `batch` requests at a time, and the preemptions.
+
+    `tensor_parallel`: of the prefill and of the decode worker."""
     host = HostConfig(cluster_token="secret", heartbeat_s=0.05)
     transfer = KvTransferConfig(transport=transport, **transfer_config)
     prefill = await start_prefill(
         PrefillWorkerConfig(
-            engine=EngineConfig(model=model, kv_cache_mib=64),
+            engine=EngineConfig(
+                model=model, dtype=dtype, kv_cache_mib=64, tensor_parallel=tensor_parallel[0]
+            ),
             host=host,
             kv_transfer=transfer,
             scheduler=PrefillSchedulerConfig(chunk_budget=chunk_budget),
@@ -46,7 +52,9 @@ async def run_pair(
     )
     decode = await start_decode(
         DecodeWorkerConfig(
-            engine=EngineConfig(model=model, kv_cache_mib=decode_kv_mib),
+            engine=EngineConfig(
+                model=model, dtype=dtype, kv_cache_mib=decode_kv_mib, tensor_parallel=tensor_parallel[1]
+            ),
             host=host,
             kv_transfer=transfer,
             scheduler=DecodeSchedulerConfig(max_running=16),

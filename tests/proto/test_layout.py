@@ -21,7 +21,10 @@ TORCH_FREE = (
 NEEDS_TORCH = {
     *(
         f"engine.{name}"
-        for name in ("engine", "generate", "kv_pool", "llama", "model_runner", "sampler", "weights")
+        for name in (
+            *("engine", "generate", "kv_pool", "llama", "model_runner", "rank_steps", "ranks", "sampler"),
+            *("shard", "step_rows", "weights"),
+        )
     ),
     "decode_workers.worker",
     "prefill_workers.worker",

@@ -212,7 +212,7 @@ class SimWorker:
             hub=self._world.hub,
         )
         self._transport = LocalTransport(context)
-        region = Region(buffer=self.engine.kv_buffer, fd=self.engine.kv_fd)
+        region = Region(buffer=self.engine.kv_buffer, fd=self.engine.kv_regions[0].fd)
         return TransportSet({"local": self._transport}, [region], byte_thread=False)
 
     def _side(self) -> HandoffSide:
