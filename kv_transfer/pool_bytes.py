@@ -3,10 +3,13 @@ worker's thread; knows blocks and layers, no hand-offs."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import numpy as np
 import xxhash
 
+from ..kernels.kv_gather_cpu import Bytes, blocks_of, gather_blocks, scatter_blocks
 from ..proto.kv_layout import KvLayout, Sharding
 from .reshard import canonical_runs
 
@@ -42,26 +45,32 @@ class PoolBytes:
 
     def gather(self, out: memoryview, blocks: Sequence[int], first_layer: int, num_layers: int) -> None:
         """Copies these layers of `blocks` to `out`, which has their size()."""
-        runs = canonical_runs(
-            self.layout, self.sharding, blocks, first_layer=first_layer, num_layers=num_layers
-        )
-        begin = 0
-        for region, offset, length in runs.tolist():
-            out[begin : begin + length] = self._buffers[region][offset : offset + length]
-            begin += length
+        ids = np.asarray(blocks, dtype=np.int64)
+        for copy, part, pool in self._parts(out, first_layer, num_layers):
+            if copy == 0:
+                gather_blocks(part, pool, ids)
 
     def scatter(self, data: memoryview, blocks: Sequence[int], first_layer: int, num_layers: int) -> None:
         """Copies `data`, of size(), to these layers of `blocks`, on every rank that keeps them."""
-        for copy in range(self.sharding.copies(self.layout)):
-            runs = canonical_runs(
-                self.layout,
-                self.sharding,
-                blocks,
-                first_layer=first_layer,
-                num_layers=num_layers,
-                copy=copy,
+        ids = np.asarray(blocks, dtype=np.int64)
+        for _copy, part, pool in self._parts(data, first_layer, num_layers):
+            scatter_blocks(pool, part, ids)
+
+    def _parts(
+        self, slot: memoryview, first_layer: int, num_layers: int
+    ) -> Iterator[tuple[int, Bytes, Bytes]]:
+        """For each rank that keeps some of these layers: which copy of its heads it has, its part of the
+        slot, and the layers of its pool."""
+        whole = blocks_of(slot, replace(self.layout, num_layers=num_layers))
+        end = first_layer + num_layers
+        for rank, buffer in enumerate(self._buffers):
+            layers, heads = self.sharding.layers(self.layout, rank), self.sharding.heads(self.layout, rank)
+            first, last = max(first_layer, layers.start), min(end, layers.stop)
+            if first >= last:
+                continue
+            pool = blocks_of(buffer, self.sharding.rank_layout(self.layout, rank))
+            yield (
+                rank % self.sharding.tp % self.sharding.copies(self.layout),
+                whole[:, first - first_layer : last - first_layer, :, heads.start : heads.stop],
+                pool[:, first - layers.start : last - layers.start],
             )
-            begin = 0
-            for region, offset, length in runs.tolist():
-                self._buffers[region][offset : offset + length] = data[begin : begin + length]
-                begin += length
