@@ -30,7 +30,7 @@ _RANGE = struct.Struct("<BB")
 _COUNTS = struct.Struct("<II")
 _MAX_LANES = 4096
 """More gain nothing: by then the cost of an array operation is in its elements."""
-_LANE_SYMBOLS = 384
+_LANE_SYMBOLS = 256
 """Symbols that make up for the four bytes that a lane costs."""
 
 Symbols = NDArray[np.uint8]
@@ -114,18 +114,17 @@ class RowEncoder:
         self._entries = np.empty(num_columns, np.uint32)
 
     def put(self, symbols: Symbols, bases: NDArray[np.intp]) -> None:
-        """Encodes a row.
+        """Encodes a row, of num_columns symbols at most.
 
         Args:
-            symbols: [num_columns]; each must have a place in its table.
-            bases: [num_columns], number of the column's table * NUM_SYMBOLS.
+            symbols: each must have a place in its table.
+            bases: for each, number of the column's table * NUM_SYMBOLS.
         """
-        np.add(bases, symbols, out=self._index)
-        self._table.take(self._index, out=self._entries, mode="clip")
-        num_columns = len(symbols)
-        begins = range(0, num_columns, self._lanes)
-        for begin in reversed(begins):
-            self._step(self._entries[begin : begin + self._lanes])
+        index, entries = self._index[: len(symbols)], self._entries[: len(symbols)]
+        np.add(bases, symbols, out=index)
+        self._table.take(index, out=entries, mode="clip")
+        for begin in reversed(range(0, len(symbols), self._lanes)):
+            self._step(entries[begin : begin + self._lanes])
 
     def _step(self, entries: NDArray[np.uint32]) -> None:
         state = self._state[: len(entries)]
@@ -183,10 +182,10 @@ class RowDecoder:
         self._entries = np.empty(lanes, np.uint32)
 
     def take(self, bases: NDArray[np.uint32], out: Symbols) -> None:
-        """Decodes a row into `out` [num_columns].
+        """Decodes a row into `out`.
 
         Args:
-            bases: [num_columns], number of the column's table * TOTAL.
+            bases: for each symbol, number of the column's table * TOTAL.
 
         Raises:
             TransferError: the words have run out.
