@@ -1,4 +1,5 @@
-"""What may shrink the wire: the codec interface, what a codec is told about the bytes, and the codecs there are.
+"""What may shrink the wire: the codec interface, what a codec is told about the bytes, and the codecs
+there are.
 
 A codec turns KV in canonical order, `[block][layer][k|v][kv_head][slot][head_dim]` with every layer and head
 in question, into a payload and back. A payload says what it holds, so that one that was cut, damaged or made
@@ -52,7 +53,9 @@ class KvSpec:
             TransferError: the numbers do not fit each other or the layout.
         """
         last = self.layout.num_layers
-        if not (self.first_layer >= 0 and self.num_layers >= 1 and self.first_layer + self.num_layers <= last):
+        if not (
+            self.first_layer >= 0 and self.num_layers >= 1 and self.first_layer + self.num_layers <= last
+        ):
             raise TransferError(
                 f"first_layer {self.first_layer} and num_layers {self.num_layers} are not within the "
                 f"{last} layers of the model"

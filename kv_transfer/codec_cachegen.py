@@ -1,11 +1,12 @@
-"""A codec after CacheGen (Liu et al., SIGCOMM'24): deltas against the first token of each group of ten, steps by
-thirds of the layers and three levels of quality, then entropy coding. Four to seven times smaller than bf16.
+"""A codec after CacheGen (Liu et al., SIGCOMM'24): deltas against the first token of each group of ten,
+steps by thirds of the layers and three levels of quality, then entropy coding. Four to seven times
+smaller than bf16.
 
-A payload is head, body head, step of each head (fp32), kinds, tables, escapes, stream. A *kind* is a class of
-channels: whether they are deltas, and the octave of their mean magnitude. Each has a table for its deltas and one
-for its anchors; the stream's first row names the kind of each channel, further rows are tokens: shifts of the
-heads, then values of the channels. KV that does not become smaller is stored as it is. Knows what a payload is;
-delta_groups.py knows numbers and range_coder.py bits.
+A payload is head, body head, step of each head (fp32), kinds, tables, escapes, stream. A *kind* is a
+class of channels: whether they are deltas, and the octave of their mean magnitude. Each has a table for
+its deltas and one for its anchors; the stream's first row names the kind of each channel, further rows
+are tokens: shifts of the heads, then values of the channels. KV that does not become smaller is stored as
+it is. Knows what a payload is; delta_groups.py knows numbers and range_coder.py bits.
 """
 
 from __future__ import annotations
@@ -32,13 +33,7 @@ _CODED, _STORED = 0, 1
 _KIND_TABLE, _SHIFT_TABLE, _FIRST_TABLE = 0, 1, 2
 _MAX_KINDS = 32
 
-_SHARES = {
-    1: ((0.70, 0.70, 0.70), (1.40, 1.40, 1.40)),
-    2: ((0.50, 0.50, 0.50), (1.00, 1.00, 1.00)),
-    3: ((0.25, 0.25, 0.25), (0.50, 0.50, 0.50)),
-}
-"""Level -> steps of K and of V in the first, middle and last third of the layers, as shares of the spread of a
-head's values. From `benchmarks/codecs.py`."""
+Thirds = tuple[float, float, float]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +50,11 @@ class CacheGenCodec:
 
     lossless = False
 
-    def __init__(self, level: int) -> None:
-        """`level`: 1 is smallest, 3 closest to the original."""
-        self.name = f"cachegen-{level}"
-        self._level = level
+    def __init__(self, name: str, k_shares: Thirds, v_shares: Thirds) -> None:
+        """`k_shares`, `v_shares`: quantisation steps in the first, middle and last third of the layers,
+        as shares of the spread of a head's values. A decoder needs to know nothing of them."""
+        self.name = name
+        self._shares = np.array([k_shares, v_shares], np.float32)
 
     def max_bytes(self, spec: KvSpec) -> int:
         return HEAD_BYTES + _BODY.size + spec.size_bytes
@@ -112,7 +108,7 @@ class CacheGenCodec:
         """[num_heads]"""
         layers = np.arange(spec.first_layer, spec.first_layer + spec.num_layers)
         thirds = 3 * layers // spec.layout.num_layers
-        shares = np.array(_SHARES[self._level], np.float32)[:, thirds].T  # [num_layers, 2]
+        shares = self._shares[:, thirds].T  # [num_layers, 2]
         return np.repeat(shares.reshape(-1), spec.layout.num_kv_heads)
 
     def decode(self, data: memoryview, spec: KvSpec, out: memoryview) -> None:
@@ -148,9 +144,10 @@ class CacheGenCodec:
             raise TransferError(f"the payload's escapes are {num_escapes} where {found} are expected")
 
 
-coarse = partial(CacheGenCodec, 1)
-medium = partial(CacheGenCodec, 2)
-fine = partial(CacheGenCodec, 3)
+coarse = partial(CacheGenCodec, "cachegen-1", (0.70, 0.70, 0.70), (1.40, 1.40, 1.40))
+medium = partial(CacheGenCodec, "cachegen-2", (0.50, 0.50, 0.50), (1.00, 1.00, 1.00))
+fine = partial(CacheGenCodec, "cachegen-3", (0.25, 0.25, 0.25), (0.50, 0.50, 0.50))
+"""The levels; benchmarks/codecs.py measures what they save and spoil."""
 
 
 class _Reader:
@@ -196,7 +193,8 @@ def _chunks(spec: KvSpec) -> Iterator[_Chunk]:
 
 
 def _by_tokens(kv: Bits, num_tokens: int) -> Bits:
-    """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] as [num_tokens, num_heads, head_dim]."""
+    """[num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] as [num_tokens, num_heads,
+    head_dim]."""
     tokens = np.ascontiguousarray(kv.transpose(0, 4, 1, 2, 3, 5))
     return tokens.reshape(kv.shape[0] * kv.shape[4], -1, kv.shape[5])[:num_tokens]
 
@@ -218,7 +216,7 @@ def _kinds(
     """The kinds that occur, and for each channel the number of its own among them."""
     rows = sample_rows(len(values))
     if len(rows) > 1:
-        rows = rows[rows % 10 != 0]
+        rows = rows[~anchor_rows(len(values))[rows]]
     magnitude = np.abs(values[rows].astype(np.int16) - 128).mean(axis=0, dtype=np.float32)
     octave = np.clip(np.rint(np.log2(magnitude + 0.05)) + 4, 0, _MAX_KINDS // 2 - 1).astype(np.uint8)
     kinds, kind_of = np.unique(octave * 2 + predicted.reshape(-1), return_inverse=True)
@@ -231,8 +229,8 @@ def _fit(
     shifts: NDArray[np.uint8],
     values: NDArray[np.uint8],
 ) -> Tables:
-    """Tables for everything in the stream. Frequencies are those of a sample; which symbols a table has a place
-    for comes from all."""
+    """Tables for everything in the stream. Frequencies are those of a sample; which symbols a table has a
+    place for comes from all."""
     num_kinds = len(kinds)
     counts = np.zeros((_FIRST_TABLE + 2 * num_kinds, NUM_SYMBOLS), np.int64)
     counts[_KIND_TABLE] = np.bincount(kind_of, minlength=NUM_SYMBOLS)

@@ -1,7 +1,7 @@
 """First estimates of a codec, before it has coded anything: drawn KV is encoded and decoded once, timed.
 
-Drawn values have the spread of channels and heads that real KV has and none of its likeness between tokens, so
-the first ratio is a cautious one; real hand-offs replace it.
+Drawn values have the spread of channels and heads that real KV has and none of its likeness between
+tokens, so the first ratio is a cautious one; real hand-offs replace it.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ _SAMPLE_BYTES = 4 * 1024 * 1024
 
 
 def calibrate(codec: Codec, layout: KvLayout, clock: Clock) -> CodecEstimate:
-    """Blocks for some tens of milliseconds; the first of two rounds, which pays for memory and imports, is not
-    counted."""
+    """Blocks for some tens of milliseconds; the first of two rounds, which pays for memory and imports,
+    is not counted."""
     num_layers = max(1, min(layout.num_layers, _SAMPLE_BYTES // layout.layer_bytes))
     num_blocks = max(1, _SAMPLE_BYTES // (num_layers * layout.layer_bytes))
     spec = KvSpec(

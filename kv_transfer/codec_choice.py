@@ -1,9 +1,9 @@
 """Which codec a hand-off uses, or whether its KV is worth sending at all: the break-even rule over what was
 measured on this link and in this process.
 
-A codec pays when `size / ratio / bandwidth + encode + decode` is less than `size / bandwidth`; computing the
-prompt anew at the other end pays when that is quicker still. Pure decisions over estimates that are fed by who
-sends: no clock, no thread, no codec is run here. No torch.
+A codec pays when `size / ratio / bandwidth + encode + decode` is less than `size / bandwidth`; computing
+the prompt anew at the other end pays when that is quicker still. Pure decisions over estimates that are
+fed by who sends: no clock, no thread, no codec is run here. No torch.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ class _Rate:
 
 
 class LinkEstimate:
-    """Bandwidth of one link: bytes of the writes that were done over the time that any was on its way, so that
-    writes in parallel count their time once. Times are of the caller's clock, seconds."""
+    """Bandwidth of one link: bytes of the writes that were done over the time that any was on its way, so
+    that writes in parallel count their time once. Times are of the caller's clock, seconds."""
 
     def __init__(self) -> None:
         self._rate = _Rate()
@@ -76,8 +76,8 @@ class LinkEstimate:
         self._begin(now)
 
     def failed(self, now: float) -> None:
-        """A write that was started has ended otherwise: how much of it moved is not known, so the time that it
-        shared with others tells nothing."""
+        """A write that was started has ended otherwise: how much of it moved is not known, so the time
+        that it shared with others tells nothing."""
         self._in_flight -= 1
         self._begin(now)
 
@@ -187,6 +187,7 @@ def choose(
     return Choice(
         codec=best,
         seconds=seconds[best],
-        reason=f"{best} {1e3 * seconds[best]:.1f} ms" + (f" against {others} ms" if others else "")
+        reason=f"{best} {1e3 * seconds[best]:.1f} ms"
+        + (f" against {others} ms" if others else "")
         + f" for {size_bytes} bytes at {bytes_per_s / 1e6:.1f} MB/s",
     )

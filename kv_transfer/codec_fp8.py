@@ -1,5 +1,5 @@
-"""KV as e4m3 floats (OCP 8-bit, 4 exponent and 3 fraction bits) with one scale for each token and head: half of
-bf16. For pools whose other end computes in fp8; `int8` is closer at the same size.
+"""KV as e4m3 floats (OCP 8-bit, 4 exponent and 3 fraction bits) with one scale for each token and head:
+half of bf16. For pools whose other end computes in fp8; `int8` is closer at the same size.
 
 The conversions are integer arithmetic: on a CPU they run several times faster than torch's casts.
 """

@@ -1,8 +1,8 @@
 """The frame that `int8` and `fp8` share: one scale and one byte an element for each row of head_dim elements,
 which is one token's K or V of one head and layer.
 
-A payload is head, scales (upper halves of fp32, [num_rows]), values (uint8 [num_rows, head_dim]). Knows no number
-formats: a codec gives the largest magnitude of its byte format and the two conversions.
+A payload is head, scales (upper halves of fp32, [num_rows]), values (uint8 [num_rows, head_dim]). Knows
+no number formats: a codec gives the largest magnitude of its byte format and the two conversions.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
 class ScaledRowsCodec:
-    """Implements Codec for formats of one byte an element. A row with an element that is not finite comes back
-    as a row of such: broken KV stays visibly broken."""
+    """Implements Codec for formats of one byte an element. A row with an element that is not finite comes
+    back as a row of such: broken KV stays visibly broken."""
 
     name: str
     codec_id: int

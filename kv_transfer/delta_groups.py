@@ -1,10 +1,10 @@
-"""KV as small integers, the first half of the `cachegen` codec: tokens in groups of ten, of which the first is the
-anchor and the others may be deltas against it (CacheGen, SIGCOMM'24, section 5.2).
+"""KV as small integers, the first half of the `cachegen` codec: tokens in groups of ten, of which the
+first is the anchor and the others may be deltas against it (CacheGen, SIGCOMM'24, section 5.2).
 
-What differs from the paper, and why, is in docs/decisions.md: the step of a head is a share of the spread of its
-values, a token of small magnitude gets a finer step, and a channel is coded against the anchor only where that makes
-it smaller. Values outside eight bits, and what is not finite, are escapes and travel as they are. Knows no payloads
-and no entropy coding.
+What differs from the paper, and why, is in docs/decisions.md: the step of a head is a share of the spread
+of its values, a token of small magnitude gets a finer step, and a channel is coded against the anchor
+only where that makes it smaller. Values outside eight bits, and what is not finite, are escapes and
+travel as they are. Knows no payloads and no entropy coding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ _ZERO = 128
 """The symbol of the value 0."""
 _LARGEST = 127.0
 NUM_SHIFTS = 6
-"""A step is halved up to five times for tokens of small magnitude."""
+"""A step is halved up to five times for tokens of small magnitude: of those that gather attention without
+saying anything ("sinks"), values are small and errors count."""
+_ANCHOR_SHIFT = 1
+"""Anchors are quantised twice as finely."""
 _SAMPLE_GROUPS = 24
 _SMALLEST_SPREAD = np.float32(1 / 32)
 """Of values about their mean, as a share of their magnitude: below it, values count as constant."""
@@ -52,7 +55,8 @@ class Symbols:
 
 def anchor_rows(num_tokens: int) -> NDArray[np.bool_]:
     """Which tokens are anchors, [num_tokens]."""
-    return np.arange(num_tokens) % GROUP == 0
+    anchors: NDArray[np.bool_] = np.arange(num_tokens) % GROUP == 0
+    return anchors
 
 
 def sample_rows(num_tokens: int) -> NDArray[np.intp]:
@@ -63,9 +67,7 @@ def sample_rows(num_tokens: int) -> NDArray[np.intp]:
     return rows[rows < num_tokens]
 
 
-def quantise(
-    bits: Bits, dtype: str, shares: Floats, symbols: Symbols
-) -> tuple[Steps, list[Bits]]:
+def quantise(bits: Bits, dtype: str, shares: Floats, symbols: Symbols) -> tuple[Steps, list[Bits]]:
     """Fills `symbols` with the chunk `bits` [num_tokens, num_heads, head_dim].
 
     Args:
@@ -83,6 +85,7 @@ def quantise(
         values = to_floats(bits[rows], dtype)
         shifts = _shifts(values, usual)
         symbols.shifts[rows] = shifts
+        shifts[::GROUP] += _ANCHOR_SHIFT
         inverses = np.ldexp(inverse, shifts)[:, :, None]
         # Of a symbol that will be an escape the decoder sees no value: such an anchor predicts 0.
         anchors = values[::GROUP] * inverses[::GROUP]
@@ -105,11 +108,11 @@ def restore(symbols: Symbols, steps: Steps, escapes: Bits, dtype: str, out: Bits
     """The inverse of quantise(), into `out` [num_tokens, num_heads, head_dim].
 
     Args:
-        escapes: at least as many as there are among the symbols, or fewer: then what is missing stays as it is
-            quantised, and the number returned tells.
+        escapes: elements in the order of tokens and channels; of this chunk first, others may follow.
 
     Returns:
-        How many escapes there are among the symbols.
+        How many escapes there are among the symbols: more than `escapes` when those were too few, and then
+        `out` is worth nothing.
     """
     used = 0
     for rows in _tiles(out.shape):
@@ -120,7 +123,9 @@ def restore(symbols: Symbols, steps: Steps, escapes: Bits, dtype: str, out: Bits
         escaped = bool(outside.any())
         if escaped:
             values[outside] = 0.0
-        values *= np.ldexp(steps.steps, -symbols.shifts[rows].astype(np.int32))[:, :, None]
+        shifts = symbols.shifts[rows].astype(np.int32)
+        shifts[::GROUP] += _ANCHOR_SHIFT
+        values *= np.ldexp(steps.steps, -shifts)[:, :, None]
         values += _predictions(values[::GROUP], steps.predicted, len(values))
         target = out[rows]
         store_floats(values, dtype, target)
@@ -153,11 +158,13 @@ def _shifts(values: Floats, usual: Floats) -> NDArray[np.int32]:
     squares = np.einsum("thd,thd->th", values, values)
     # Magnitudes are compared by their squares: 2 * square / usual^2 in [1/4, 1) is one shift.
     _, exponents = np.frexp(squares * (2.0 / np.square(usual)))
-    return np.clip((2 - exponents) // 2, 0, NUM_SHIFTS - 1).astype(np.int32)
+    shifts: NDArray[np.int32] = np.clip((2 - exponents) // 2, 0, NUM_SHIFTS - 1).astype(np.int32)
+    return shifts
 
 
 def _measure(sample: Floats, shares: Floats) -> tuple[Steps, Floats]:
-    """Steps for values like these, [num_tokens, num_heads, head_dim], and the usual magnitude of each head."""
+    """Steps for values like these, [num_tokens, num_heads, head_dim], and the usual magnitude of each
+    head."""
     squares = np.square(sample)
     usual = np.sqrt(np.median(squares.sum(axis=2), axis=0))
     magnitude = np.sqrt(squares.mean(axis=(0, 2)))

@@ -1,11 +1,12 @@
-"""An entropy coder for numpy: thousands of range coders ("lanes") advance together, one array operation at a time.
+"""An entropy coder for numpy: thousands of range coders ("lanes") advance together, one array operation
+at a time.
 
-Each lane is an asymmetric numeral system (Duda, arXiv 1311.2540) with a 31-bit state, 12-bit probabilities and
-renormalisation by 16-bit words, all lanes' words interleaved in one stream (Giesen, arXiv 1402.3392). Symbols come
-in rows; the columns of a row are spread over the lanes, and each column names the table that its symbol is
-coded with. What was coded last comes out first, so rows are encoded from the last to the first. A decoder
-trusts nobody: it reads no word that is not there, does the same work whatever the words are, and notices at
-the end when the states are not where an encoder starts.
+Each lane is an asymmetric numeral system (Duda, arXiv 1311.2540) with a 31-bit state, 12-bit
+probabilities and renormalisation by 16-bit words, all lanes' words interleaved in one stream (Giesen,
+arXiv 1402.3392). Symbols come in rows; the columns of a row are spread over the lanes, and each column
+names the table that its symbol is coded with. What was coded last comes out first, so rows are encoded
+from the last to the first. A decoder trusts nobody: it reads no word that is not there, does the same
+work whatever the words are, and notices at the end when the states are not where an encoder starts.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ class Tables:
 
     @classmethod
     def fit(cls, counts: NDArray[np.int64]) -> Tables:
-        """Tables for symbols that were seen so often, [num_tables, 256]. Every symbol between the smallest and
-        the largest that a table saw has a place in it."""
+        """Tables for symbols that were seen so often, [num_tables, 256]. Every symbol between the
+        smallest and the largest that a table saw has a place in it."""
         frequencies = np.zeros(counts.shape, np.uint32)
         for table, seen in zip(frequencies, counts, strict=True):
             used = np.flatnonzero(seen)
@@ -129,7 +130,7 @@ class RowEncoder:
     def _step(self, entries: NDArray[np.uint32]) -> None:
         state = self._state[: len(entries)]
         frequency = entries >> 16
-        full = np.flatnonzero(state >= frequency << _LIMIT_SHIFT)
+        full = (state >= frequency << _LIMIT_SHIFT).nonzero()[0]
         if len(full):
             moved = state.take(full)
             self._at -= len(full)
@@ -206,7 +207,7 @@ class RowDecoder:
         entries >>= 8
         entries &= TOTAL - 1
         state += entries
-        hungry = np.flatnonzero(state < _START)
+        hungry = (state < _START).nonzero()[0]
         if end := len(hungry):
             end += self._at
             if end > len(self._words):
