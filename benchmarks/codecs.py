@@ -124,7 +124,8 @@ class Model:
         if blocks_each * len(self.prompts) > self._engine.num_blocks:
             raise SystemExit(f"{len(self.prompts)} prompts do not fit the pool")
         dtype = TORCH_DTYPES[self.layout.dtype]
-        self._pool = torch.frombuffer(self._engine.kv_buffer, dtype=dtype).view(self._engine.num_blocks, -1)
+        [region] = self._engine.kv_regions
+        self._pool = torch.frombuffer(region.buffer, dtype=dtype).view(self._engine.num_blocks, -1)
         self._tables = [
             list(range(first, first + blocks_each))
             for first in range(0, blocks_each * len(self.prompts), blocks_each)

@@ -216,10 +216,13 @@ class DecodeRole:
         # elapsed_s ends where the prefill side asked for the reservation: what it computed since counts, too.
         sequence.waited_s += handoff.verified_at - handoff.reserved_at
         sequence.token_ids.append(handoff.token_id)
-        sequence.block_table = handoff.block_ids
-        sequence.num_computed = handoff.num_tokens
-        sequence.num_cached = handoff.cached_tokens
-        self._scheduler.admit(sequence)
+        if handoff.num_tokens == sequence.num_tokens - 1:
+            sequence.block_table = handoff.block_ids
+            sequence.num_computed = handoff.num_tokens
+            sequence.num_cached = handoff.cached_tokens
+            self._scheduler.admit(sequence)
+        elif not self._compute_here(sequence, handoff):
+            return
         self._take(_Job(sequence=sequence, handoff=handoff))
         self._shell.handed_off(
             handoff.verified_at - handoff.granted_at,
@@ -227,6 +230,16 @@ class DecodeRole:
             handoff.num_bytes,
             handoff.num_segments,
         )
+
+    def _compute_here(self, sequence: TokenSequence, handoff: Ready) -> bool:
+        """The link would have been slower than computing the prompt; False: there is no place for it."""
+        self._blocks.release(handoff.block_ids)
+        try:
+            self._scheduler.add(sequence)
+        except DiphaseError as error:
+            self._shell.emit([failed_output(handoff.key, sequence.num_generated, error)])
+            return False
+        return True
 
     def _fail_outgrown(self) -> None:
         for sequence in self._scheduler.take_outgrown():

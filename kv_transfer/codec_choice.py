@@ -26,25 +26,27 @@ _FORGET_BYTES = 64 * 1024 * 1024
 """Bytes later, what was measured weighs 1/e of its first weight."""
 
 
-class _Rate:
-    """Bytes a second over the recent past: both are summed with forgetting, so that a long transfer weighs
-    more than a short one and a rate of rates is never taken."""
+class Rate:
+    """Bytes, or what else is counted, a second over the recent past: amounts and seconds are summed with
+    forgetting, so that a long transfer weighs more than a short one and a rate of rates is never taken."""
 
-    __slots__ = ("_bytes", "_seconds")
+    __slots__ = ("_amount", "_forget", "_seconds")
 
-    def __init__(self) -> None:
-        self._bytes = 0.0
+    def __init__(self, forget: float = _FORGET_BYTES) -> None:
+        """An amount of `forget` later, what was measured weighs 1/e of its first weight."""
+        self._forget = forget
+        self._amount = 0.0
         self._seconds = 0.0
 
-    def add(self, num_bytes: float, seconds: float) -> None:
-        keep = math.exp(-num_bytes / _FORGET_BYTES)
-        self._bytes = self._bytes * keep + num_bytes
+    def add(self, amount: float, seconds: float) -> None:
+        keep = math.exp(-amount / self._forget)
+        self._amount = self._amount * keep + amount
         self._seconds = self._seconds * keep + seconds
 
     @property
     def value(self) -> float | None:
-        """Bytes a second; None while nothing is known."""
-        return self._bytes / self._seconds if self._seconds > 0.0 else None
+        """None while nothing is known."""
+        return self._amount / self._seconds if self._seconds > 0.0 else None
 
 
 class LinkEstimate:
@@ -52,7 +54,7 @@ class LinkEstimate:
     that writes in parallel count their time once. Times are of the caller's clock, seconds."""
 
     def __init__(self) -> None:
-        self._rate = _Rate()
+        self._rate = Rate()
         self._in_flight = 0
         self._burst_bytes = 0
         self._burst_began = 0.0
@@ -94,9 +96,9 @@ class CodecEstimate:
     """What one codec does to the KV of this model: how much smaller, how fast in, how fast out."""
 
     def __init__(self) -> None:
-        self._encoded = _Rate()  # KV bytes over seconds
-        self._decoded = _Rate()
-        self._shrunk = _Rate()  # KV bytes over payload bytes
+        self._encoded = Rate()  # KV bytes over seconds
+        self._decoded = Rate()
+        self._shrunk = Rate()  # KV bytes over payload bytes
 
     def encoded(self, kv_bytes: int, payload_bytes: int, seconds: float) -> None:
         """One encode()."""

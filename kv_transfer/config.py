@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..proto.errors import ConfigError
+from .codec import load_codecs
 
 MIB = 1024 * 1024
 MAX_TCP_SOCKETS = 16
@@ -34,6 +35,11 @@ class KvTransferConfig:
     """Staging buffer of a worker, MiB; pages are taken when they are used. 0: nothing is staged."""
     staging_window_mib: int = 16
     """What a decode worker lends each prefill worker of its staging buffer, MiB."""
+    codecs: tuple[str, ...] = ()
+    """Codecs beside raw that a hand-off may use where the link is so slow that they pay. All of them
+    change the KV, and with it what the model says (benchmarks/codecs.py)."""
+    recompute: bool = True
+    """Whether a decode worker computes the prompt itself where that is quicker than the measured link."""
     digest: bool = True
     """Whether every pushed block carries an xxh3_64 digest that the decode side verifies before it may
     run."""
@@ -86,6 +92,7 @@ class KvTransferConfig:
             raise ConfigError(
                 f"kv_transfer.staging = {self.staging!r} is unknown; use one of {', '.join(STAGING)}"
             )
+        load_codecs(self.codecs)
         for name in ("reserve_timeout_s", "lease_s", "progress_timeout_s", "tail_timeout_s"):
             if not 0.0 < getattr(self, name) <= 3600.0:
                 raise ConfigError(

@@ -26,6 +26,8 @@ class PeerCounters:
     """Hand-offs that ended well."""
     num_bytes: int = 0
     """KV bytes that those moved."""
+    wire_bytes: int = 0
+    """Bytes of the parts whose write was done; fewer than the KV where a codec shrank them."""
     num_segments: int = 0
     """Runs of bytes that those moved."""
     queued_s: float = 0.0
@@ -71,6 +73,7 @@ class HandoffCounters:
                 transfers=peer.transfers,
                 bytes=peer.num_bytes,
                 segments=peer.num_segments,
+                wire_bytes=peer.wire_bytes,
                 queued_s=peer.queued_s,
                 wire_s=peer.wire_s,
                 verify_s=peer.verify_s,
@@ -131,6 +134,7 @@ class HandoffCollector(Collector):
 _PEER_METRICS = (
     ("handoffs", "Hand-offs that ended well", "transfers"),
     ("bytes", "KV bytes of hand-offs that ended well", "num_bytes"),
+    ("wire_bytes", "Bytes of parts whose write was done", "wire_bytes"),
     ("segments", "Runs of bytes of hand-offs that ended well", "num_segments"),
     ("queued_seconds", "From a part's push to its write, summed", "queued_s"),
     ("wire_seconds", "From a part's write to its end, summed", "wire_s"),

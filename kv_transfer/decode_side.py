@@ -49,6 +49,8 @@ class Decode:
     covered: tuple[int, ...] = ()
     """For each layer the set of blocks that parts name, as the bits of an int."""
     num_parts: int | None = None
+    recompute: bool = False
+    """The taker computes the prompt itself: nothing has to be there."""
     moved_at: float = 0.0
     """When something was computed or arrived last."""
     completed_at: float = math.inf
@@ -133,7 +135,15 @@ def _completed(m: Decode, event: k.PeerCompleted, now: float) -> Result:
     if stray:
         return _fail(m, k.Fault("transfer", f"part {stray[0]} of {event.num_parts} parts arrived"), now)
     return _finish(
-        replace(m, state=S.VERIFYING, num_parts=event.num_parts, moved_at=now, completed_at=now), now
+        replace(
+            m,
+            state=S.VERIFYING,
+            num_parts=event.num_parts,
+            recompute=event.recompute,
+            moved_at=now,
+            completed_at=now,
+        ),
+        now,
     )
 
 
@@ -181,7 +191,7 @@ def _finish(m: Decode, now: float) -> Result:
     """To the taker, if Complete came and every part is there and intact."""
     if m.num_parts is None or len(m.checked) < m.num_parts:
         return m, ()
-    if any(blocks != (1 << m.num_blocks) - 1 for blocks in m.covered):
+    if not m.recompute and any(blocks != (1 << m.num_blocks) - 1 for blocks in m.covered):
         return _fail(m, k.Fault("transfer", f"{m.num_parts} parts do not cover the prompt"), now)
     return _over(m), (k.SendVerified(), k.Report(None))
 

@@ -25,6 +25,7 @@ from ..proto.worker_pb2 import Inspect, Inspected
 from . import machine as k
 from .base import Event as TransportEvent
 from .base import Fenced, PeerDown, Transport
+from .codec_choice import LinkEstimate
 from .counters import HandoffCounters, PeerCounters
 from .handoff_traces import TraceBook
 from .link import ControlLink
@@ -50,6 +51,10 @@ class Session:
     """Of this transport and peer; counted into from the moment that the transport is chosen."""
     sharding: Sharding = UNSHARDED
     """How the peer's pool is cut."""
+    codecs: list[str] = field(default_factory=list)
+    """That both ends have, beside raw."""
+    estimate: LinkEstimate = field(default_factory=LinkEstimate)
+    """Prefill: how quick this link is."""
     credits: Credits | None = None
     """Prefill: the window of the peer's staging buffer that it may write to."""
     window: Window | None = None
@@ -90,6 +95,7 @@ class HandoffDriver(ABC, Generic[H, R]):
         self._transports = side.transports
         self._identity = side.identity
         self._clock = side.clock
+        self._coders = side.coders
         self._events = events
         self._timing = k.Timing.of(side.config)
         self._timer = PumpTimer(self.pump, side.clock)

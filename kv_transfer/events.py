@@ -38,7 +38,8 @@ class Ready:
     block_ids: list[int]
     """Of the whole prompt in order of position: cached ones first, then those that arrived."""
     num_tokens: int
-    """Whose KV the blocks hold; the next position to compute is the first token's."""
+    """Whose KV the blocks hold; the next position to compute is the first token's, or in the prompt if it was
+    quicker not to send its KV."""
     cached_tokens: int
     """Of them, those that this worker had already."""
     token_id: int

@@ -10,12 +10,14 @@ from dataclasses import dataclass, fields
 from ..proto.ids import HandoffKey
 from ..proto.worker_pb2 import TraceEvent
 from . import machine as k
+from .codec_choice import Choice
 
 MAX_HANDOFFS = 256
 MAX_ENTRIES = 400
 """Of one hand-off; what comes after them is not kept, and the last one says so."""
 
-Entry = tuple[float, k.Event | k.Action]
+Noted = k.Event | k.Action | Choice
+Entry = tuple[float, Noted]
 
 _LEFT_OUT = (k.Tick, k.SendProgress, k.PeerProgressed)
 """They come again and again and decide nothing by themselves."""
@@ -42,7 +44,7 @@ class TraceBook:
     def __init__(self) -> None:
         self._handoffs: OrderedDict[HandoffKey, list[Entry]] = OrderedDict()
 
-    def note(self, key: HandoffKey, at: float, what: k.Event | k.Action) -> None:
+    def note(self, key: HandoffKey, at: float, what: Noted) -> None:
         """`at`: this worker's clock."""
         if isinstance(what, _LEFT_OUT):
             return
@@ -89,7 +91,7 @@ def _words(name: str) -> str:
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 
 
-def _detail(what: k.Event | k.Action, *without: str) -> str:
+def _detail(what: Noted, *without: str) -> str:
     shown = []
     for each in fields(what):
         value = getattr(what, each.name)

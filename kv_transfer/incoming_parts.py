@@ -8,6 +8,7 @@ hand-off may do.
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -25,6 +26,8 @@ from .counters import HandoffCounters
 from .decode_side import Decode
 from .driver import Session
 from .side import HandoffSide
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -79,6 +82,7 @@ class PartReader:
         self._config = side.config
         self._transports = side.transports
         self._bytes = side.pool_bytes()
+        self._coders = side.coders
         staging = side.transports.staging
         self._staging = memoryview(b"") if staging is None else staging.host_bytes()
         self._clock = side.clock
@@ -144,24 +148,34 @@ class PartReader:
         ticket = _Check(handoff=handoff, part=part, arrived_at=self._clock.now(), staged=staged)
         if staged:
             handoff.copying += 1
-            job = partial(self._take_piece, pushed, blocks)
+            tokens = min(
+                handoff.reserve.num_tokens - pushed.first_block * self._bytes.layout.block_size,
+                pushed.num_blocks * self._bytes.layout.block_size,
+            )
+            job = partial(self._take_piece, pushed, blocks, tokens)
             self._transports.worker.submit(ticket, job)
         elif self._config.digest:
             self._transports.worker.submit(ticket, partial(self._compare, pushed, blocks))
         else:
             self._post(handoff, k.PartChecked(part, True))
 
-    def on_work(self, check: _Check, intact: Any) -> None:
-        """An answer of the byte worker."""
+    def on_work(self, check: _Check, result: Any) -> None:
+        """An answer of the byte worker: whether the part is intact, and for a coded one how long it took."""
         handoff = check.handoff
         handoff.session.counters.verify_s += self._clock.now() - check.arrived_at
+        if isinstance(result, TransferError):
+            _log.warning("part_unreadable request_id=%s why=%r", handoff.key.request_id, result.message)
+            intact, consumed = False, None
+        else:
+            intact, consumed = result if check.staged else (result, None)
         if not intact:
             self._counters.digest_mismatches += 1
         pushed = handoff.pushed.pop(check.part, None)
         if check.staged:
-            if pushed is not None:  # else the writer has it back already
-                self.decline(handoff.session, pushed)
             handoff.copying -= 1
+            if pushed is not None:  # else the writer has it back already
+                consumed = consumed or Consumed(piece=pushed.staged.piece)
+                handoff.session.link.send(HandoffMessage(consumed=consumed))
         self._post(handoff, k.PartChecked(check.part, intact))
         if not handoff.copying:
             held, handoff.held = handoff.held, []
@@ -172,20 +186,34 @@ class PartReader:
         digests = self._bytes.digests(blocks, pushed.first_layer, pushed.num_layers)
         return digests == list(pushed.digests)
 
-    def _take_piece(self, pushed: Pushed, blocks: list[int]) -> bool:
-        begin = pushed.staged.offset
-        data = self._staging[begin : begin + pushed.staged.length]
-        if len(data) != self._bytes.size(pushed.num_blocks, pushed.num_layers):
-            return False
+    def _take_piece(self, pushed: Pushed, blocks: list[int], num_tokens: int) -> tuple[bool, Consumed | None]:
+        staged = pushed.staged
+        data = self._staging[staged.offset : staged.offset + staged.length]
         if self._config.digest and [xxhash.xxh3_64_intdigest(data)] != list(pushed.digests):
-            return False
-        self._bytes.scatter(data, blocks, pushed.first_layer, pushed.num_layers)
-        return True
+            return False, None
+        if not staged.codec:
+            if len(data) != self._bytes.size(pushed.num_blocks, pushed.num_layers):
+                return False, None
+            self._bytes.scatter(data, blocks, pushed.first_layer, pushed.num_layers)
+            return True, None
+        began_at = self._clock.now()
+        spec = self._bytes.spec(num_tokens, pushed.first_layer, pushed.num_layers)
+        kv = memoryview(bytearray(spec.size_bytes))
+        self._coders.codec(staged.codec).decode(data, spec, kv)
+        self._bytes.scatter(kv, blocks, pushed.first_layer, pushed.num_layers)
+        seconds = self._clock.now() - began_at
+        return True, Consumed(
+            piece=staged.piece, codec=staged.codec, kv_bytes=spec.size_bytes, seconds=seconds
+        )
 
     def _check_piece(self, session: Session, pushed: Pushed) -> None:
         if not pushed.HasField("staged"):
             return
         staged, window = pushed.staged, session.window
+        if staged.codec and staged.codec not in session.codecs:
+            raise TransferError(
+                f"Pushed.staged.codec is {staged.codec!r}; agreed were {', '.join(session.codecs) or 'none'}"
+            )
         begin = 0 if window is None else window.offset
         end = 0 if window is None else window.offset + window.size
         if not begin <= staged.offset <= end - staged.length:

@@ -32,8 +32,11 @@ class LinkIdentity:
     sharding: Sharding = UNSHARDED
     """How its pool is cut."""
 
-    def hello(self, endpoints: Mapping[str, bytes], transport: str = "") -> PeerHello:
-        """The first message of a link: the dialer offers endpoints, the answer has the chosen one."""
+    def hello(
+        self, endpoints: Mapping[str, bytes], transport: str = "", codecs: Sequence[str] = ()
+    ) -> PeerHello:
+        """The first message of a link: the dialer offers endpoints and codecs, the answer has the chosen
+        ones."""
         return PeerHello(
             worker_id=self.worker_id,
             incarnation=self.incarnation,
@@ -44,6 +47,7 @@ class LinkIdentity:
             transport=transport,
             tensor_parallel=self.sharding.tp,
             pipeline_parallel=self.sharding.pp,
+            codecs=codecs,
         )
 
 

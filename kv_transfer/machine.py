@@ -116,6 +116,8 @@ class PeerProgressed:
 @dataclass(frozen=True, slots=True)
 class PeerCompleted:
     num_parts: int
+    recompute: bool = False
+    """No KV comes."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,16 @@ import numpy as np
 import xxhash
 
 from ..proto.errors import PeerLost, TransferError
-from ..proto.handoff_pb2 import Complete, Pushed, Staged
+from ..proto.handoff_pb2 import Complete, Consumed, Pushed, Staged
 from ..proto.ids import HandoffKey
 from . import machine as k
 from . import wire
 from .arena import Arena
 from .base import Done, Failed, Segments
 from .base import Event as TransportEvent
+from .byte_worker import Job
+from .codec import RAW, Codec, KvSpec
+from .codec_choice import RECOMPUTE, Choice
 from .driver import Session
 from .prefill_side import Prefill
 from .reshard import reshard_segments
@@ -38,6 +41,9 @@ class OutgoingPart:
     push: k.Push
     queued_at: float
     num_bytes: int
+    """Of KV."""
+    piece_bytes: int
+    """That a staged part takes at most, at either end."""
     segments: Segments
     """Straight from blocks to blocks; of a staged part, from piece to piece once it has both."""
     piece: int = 0
@@ -64,10 +70,26 @@ class Outgoing:
     """Where the same blocks go; those that decode has cached are missing at the front."""
     ticket: int = 0
     """Names the reservation in tags."""
+    codec: Codec | None = None
+    """None: bytes go as they are."""
+    recompute: bool = False
+    """None go: the decode worker computes the prompt."""
     parts: dict[int, OutgoingPart] = field(default_factory=dict)
     first_token: Complete = field(default_factory=Complete)
+    began_at: float = 0.0
+    cached_tokens: int = 0
+    """Of the prompt, that did not have to be computed here."""
     num_bytes: int = 0
     num_segments: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """What encoding a part gave."""
+
+    length: int
+    seconds: float
+    digests: list[int]
 
 
 class PartWriter:
@@ -78,6 +100,7 @@ class PartWriter:
         self,
         side: HandoffSide,
         ended: Callable[[Outgoing, int, k.Fault | None], None],
+        note: Callable[[Outgoing, Choice], None],
     ) -> None:
         self._config = side.config
         self._layout = side.layout
@@ -86,6 +109,8 @@ class PartWriter:
         self._bytes = side.pool_bytes()
         self._clock = side.clock
         self._ended = ended
+        self._note = note
+        self._coders = side.coders
         self._written: dict[tuple[str, int], OutgoingPart] = {}
         staging = side.transports.staging
         self._staging = memoryview(b"") if staging is None else staging.host_bytes()
@@ -96,11 +121,13 @@ class PartWriter:
     def push(self, handoff: Outgoing, push: k.Push) -> None:
         cached = handoff.machine.num_blocks - len(handoff.remote_ids)
         begin, end = push.first_block, push.first_block + push.num_blocks
+        size = self._bytes.size(push.num_blocks, push.num_layers)
         part = OutgoingPart(
             handoff=handoff,
             push=push,
             queued_at=self._clock.now(),
-            num_bytes=self._bytes.size(push.num_blocks, push.num_layers),
+            num_bytes=size,
+            piece_bytes=size if handoff.codec is None else handoff.codec.max_bytes(self._spec(handoff, push)),
             segments=reshard_segments(
                 self._layout,
                 self._sharding,
@@ -141,9 +168,27 @@ class PartWriter:
         handoff.parts.clear()
         self._stage_waiting()
 
-    def consumed(self, session: Session, piece: int) -> bool:
+    def choose(self, handoff: Outgoing) -> bool:
+        """Now that it has room there: how its KV gets there soonest; False: not at all, since the decode
+        worker would have computed it before."""
+        session, recompute = handoff.session, self._config.recompute
+        size = self._bytes.size(len(handoff.remote_ids), self._layout.num_layers)
+        if not size or not (session.codecs or recompute):
+            return True
+        cached = (handoff.machine.num_blocks - len(handoff.remote_ids)) * self._layout.block_size
+        tokens = handoff.machine.num_tokens - cached
+        choice = self._coders.choose(size, tokens, session.estimate, session.codecs, recompute)
+        if choice.seconds is not None:
+            self._note(handoff, choice)
+        if choice.codec not in (RAW, RECOMPUTE):
+            handoff.codec = self._coders.codec(choice.codec)
+        return choice.codec != RECOMPUTE
+
+    def consumed(self, session: Session, consumed: Consumed) -> bool:
         """The peer says that a piece of its window is free again; False: it is none that is in use."""
-        known = session.credits is not None and session.credits.consumed(piece)
+        known = session.credits is not None and session.credits.consumed(consumed.piece)
+        if known and consumed.codec in self._coders.estimates:
+            self._coders.estimates[consumed.codec].decoded(consumed.kv_bytes, consumed.seconds)
         self._stage_waiting()
         return known
 
@@ -159,17 +204,28 @@ class PartWriter:
         if part is None:
             return
         session = part.handoff.session
-        session.counters.wire_s += self._clock.now() - part.written_at
+        now, wire_bytes = self._clock.now(), int(part.segments[:, 4].sum())
+        session.counters.wire_s += now - part.written_at
+        if isinstance(event, Done):
+            session.estimate.done(wire_bytes, now)
+            session.counters.wire_bytes += wire_bytes
+        else:
+            session.estimate.failed(now)
         self._free_local(part)
         if part.piece and session.credits is not None:
             (session.credits.done if isinstance(event, Done) else session.credits.torn)(part.piece)
         self._end(part, k.Fault(event.code, event.message) if isinstance(event, Failed) else None)
         self._stage_waiting()
 
-    def on_work(self, part: OutgoingPart, digests: Any) -> None:
+    def on_work(self, part: OutgoingPart, result: Any) -> None:
         """An answer of the byte worker."""
+        if isinstance(result, _Encoded) and part.handoff.codec is not None:
+            part.segments[0, 4] = result.length
+            self._coders.estimates[part.handoff.codec.name].encoded(
+                part.num_bytes, result.length, result.seconds
+            )
         if not part.dropped:
-            self._write(part, digests)
+            self._write(part, result.digests if isinstance(result, _Encoded) else result)
         if part.transfer_id is None:
             self._undo_staging(part)
 
@@ -178,9 +234,9 @@ class PartWriter:
         lent, transport = session.credits, session.transport
         if lent is None or transport is None or not part.num_bytes:
             return False
-        if not (lent.fits(part.num_bytes) and self._local.fits(part.num_bytes)):
+        if not (lent.fits(part.piece_bytes) and self._local.fits(part.piece_bytes)):
             return False
-        if self._config.staging == "always":
+        if part.handoff.codec is not None or self._config.staging == "always":
             return True
         short = part.num_bytes < len(part.segments) * transport.capabilities.stage_below_bytes
         return short and lent.flowing
@@ -191,31 +247,51 @@ class PartWriter:
             if part.dropped or self._take_pieces(part):
                 self._waiting.remove(part)
             if part.local_offset is not None and not part.dropped:
-                out = self._staging[part.local_offset : part.local_offset + part.num_bytes]
-                begin, push = part.push.first_block, part.push
-                blocks = part.handoff.block_ids[begin : begin + push.num_blocks]
-                job = partial(self._gather, out, blocks, push.first_layer, push.num_layers)
-                self._transports.worker.submit(part, job)
+                self._transports.worker.submit(part, self._gathering(part))
+
+    def _gathering(self, part: OutgoingPart) -> Job:
+        handoff, push = part.handoff, part.push
+        assert part.local_offset is not None
+        out = self._staging[part.local_offset : part.local_offset + part.piece_bytes]
+        blocks = handoff.block_ids[push.first_block : push.first_block + push.num_blocks]
+        if handoff.codec is None:
+            return partial(self._gather, out, blocks, push.first_layer, push.num_layers)
+        return partial(self._encode, handoff.codec, self._spec(handoff, push), out, blocks)
 
     def _take_pieces(self, part: OutgoingPart) -> bool:
         lent = part.handoff.session.credits
         assert lent is not None
-        local = self._local.take(part.num_bytes)
+        local = self._local.take(part.piece_bytes)
         if local is None:
             return False
-        remote = lent.take(part.num_bytes)
+        remote = lent.take(part.piece_bytes)
         if remote is None:
             self._local.give_back(local)
             return False
         part.local_offset = local
         part.piece, offset = remote
-        row = [self._transports.staging_region, local, lent.region, offset, part.num_bytes]
+        row = [self._transports.staging_region, local, lent.region, offset, part.piece_bytes]
         part.segments = np.array([row], dtype=np.int64)
         return True
 
     def _gather(self, out: memoryview, blocks: list[int], first_layer: int, num_layers: int) -> list[int]:
         self._bytes.gather(out, blocks, first_layer, num_layers)
-        return [xxhash.xxh3_64_intdigest(out)] if self._config.digest else []
+        return self._digest(out)
+
+    def _encode(self, codec: Codec, spec: KvSpec, out: memoryview, blocks: list[int]) -> _Encoded:
+        began_at = self._clock.now()
+        kv = memoryview(bytearray(spec.size_bytes))
+        self._bytes.gather(kv, blocks, spec.first_layer, spec.num_layers)
+        length = codec.encode(kv, spec, out)
+        return _Encoded(length, self._clock.now() - began_at, self._digest(out[:length]))
+
+    def _digest(self, piece: memoryview) -> list[int]:
+        return [xxhash.xxh3_64_intdigest(piece)] if self._config.digest else []
+
+    def _spec(self, handoff: Outgoing, push: k.Push) -> KvSpec:
+        block_size = self._layout.block_size
+        tokens = min(handoff.machine.num_tokens - push.first_block * block_size, push.num_blocks * block_size)
+        return self._bytes.spec(tokens, push.first_layer, push.num_layers)
 
     def _write(self, part: OutgoingPart, digests: list[int]) -> None:
         handoff, push, session = part.handoff, part.push, part.handoff.session
@@ -228,8 +304,9 @@ class PartWriter:
             digests=digests,
         )
         if part.piece:
-            offset = int(part.segments[0, 3])
-            pushed.staged.CopyFrom(Staged(piece=part.piece, offset=offset, length=part.num_bytes))
+            [[_, _, _, offset, length]] = part.segments.tolist()
+            codec = "" if handoff.codec is None else handoff.codec.name
+            pushed.staged.CopyFrom(Staged(piece=part.piece, offset=offset, length=length, codec=codec))
         try:
             if session.closing or session.transport is None:
                 raise PeerLost("the connection is closing")
@@ -244,6 +321,7 @@ class PartWriter:
             return
         session.link.send(wire.message(handoff.key, pushed=pushed))
         part.written_at = self._clock.now()
+        session.estimate.started(part.written_at)
         session.counters.queued_s += part.written_at - part.queued_at
         handoff.num_segments += len(part.segments)
         handoff.num_bytes += part.num_bytes

@@ -11,6 +11,7 @@ import xxhash
 
 from ..kernels.kv_gather_cpu import Bytes, blocks_of, gather_blocks, scatter_blocks
 from ..proto.kv_layout import KvLayout, Sharding
+from .codec import KvSpec
 from .reshard import canonical_runs
 
 
@@ -25,6 +26,16 @@ class PoolBytes:
     def size(self, num_blocks: int, num_layers: int) -> int:
         """Bytes of a range of layers of so many blocks, in canonical order."""
         return num_blocks * num_layers * self.layout.layer_bytes
+
+    def spec(self, num_tokens: int, first_layer: int, num_layers: int) -> KvSpec:
+        """What a codec is told of a range of layers of so many tokens' blocks."""
+        return KvSpec(
+            layout=self.layout,
+            num_blocks=self.layout.num_blocks_for(num_tokens),
+            num_tokens=num_tokens,
+            first_layer=first_layer,
+            num_layers=num_layers,
+        )
 
     def digests(self, blocks: Sequence[int], first_layer: int, num_layers: int) -> list[int]:
         """xxh3_64 of each block's bytes of these layers: equal for equal KV, however the pools are cut."""

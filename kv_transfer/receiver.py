@@ -137,7 +137,8 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         )
         self._run()
         _log.info("session_up worker=%s transport=%s", hello.worker_id, name)
-        answer = self._identity.hello({name: transport.endpoint()}, name)
+        session.codecs = self._coders.shared(hello.codecs)
+        answer = self._identity.hello({name: transport.endpoint()}, name, session.codecs)
         if session.window is not None:
             window = session.window
             lent = StagingWindow(region=window.region, offset=window.offset, size=window.size)
@@ -325,13 +326,14 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         counters.num_bytes += handoff.num_bytes
         counters.num_segments += handoff.num_segments
         complete = handoff.complete
+        cached_tokens = len(handoff.cached_ids) * self._layout.block_size
         self._reports.append(
             Ready(
                 key=handoff.key,
                 submit=handoff.reserve.submit,
                 block_ids=handoff.cached_ids + handoff.block_ids,
-                num_tokens=handoff.reserve.num_tokens,
-                cached_tokens=len(handoff.cached_ids) * self._layout.block_size,
+                num_tokens=cached_tokens if complete.recompute else handoff.reserve.num_tokens,
+                cached_tokens=cached_tokens,
                 token_id=complete.token_id,
                 logprobs=complete.logprobs if complete.HasField("logprobs") else None,
                 token_at=complete.token_at,

@@ -15,6 +15,7 @@ from ..proto.worker_pb2 import PeerAddress, Submit
 from . import machine as k
 from . import wire
 from .base import Event as TransportEvent
+from .codec_choice import Choice
 from .driver import HandoffDriver, Session
 from .events import SenderEvent, SendFailed, Sent
 from .link import ControlLink, Dialer, check_hello, sharding_of
@@ -26,6 +27,9 @@ from .staging import Credits, Window
 
 _log = logging.getLogger(__name__)
 
+
+PROBE_BYTES = 1024 * 1024
+"""Of a push over a link that was not measured yet."""
 
 __all__ = ["HandoffSender", "SendFailed", "SenderEvent", "Sent"]
 
@@ -48,7 +52,7 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
     ) -> None:
         super().__init__(side, pool=pool, events=events)
         self._dialer = dialer
-        self._parts = PartWriter(side, self._part_ended)
+        self._parts = PartWriter(side, self._part_ended, self._chosen)
 
     def begin(
         self,
@@ -57,13 +61,15 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
         submit: Submit,
         num_tokens: int,
         block_hashes: Sequence[bytes] = (),
+        *,
+        cached_tokens: int = 0,
     ) -> None:
         """Asks the decode worker `peer` for room; call when the first chunk of the prompt is scheduled.
 
-        `num_tokens` tokens of KV will be sent (prompt and earlier attempts' tokens); `block_hashes` are those
-        of their full blocks, so that what the decode side has cached is not sent. `submit` is passed on
-        unchanged: the caller brings its elapsed_s up to date. Dials the peer if there is no link yet.
-        Failures come as events.
+        `num_tokens` tokens of KV will be sent (prompt and earlier attempts' tokens), of which `cached_tokens`
+        need not be computed here; `block_hashes` are those of their full blocks, so that what the decode side
+        has cached is not sent. `submit` is passed on unchanged: the caller brings its elapsed_s up to date.
+        Dials the peer if there is no link yet. Failures come as events.
 
         Raises:
             ValueError: the key is in flight already, or there are no tokens.
@@ -81,10 +87,12 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
                 block_size=self._layout.block_size,
                 num_layers=self._layout.num_layers,
                 layerwise=num_tokens >= self._config.layerwise_tokens,
-                max_push_runs=max(1, self._config.max_push_bytes // self._layout.layer_bytes),
+                max_push_runs=max(1, self._push_bytes(session) // self._layout.layer_bytes),
                 timing=self._timing,
                 now=self._clock.now(),
             ),
+            began_at=self._clock.now(),
+            cached_tokens=cached_tokens,
         )
         self._add(handoff)
         self._arm(handoff.machine.due)
@@ -141,6 +149,8 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
         handoff = self._handoffs.get(key)
         if handoff is None:
             return
+        computed = handoff.machine.num_tokens - handoff.cached_tokens
+        self._coders.prefill.add(computed, self._clock.now() - handoff.began_at)
         handoff.first_token = Complete(token_id=token_id, token_at=token_at, logprobs=logprobs)
         self._post(handoff, k.Seeded())
         self._settle()
@@ -166,13 +176,19 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
             self._post(handoff, k.Ended(fault))
             self._settle()
 
+    def _push_bytes(self, session: Session) -> int:
+        """Most bytes of one push: a part must not take as long as what counts as no progress."""
+        known = session.estimate.bytes_per_s(self._clock.now())
+        most = PROBE_BYTES if known is None else int(known * self._config.progress_timeout_s / 4)
+        return min(self._config.max_push_bytes, most)
+
     # Sessions.
 
     def _dial(self, peer: PeerAddress) -> Session:
         for old in list(self._sessions.values()):
             if old.worker_id == peer.worker_id:
                 self._take_down(old, PeerLost(f"worker {peer.worker_id} was restarted"))
-        hello = self._identity.hello(self._transports.endpoints())
+        hello = self._identity.hello(self._transports.endpoints(), codecs=self._coders.names)
         link = self._dialer.dial(peer.address, hello, self, self._config.reserve_timeout_s)
         session = Session(
             worker_id=peer.worker_id,
@@ -210,6 +226,7 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
         if hello.HasField("staging") and self._transports.staging is not None:
             lent = hello.staging
             session.credits = Credits(Window(lent.region, lent.offset, lent.size))
+            session.codecs = self._coders.shared(hello.codecs)
         session.counters = self.counters.peer(hello.transport, session.worker_id)
         _log.info("session_up worker=%s transport=%s", session.worker_id, hello.transport)
 
@@ -220,7 +237,7 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
 
     def _on_message(self, session: Session, message: HandoffMessage) -> None:
         if message.HasField("consumed"):
-            if not self._parts.consumed(session, message.consumed.piece):
+            if not self._parts.consumed(session, message.consumed):
                 self.counters.refused["stale"] += 1
             return
         key = wire.key_of(message.id)
@@ -232,6 +249,10 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
             if isinstance(event, k.PeerGranted) and not handoff.remote_ids:
                 handoff.remote_ids = list(message.granted.block_ids)
                 handoff.ticket = message.granted.ticket
+                if not self._parts.choose(handoff):
+                    # As if everything were cached there: nothing is pushed.
+                    handoff.recompute = True
+                    event = k.PeerGranted(handoff.machine.num_blocks, 0)
             self._post(handoff, event)
         elif isinstance(event, k.PeerAborted | k.PeerGranted):
             # Decode waits to hear that nothing of this hand-off is written any more, and nothing is.
@@ -248,6 +269,9 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
     def _part_ended(self, handoff: Outgoing, part: int, fault: k.Fault | None) -> None:
         self._post(handoff, k.WriteEnded(part, fault))
 
+    def _chosen(self, handoff: Outgoing, choice: Choice) -> None:
+        self.traces.note(handoff.key, self._clock.now(), choice)
+
     def _act(self, handoff: Outgoing, action: k.Action) -> None:
         link = handoff.session.link
         match action:
@@ -259,6 +283,7 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
                 link.send(wire.message(handoff.key, progress=Progress(computed_tokens=num_tokens)))
             case k.SendComplete(num_parts):
                 handoff.first_token.num_parts = num_parts
+                handoff.first_token.recompute = handoff.recompute
                 link.send(wire.message(handoff.key, complete=handoff.first_token))
             case k.SendAbort(fault):
                 link.send(wire.abort(handoff.key, fault))

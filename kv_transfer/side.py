@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..proto.clock import Clock
 from ..proto.kv_layout import UNSHARDED, KvLayout, Sharding
 from .base import Region
+from .coders import Coders
 from .config import MIB, KvTransferConfig
 from .link import LinkIdentity
 from .pool_bytes import PoolBytes
@@ -25,6 +26,7 @@ class HandoffSide:
     transports: TransportSet
     identity: LinkIdentity
     clock: Clock
+    coders: Coders
 
     @property
     def sharding(self) -> Sharding:
@@ -70,4 +72,11 @@ def open_side(
         config, incarnation=incarnation, pools=pools, staging=staging, clock=clock, token=cluster_token
     )
     parts.callback(transports.close)
-    return HandoffSide(config=config, layout=layout, transports=transports, identity=identity, clock=clock)
+    return HandoffSide(
+        config=config,
+        layout=layout,
+        transports=transports,
+        identity=identity,
+        clock=clock,
+        coders=Coders(config.codecs, layout, clock),
+    )

@@ -66,7 +66,7 @@ def decode_event(received: HandoffMessage) -> k.Event | None:
         case "progress":
             return k.PeerProgressed(received.progress.computed_tokens)
         case "complete":
-            return k.PeerCompleted(received.complete.num_parts)
+            return k.PeerCompleted(received.complete.num_parts, received.complete.recompute)
         case "abort":
             return k.PeerAborted(fault_of(received.abort.error))
     return None

@@ -176,7 +176,12 @@ class PrefillRole:
         submit.elapsed_s += now - sequence.arrived_at
         try:
             self._sender.begin(
-                sequence.key, submit.decode, submit, sequence.num_tokens, sequence.block_hashes
+                sequence.key,
+                submit.decode,
+                submit,
+                sequence.num_tokens,
+                sequence.block_hashes,
+                cached_tokens=sequence.num_cached,
             )
         except ValueError:
             # An earlier life of this very attempt still holds blocks for its fence.

@@ -26,7 +26,7 @@ from diphase.proto import inference_pb2 as diphase_dot_proto_dot_inference__pb2
 from diphase.proto import worker_pb2 as diphase_dot_proto_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64iphase/proto/handoff.proto\x12\ndiphase.v1\x1a\x1d\x64iphase/proto/inference.proto\x1a\x1a\x64iphase/proto/worker.proto\"<\n\x0cHandoffFrame\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.diphase.v1.HandoffMessage\"0\n\tHandoffId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xf3\x03\n\x0eHandoffMessage\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.diphase.v1.HandoffId\x12&\n\x05hello\x18\x02 \x01(\x0b\x32\x15.diphase.v1.PeerHelloH\x00\x12&\n\x07reserve\x18\x03 \x01(\x0b\x32\x13.diphase.v1.ReserveH\x00\x12&\n\x07granted\x18\x04 \x01(\x0b\x32\x13.diphase.v1.GrantedH\x00\x12$\n\x06queued\x18\x05 \x01(\x0b\x32\x12.diphase.v1.QueuedH\x00\x12&\n\x07refused\x18\x06 \x01(\x0b\x32\x13.diphase.v1.RefusedH\x00\x12(\n\x08progress\x18\x07 \x01(\x0b\x32\x14.diphase.v1.ProgressH\x00\x12(\n\x08\x63omplete\x18\x08 \x01(\x0b\x32\x14.diphase.v1.CompleteH\x00\x12(\n\x08verified\x18\t \x01(\x0b\x32\x14.diphase.v1.VerifiedH\x00\x12\"\n\x05\x61\x62ort\x18\n \x01(\x0b\x32\x11.diphase.v1.AbortH\x00\x12$\n\x06pushed\x18\x0b \x01(\x0b\x32\x12.diphase.v1.PushedH\x00\x12(\n\x08\x63onsumed\x18\x0c \x01(\x0b\x32\x14.diphase.v1.ConsumedH\x00\x42\x06\n\x04kind\"\xd7\x02\n\tPeerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x15\n\rcluster_token\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x13\n\x0blayout_hash\x18\x05 \x01(\t\x12\x37\n\tendpoints\x18\x06 \x03(\x0b\x32$.diphase.v1.PeerHello.EndpointsEntry\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x08 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\t \x01(\r\x12*\n\x07staging\x18\n \x01(\x0b\x32\x19.diphase.v1.StagingWindow\x1a\x30\n\x0e\x45ndpointsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"=\n\rStagingWindow\x12\x0e\n\x06region\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\"W\n\x07Reserve\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x12.diphase.v1.Submit\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x03(\x0c\"U\n\x07Granted\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x0e\n\x06ticket\x18\x03 \x01(\x06\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"\x19\n\x06Queued\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\"/\n\x07Refused\x12$\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.diphase.v1.WireError\"#\n\x08Progress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\"n\n\x08\x43omplete\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x19.diphase.v1.TokenLogprobs\x12\x10\n\x08token_at\x18\x04 \x01(\x01\"\n\n\x08Verified\"-\n\x05\x41\x62ort\x12$\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.diphase.v1.WireError\"\x9d\x01\n\x06Pushed\x12\x0c\n\x04part\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x0f\n\x07\x64igests\x18\x06 \x03(\x06\x12\"\n\x06staged\x18\x07 \x01(\x0b\x32\x12.diphase.v1.Staged\"7\n\x06Staged\x12\r\n\x05piece\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\"\x19\n\x08\x43onsumed\x12\r\n\x05piece\x18\x01 \x01(\x04\x32K\n\x07Handoff\x12@\n\x06\x41ttach\x12\x18.diphase.v1.HandoffFrame\x1a\x18.diphase.v1.HandoffFrame(\x01\x30\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64iphase/proto/handoff.proto\x12\ndiphase.v1\x1a\x1d\x64iphase/proto/inference.proto\x1a\x1a\x64iphase/proto/worker.proto\"<\n\x0cHandoffFrame\x12,\n\x08messages\x18\x01 \x03(\x0b\x32\x1a.diphase.v1.HandoffMessage\"0\n\tHandoffId\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xf3\x03\n\x0eHandoffMessage\x12!\n\x02id\x18\x01 \x01(\x0b\x32\x15.diphase.v1.HandoffId\x12&\n\x05hello\x18\x02 \x01(\x0b\x32\x15.diphase.v1.PeerHelloH\x00\x12&\n\x07reserve\x18\x03 \x01(\x0b\x32\x13.diphase.v1.ReserveH\x00\x12&\n\x07granted\x18\x04 \x01(\x0b\x32\x13.diphase.v1.GrantedH\x00\x12$\n\x06queued\x18\x05 \x01(\x0b\x32\x12.diphase.v1.QueuedH\x00\x12&\n\x07refused\x18\x06 \x01(\x0b\x32\x13.diphase.v1.RefusedH\x00\x12(\n\x08progress\x18\x07 \x01(\x0b\x32\x14.diphase.v1.ProgressH\x00\x12(\n\x08\x63omplete\x18\x08 \x01(\x0b\x32\x14.diphase.v1.CompleteH\x00\x12(\n\x08verified\x18\t \x01(\x0b\x32\x14.diphase.v1.VerifiedH\x00\x12\"\n\x05\x61\x62ort\x18\n \x01(\x0b\x32\x11.diphase.v1.AbortH\x00\x12$\n\x06pushed\x18\x0b \x01(\x0b\x32\x12.diphase.v1.PushedH\x00\x12(\n\x08\x63onsumed\x18\x0c \x01(\x0b\x32\x14.diphase.v1.ConsumedH\x00\x42\x06\n\x04kind\"\xe7\x02\n\tPeerHello\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x13\n\x0bincarnation\x18\x02 \x01(\t\x12\x15\n\rcluster_token\x18\x03 \x01(\t\x12\x18\n\x10protocol_version\x18\x04 \x01(\r\x12\x13\n\x0blayout_hash\x18\x05 \x01(\t\x12\x37\n\tendpoints\x18\x06 \x03(\x0b\x32$.diphase.v1.PeerHello.EndpointsEntry\x12\x11\n\ttransport\x18\x07 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x08 \x01(\r\x12\x19\n\x11pipeline_parallel\x18\t \x01(\r\x12*\n\x07staging\x18\n \x01(\x0b\x32\x19.diphase.v1.StagingWindow\x12\x0e\n\x06\x63odecs\x18\x0b \x03(\t\x1a\x30\n\x0e\x45ndpointsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"=\n\rStagingWindow\x12\x0e\n\x06region\x18\x01 \x01(\r\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0c\n\x04size\x18\x03 \x01(\x04\"W\n\x07Reserve\x12\"\n\x06submit\x18\x01 \x01(\x0b\x32\x12.diphase.v1.Submit\x12\x12\n\nnum_tokens\x18\x02 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x03 \x03(\x0c\"U\n\x07Granted\x12\x13\n\x0b\x66irst_block\x18\x01 \x01(\r\x12\x11\n\tblock_ids\x18\x02 \x03(\r\x12\x0e\n\x06ticket\x18\x03 \x01(\x06\x12\x12\n\ndeadline_s\x18\x04 \x01(\x01\"\x19\n\x06Queued\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\"/\n\x07Refused\x12$\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.diphase.v1.WireError\"#\n\x08Progress\x12\x17\n\x0f\x63omputed_tokens\x18\x01 \x01(\r\"\x81\x01\n\x08\x43omplete\x12\x11\n\tnum_parts\x18\x01 \x01(\r\x12\x10\n\x08token_id\x18\x02 \x01(\r\x12+\n\x08logprobs\x18\x03 \x01(\x0b\x32\x19.diphase.v1.TokenLogprobs\x12\x10\n\x08token_at\x18\x04 \x01(\x01\x12\x11\n\trecompute\x18\x05 \x01(\x08\"\n\n\x08Verified\"-\n\x05\x41\x62ort\x12$\n\x05\x65rror\x18\x01 \x01(\x0b\x32\x15.diphase.v1.WireError\"\x9d\x01\n\x06Pushed\x12\x0c\n\x04part\x18\x01 \x01(\r\x12\x13\n\x0b\x66irst_block\x18\x02 \x01(\r\x12\x12\n\nnum_blocks\x18\x03 \x01(\r\x12\x13\n\x0b\x66irst_layer\x18\x04 \x01(\r\x12\x12\n\nnum_layers\x18\x05 \x01(\r\x12\x0f\n\x07\x64igests\x18\x06 \x03(\x06\x12\"\n\x06staged\x18\x07 \x01(\x0b\x32\x12.diphase.v1.Staged\"F\n\x06Staged\x12\r\n\x05piece\x18\x01 \x01(\x04\x12\x0e\n\x06offset\x18\x02 \x01(\x04\x12\x0e\n\x06length\x18\x03 \x01(\x04\x12\r\n\x05\x63odec\x18\x04 \x01(\t\"K\n\x08\x43onsumed\x12\r\n\x05piece\x18\x01 \x01(\x04\x12\r\n\x05\x63odec\x18\x02 \x01(\t\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x0f\n\x07seconds\x18\x04 \x01(\x01\x32K\n\x07Handoff\x12@\n\x06\x41ttach\x12\x18.diphase.v1.HandoffFrame\x1a\x18.diphase.v1.HandoffFrame(\x01\x30\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -42,33 +42,33 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_HANDOFFMESSAGE']._serialized_start=215
   _globals['_HANDOFFMESSAGE']._serialized_end=714
   _globals['_PEERHELLO']._serialized_start=717
-  _globals['_PEERHELLO']._serialized_end=1060
-  _globals['_PEERHELLO_ENDPOINTSENTRY']._serialized_start=1012
-  _globals['_PEERHELLO_ENDPOINTSENTRY']._serialized_end=1060
-  _globals['_STAGINGWINDOW']._serialized_start=1062
-  _globals['_STAGINGWINDOW']._serialized_end=1123
-  _globals['_RESERVE']._serialized_start=1125
-  _globals['_RESERVE']._serialized_end=1212
-  _globals['_GRANTED']._serialized_start=1214
-  _globals['_GRANTED']._serialized_end=1299
-  _globals['_QUEUED']._serialized_start=1301
-  _globals['_QUEUED']._serialized_end=1326
-  _globals['_REFUSED']._serialized_start=1328
-  _globals['_REFUSED']._serialized_end=1375
-  _globals['_PROGRESS']._serialized_start=1377
-  _globals['_PROGRESS']._serialized_end=1412
-  _globals['_COMPLETE']._serialized_start=1414
-  _globals['_COMPLETE']._serialized_end=1524
-  _globals['_VERIFIED']._serialized_start=1526
-  _globals['_VERIFIED']._serialized_end=1536
-  _globals['_ABORT']._serialized_start=1538
-  _globals['_ABORT']._serialized_end=1583
-  _globals['_PUSHED']._serialized_start=1586
-  _globals['_PUSHED']._serialized_end=1743
-  _globals['_STAGED']._serialized_start=1745
-  _globals['_STAGED']._serialized_end=1800
-  _globals['_CONSUMED']._serialized_start=1802
-  _globals['_CONSUMED']._serialized_end=1827
-  _globals['_HANDOFF']._serialized_start=1829
-  _globals['_HANDOFF']._serialized_end=1904
+  _globals['_PEERHELLO']._serialized_end=1076
+  _globals['_PEERHELLO_ENDPOINTSENTRY']._serialized_start=1028
+  _globals['_PEERHELLO_ENDPOINTSENTRY']._serialized_end=1076
+  _globals['_STAGINGWINDOW']._serialized_start=1078
+  _globals['_STAGINGWINDOW']._serialized_end=1139
+  _globals['_RESERVE']._serialized_start=1141
+  _globals['_RESERVE']._serialized_end=1228
+  _globals['_GRANTED']._serialized_start=1230
+  _globals['_GRANTED']._serialized_end=1315
+  _globals['_QUEUED']._serialized_start=1317
+  _globals['_QUEUED']._serialized_end=1342
+  _globals['_REFUSED']._serialized_start=1344
+  _globals['_REFUSED']._serialized_end=1391
+  _globals['_PROGRESS']._serialized_start=1393
+  _globals['_PROGRESS']._serialized_end=1428
+  _globals['_COMPLETE']._serialized_start=1431
+  _globals['_COMPLETE']._serialized_end=1560
+  _globals['_VERIFIED']._serialized_start=1562
+  _globals['_VERIFIED']._serialized_end=1572
+  _globals['_ABORT']._serialized_start=1574
+  _globals['_ABORT']._serialized_end=1619
+  _globals['_PUSHED']._serialized_start=1622
+  _globals['_PUSHED']._serialized_end=1779
+  _globals['_STAGED']._serialized_start=1781
+  _globals['_STAGED']._serialized_end=1851
+  _globals['_CONSUMED']._serialized_start=1853
+  _globals['_CONSUMED']._serialized_end=1928
+  _globals['_HANDOFF']._serialized_start=1930
+  _globals['_HANDOFF']._serialized_end=2005
 # @@protoc_insertion_point(module_scope)

@@ -51,7 +51,7 @@ class HandoffMessage(_message.Message):
     def __init__(self, id: _Optional[_Union[HandoffId, _Mapping]] = ..., hello: _Optional[_Union[PeerHello, _Mapping]] = ..., reserve: _Optional[_Union[Reserve, _Mapping]] = ..., granted: _Optional[_Union[Granted, _Mapping]] = ..., queued: _Optional[_Union[Queued, _Mapping]] = ..., refused: _Optional[_Union[Refused, _Mapping]] = ..., progress: _Optional[_Union[Progress, _Mapping]] = ..., complete: _Optional[_Union[Complete, _Mapping]] = ..., verified: _Optional[_Union[Verified, _Mapping]] = ..., abort: _Optional[_Union[Abort, _Mapping]] = ..., pushed: _Optional[_Union[Pushed, _Mapping]] = ..., consumed: _Optional[_Union[Consumed, _Mapping]] = ...) -> None: ...
 
 class PeerHello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "cluster_token", "protocol_version", "layout_hash", "endpoints", "transport", "tensor_parallel", "pipeline_parallel", "staging")
+    __slots__ = ("worker_id", "incarnation", "cluster_token", "protocol_version", "layout_hash", "endpoints", "transport", "tensor_parallel", "pipeline_parallel", "staging", "codecs")
     class EndpointsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -69,6 +69,7 @@ class PeerHello(_message.Message):
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     PIPELINE_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     STAGING_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     cluster_token: str
@@ -79,7 +80,8 @@ class PeerHello(_message.Message):
     tensor_parallel: int
     pipeline_parallel: int
     staging: StagingWindow
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., cluster_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., layout_hash: _Optional[str] = ..., endpoints: _Optional[_Mapping[str, bytes]] = ..., transport: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., staging: _Optional[_Union[StagingWindow, _Mapping]] = ...) -> None: ...
+    codecs: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., cluster_token: _Optional[str] = ..., protocol_version: _Optional[int] = ..., layout_hash: _Optional[str] = ..., endpoints: _Optional[_Mapping[str, bytes]] = ..., transport: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., pipeline_parallel: _Optional[int] = ..., staging: _Optional[_Union[StagingWindow, _Mapping]] = ..., codecs: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class StagingWindow(_message.Message):
     __slots__ = ("region", "offset", "size")
@@ -132,16 +134,18 @@ class Progress(_message.Message):
     def __init__(self, computed_tokens: _Optional[int] = ...) -> None: ...
 
 class Complete(_message.Message):
-    __slots__ = ("num_parts", "token_id", "logprobs", "token_at")
+    __slots__ = ("num_parts", "token_id", "logprobs", "token_at", "recompute")
     NUM_PARTS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_ID_FIELD_NUMBER: _ClassVar[int]
     LOGPROBS_FIELD_NUMBER: _ClassVar[int]
     TOKEN_AT_FIELD_NUMBER: _ClassVar[int]
+    RECOMPUTE_FIELD_NUMBER: _ClassVar[int]
     num_parts: int
     token_id: int
     logprobs: _inference_pb2.TokenLogprobs
     token_at: float
-    def __init__(self, num_parts: _Optional[int] = ..., token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_inference_pb2.TokenLogprobs, _Mapping]] = ..., token_at: _Optional[float] = ...) -> None: ...
+    recompute: bool
+    def __init__(self, num_parts: _Optional[int] = ..., token_id: _Optional[int] = ..., logprobs: _Optional[_Union[_inference_pb2.TokenLogprobs, _Mapping]] = ..., token_at: _Optional[float] = ..., recompute: _Optional[bool] = ...) -> None: ...
 
 class Verified(_message.Message):
     __slots__ = ()
@@ -172,17 +176,25 @@ class Pushed(_message.Message):
     def __init__(self, part: _Optional[int] = ..., first_block: _Optional[int] = ..., num_blocks: _Optional[int] = ..., first_layer: _Optional[int] = ..., num_layers: _Optional[int] = ..., digests: _Optional[_Iterable[int]] = ..., staged: _Optional[_Union[Staged, _Mapping]] = ...) -> None: ...
 
 class Staged(_message.Message):
-    __slots__ = ("piece", "offset", "length")
+    __slots__ = ("piece", "offset", "length", "codec")
     PIECE_FIELD_NUMBER: _ClassVar[int]
     OFFSET_FIELD_NUMBER: _ClassVar[int]
     LENGTH_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
     piece: int
     offset: int
     length: int
-    def __init__(self, piece: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ...) -> None: ...
+    codec: str
+    def __init__(self, piece: _Optional[int] = ..., offset: _Optional[int] = ..., length: _Optional[int] = ..., codec: _Optional[str] = ...) -> None: ...
 
 class Consumed(_message.Message):
-    __slots__ = ("piece",)
+    __slots__ = ("piece", "codec", "kv_bytes", "seconds")
     PIECE_FIELD_NUMBER: _ClassVar[int]
+    CODEC_FIELD_NUMBER: _ClassVar[int]
+    KV_BYTES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_FIELD_NUMBER: _ClassVar[int]
     piece: int
-    def __init__(self, piece: _Optional[int] = ...) -> None: ...
+    codec: str
+    kv_bytes: int
+    seconds: float
+    def __init__(self, piece: _Optional[int] = ..., codec: _Optional[str] = ..., kv_bytes: _Optional[int] = ..., seconds: _Optional[float] = ...) -> None: ...

@@ -380,7 +380,7 @@ class Inspected(_message.Message):
     def __init__(self, id: _Optional[int] = ..., transfers: _Optional[_Iterable[_Union[TransferFigures, _Mapping]]] = ..., events: _Optional[_Iterable[_Union[TraceEvent, _Mapping]]] = ...) -> None: ...
 
 class TransferFigures(_message.Message):
-    __slots__ = ("transport", "peer", "outgoing", "transfers", "bytes", "segments", "queued_s", "wire_s", "verify_s", "failures", "fences", "quarantined_blocks")
+    __slots__ = ("transport", "peer", "outgoing", "transfers", "bytes", "segments", "queued_s", "wire_s", "verify_s", "failures", "fences", "quarantined_blocks", "wire_bytes")
     class FailuresEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -400,6 +400,7 @@ class TransferFigures(_message.Message):
     FAILURES_FIELD_NUMBER: _ClassVar[int]
     FENCES_FIELD_NUMBER: _ClassVar[int]
     QUARANTINED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    WIRE_BYTES_FIELD_NUMBER: _ClassVar[int]
     transport: str
     peer: str
     outgoing: bool
@@ -412,7 +413,8 @@ class TransferFigures(_message.Message):
     failures: _containers.ScalarMap[str, int]
     fences: int
     quarantined_blocks: int
-    def __init__(self, transport: _Optional[str] = ..., peer: _Optional[str] = ..., outgoing: _Optional[bool] = ..., transfers: _Optional[int] = ..., bytes: _Optional[int] = ..., segments: _Optional[int] = ..., queued_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., verify_s: _Optional[float] = ..., failures: _Optional[_Mapping[str, int]] = ..., fences: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ...) -> None: ...
+    wire_bytes: int
+    def __init__(self, transport: _Optional[str] = ..., peer: _Optional[str] = ..., outgoing: _Optional[bool] = ..., transfers: _Optional[int] = ..., bytes: _Optional[int] = ..., segments: _Optional[int] = ..., queued_s: _Optional[float] = ..., wire_s: _Optional[float] = ..., verify_s: _Optional[float] = ..., failures: _Optional[_Mapping[str, int]] = ..., fences: _Optional[int] = ..., quarantined_blocks: _Optional[int] = ..., wire_bytes: _Optional[int] = ...) -> None: ...
 
 class TraceEvent(_message.Message):
     __slots__ = ("begin_s", "end_s", "where", "track", "name", "detail")

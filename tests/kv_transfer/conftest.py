@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from diphase.engine.block_manager import BlockManager
 from diphase.kv_transfer.base import Region, TransportContext
+from diphase.kv_transfer.coders import Coders
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.link import LinkIdentity
 from diphase.kv_transfer.local import LocalHub, LocalTransport
@@ -22,6 +23,7 @@ from diphase.kv_transfer.receiver import HandoffReceiver, ReceiverEvent
 from diphase.kv_transfer.registry import TransportSet
 from diphase.kv_transfer.sender import HandoffSender, SenderEvent
 from diphase.kv_transfer.side import HandoffSide
+from diphase.proto.clock import MonotonicClock
 from diphase.proto.ids import HandoffKey
 from diphase.proto.kv_layout import UNSHARDED, KvLayout, Sharding
 from diphase.proto.worker_pb2 import PeerAddress, Submit
@@ -139,6 +141,7 @@ class Pair:
             transports=worker.transports,
             identity=worker.identity,
             clock=self.clock,
+            coders=Coders(self.config.codecs, self.layout, MonotonicClock()),
         )
 
     def new_receiver(self, worker: Worker) -> HandoffReceiver:

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from diphase.kv_transfer.arena import Arena
 from diphase.kv_transfer.reshard import canonical_runs
 from diphase.kv_transfer.staging import Credits, Window
 from diphase.proto.errors import Cancelled
@@ -54,7 +55,8 @@ async def test_parts_that_find_no_room_wait_for_it(make_pair: Any) -> None:
 
 
 async def test_what_the_window_cannot_hold_goes_directly(make_pair: Any) -> None:
-    pair = make_pair(num_blocks=4096, staging="always", max_push_bytes=1 << 22)
+    pair = make_pair(num_blocks=4096, staging="always")
+    pair.sender._parts._local = Arena(0, 1 << 19)
     blocks = send(pair, num_tokens=2 * (1 << 20) // pair.layout.token_bytes)
     pair.pump()
     [ready] = pair.received()

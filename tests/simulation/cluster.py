@@ -22,6 +22,7 @@ from diphase.engine.host import WorkerHost
 from diphase.engine.host_config import HostConfig
 from diphase.engine.server import hello_of
 from diphase.kv_transfer.base import Region, TransportContext
+from diphase.kv_transfer.coders import Coders
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.link import LinkIdentity
 from diphase.kv_transfer.local import LocalHub, LocalTransport
@@ -226,6 +227,7 @@ class SimWorker:
                 layout_hash=self.engine.layout.fingerprint(),
             ),
             clock=self._world.clock,
+            coders=Coders(self._transfer.codecs, self.engine.layout, self._world.clock),
         )
 
     def _prefill_role(self, config: PrefillSchedulerConfig) -> PrefillRole:
