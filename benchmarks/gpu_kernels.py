@@ -43,26 +43,30 @@ def section() -> dict[str, Any]:
 
 
 def sides(num_heads: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A pool of random bits, a slot and the blocks that are copied."""
+    """A pool of random bits, a piece and the blocks that are copied."""
     block_shape = (NUM_LAYERS, 2, num_heads, BLOCK_SIZE, HEAD_DIM)
     num_ids = COPY_BYTES // (torch.Size(block_shape).numel() * 2)
     num_blocks = POOL_COPIES * num_ids
     pool = torch.randint(-(2**15), 2**15, (num_blocks, *block_shape), dtype=torch.int16, device="cuda")
-    slot = torch.zeros(num_ids, *block_shape, dtype=torch.int16, device="cuda")
+    piece = torch.zeros(num_ids, *block_shape, dtype=torch.int16, device="cuda")
     scattered = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(0))[:num_ids]
-    return pool, slot, scattered.cuda()
+    return pool, piece, scattered.cuda()
 
 
 def measure(num_heads: int) -> dict[str, Any]:
-    pool, slot, block_ids = sides(num_heads)
-    right = is_right(pool, slot, block_ids)
-    plain = gb_s(partial(slot.view(-1).copy_, pool.view(-1)[: slot.numel()]), slot)
+    pool, piece, block_ids = sides(num_heads)
+    right = is_right(pool, piece, block_ids)
+    plain = gb_s(partial(piece.view(-1).copy_, pool.view(-1)[: piece.numel()]), piece)
     speeds = []
     for num_programs in PROGRAMS:
-        gather = partial(kv_gather_triton, slot, pool, block_ids, num_programs=num_programs)
-        scatter = partial(kv_scatter_triton, pool, slot, block_ids, num_programs=num_programs)
+        gather = partial(kv_gather_triton, piece, pool, block_ids, num_programs=num_programs)
+        scatter = partial(kv_scatter_triton, pool, piece, block_ids, num_programs=num_programs)
         speeds.append(
-            {"programs": num_programs, "gather_gb_s": gb_s(gather, slot), "scatter_gb_s": gb_s(scatter, slot)}
+            {
+                "programs": num_programs,
+                "gather_gb_s": gb_s(gather, piece),
+                "scatter_gb_s": gb_s(scatter, piece),
+            }
         )
     return {
         "run_bytes": num_heads * BLOCK_SIZE * HEAD_DIM * 2,
@@ -72,21 +76,21 @@ def measure(num_heads: int) -> dict[str, Any]:
     }
 
 
-def is_right(pool: torch.Tensor, slot: torch.Tensor, block_ids: torch.Tensor) -> bool:
-    """Whether the kernels do what the references do, with a part of a slot's heads and layers too."""
-    wanted = torch.zeros_like(slot)
-    kv_gather_triton(slot, pool, block_ids)
+def is_right(pool: torch.Tensor, piece: torch.Tensor, block_ids: torch.Tensor) -> bool:
+    """Whether the kernels do what the references do, with a part of a piece's heads and layers too."""
+    wanted = torch.zeros_like(piece)
+    kv_gather_triton(piece, pool, block_ids)
     kv_gather_reference(wanted, pool, block_ids)
-    right = torch.equal(slot, wanted)
+    right = torch.equal(piece, wanted)
     wanted.zero_()
-    slot.zero_()
-    last = slot.shape[3] - 1
-    kv_gather_triton(slot[:, 1:, :, last:], pool[:, :-1, :, :1], block_ids)
+    piece.zero_()
+    last = piece.shape[3] - 1
+    kv_gather_triton(piece[:, 1:, :, last:], pool[:, :-1, :, :1], block_ids)
     kv_gather_reference(wanted[:, 1:, :, last:], pool[:, :-1, :, :1], block_ids)
-    right = right and torch.equal(slot, wanted)
+    right = right and torch.equal(piece, wanted)
     other = pool.clone()
-    kv_scatter_triton(pool, slot, block_ids.flip(0))
-    kv_scatter_reference(other, slot, block_ids.flip(0))
+    kv_scatter_triton(pool, piece, block_ids.flip(0))
+    kv_scatter_reference(other, piece, block_ids.flip(0))
     return right and torch.equal(pool, other)
 
 
@@ -115,11 +119,11 @@ def gb_s(copy: Callable[[], object], copied: torch.Tensor) -> float:
 
 
 def beside(num_programs: int) -> dict[str, Any]:
-    pool, slot, block_ids = sides(HEADS[1])
+    pool, piece, block_ids = sides(HEADS[1])
     a, b = (torch.randn(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda") for _ in range(2))
     out = torch.empty_like(a)
     stream = torch.cuda.Stream()
-    gather = partial(kv_gather_triton, slot, pool, block_ids, num_programs=num_programs)
+    gather = partial(kv_gather_triton, piece, pool, block_ids, num_programs=num_programs)
 
     def products() -> None:
         for _ in range(MATRIX_PRODUCTS):
