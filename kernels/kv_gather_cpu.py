@@ -30,8 +30,10 @@ def blocks_of(buffer: memoryview, layout: KvLayout) -> Bytes:
     Ranges of layers and heads are slices of it.
 
     Raises:
-        KernelError: `buffer` is not a number of whole blocks.
+        KernelError: `buffer` is not a number of whole blocks, or a block has no bytes.
     """
+    if layout.block_bytes < 1:
+        raise KernelError(f"blocks_of takes blocks that have bytes; got {layout}")
     if len(buffer) % layout.block_bytes:
         raise KernelError(
             f"blocks_of takes whole blocks of {layout.block_bytes} bytes; {len(buffer)} bytes are "

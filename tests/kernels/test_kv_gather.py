@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -108,6 +109,8 @@ def test_pool_and_slot_as_bytes() -> None:
 def test_wrong_arrays_are_refused() -> None:
     with pytest.raises(KernelError, match="1 too many"):
         blocks_of(memoryview(bytes(LAYOUT.block_bytes + 1)), LAYOUT)
+    with pytest.raises(KernelError, match="have bytes"):
+        blocks_of(memoryview(b""), replace(LAYOUT, num_layers=0))
     pool, piece, ids = np.zeros((4, 3, 8), np.uint8), np.zeros((2, 3, 8), np.uint8), np.array([0, 1])
     frozen = piece.copy()
     frozen.flags.writeable = False
