@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import triton
+from diphase.kernels import kv_gather_triton as kv_gather_triton_module
 from diphase.kernels.kv_gather_triton import kv_gather_triton, kv_scatter_triton
 from diphase.proto.errors import KernelError
 
@@ -59,6 +60,15 @@ def test_blocks_that_are_not_of_the_pool_are_left_out(bad: int) -> None:
     assert pool.flatten(1).any(dim=1).tolist() == [False, False, False, True, False, False]
     gather(piece, pool[1:5], torch.tensor([bad, 0]))
     assert piece.flatten(1).any(dim=1).tolist() == [True, False]
+
+
+def test_more_tiles_than_the_kernel_can_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = cases.sides(cases.CASES[0], "cpu")  # 18 runs of 768 words: 15 tiles of 4 times 256
+    monkeypatch.setattr(kv_gather_triton_module, "_MAX_TILES", 16)
+    gather(sides.piece_part, sides.pool_part, sides.block_ids)
+    monkeypatch.setattr(kv_gather_triton_module, "_MAX_TILES", 15)
+    with pytest.raises(KernelError, match="copy fewer blocks"):
+        gather(sides.piece_part, sides.pool_part, sides.block_ids)
 
 
 def test_wrong_calls_are_refused() -> None:
