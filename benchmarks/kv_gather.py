@@ -1,10 +1,10 @@
-"""What gathering KV blocks into a staging slot costs on the CPU, and scattering them back.
+"""What gathering KV blocks into a piece of a staging buffer costs on the CPU, and scattering them back.
 
     .venv/bin/python -P benchmarks/kv_gather.py [--output docs/results/kv_gather.json]
 
 The default model's KV (30 layers, 3 heads of 64, blocks of 16 tokens, bf16) in a pool in shared memory, the
 blocks scattered. In turns with each copy, a memcpy of as many bytes from anywhere in the pool into the same
-slot: the ratio of the medians is the result, 1.0 where the copy is as quick as memcpy.
+piece: the ratio of the medians is the result, 1.0 where the copy is as quick as memcpy.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Case:
     num_blocks: int
     num_layers: int = LAYOUT.num_layers
     num_heads: int = LAYOUT.num_kv_heads
-    slot_heads: int = LAYOUT.num_kv_heads
-    """More than num_heads: the slot is of several ranks."""
+    piece_heads: int = LAYOUT.num_kv_heads
+    """More than num_heads: the piece is of several ranks."""
 
 
 CASES = (
@@ -44,9 +44,9 @@ CASES = (
     Case(name="5 layers", num_blocks=128, num_layers=5),
     Case(name="1 layer", num_blocks=128, num_layers=1),
     Case(name="1 layer", num_blocks=32, num_layers=1),
-    Case(name="1 head of 3 into a slot of its own", num_blocks=128, num_heads=1, slot_heads=1),
-    Case(name="all heads into a slot of two ranks", num_blocks=128, slot_heads=6),
-    Case(name="1 head of 3 into a slot of 3", num_blocks=128, num_heads=1),
+    Case(name="1 head of 3 into a piece of its own", num_blocks=128, num_heads=1, piece_heads=1),
+    Case(name="all heads into a piece of two ranks", num_blocks=128, piece_heads=6),
+    Case(name="1 head of 3 into a piece of 3", num_blocks=128, num_heads=1),
 )
 
 
@@ -78,19 +78,19 @@ def timed(copy: Callable[..., None], *arrays: np.ndarray) -> float:
 
 
 def measure(case: Case, pool_bytes: memoryview, rng: random.Random) -> Result:
-    slot_layout = replace(LAYOUT, num_layers=case.num_layers, num_kv_heads=case.slot_heads)
-    slot_bytes = shared(case.num_blocks * slot_layout.block_bytes)
-    slot = blocks_of(slot_bytes, slot_layout)[:, :, :, : case.num_heads]
+    piece_layout = replace(LAYOUT, num_layers=case.num_layers, num_kv_heads=case.piece_heads)
+    piece_bytes = shared(case.num_blocks * piece_layout.block_bytes)
+    piece = blocks_of(piece_bytes, piece_layout)[:, :, :, : case.num_heads]
     pool = blocks_of(pool_bytes, LAYOUT)[:, : case.num_layers, :, : case.num_heads]
-    source, target = np.frombuffer(pool_bytes, np.uint8), np.frombuffer(slot_bytes, np.uint8)[: slot.size]
+    source, target = np.frombuffer(pool_bytes, np.uint8), np.frombuffer(piece_bytes, np.uint8)[: piece.size]
     times: dict[str, list[float]] = {"memcpy": [], "gather": [], "scatter": []}
 
     for _ in range(ROUNDS):
-        first = rng.randrange(len(source) - slot.size)
-        times["memcpy"].append(timed(np.copyto, target, source[first : first + slot.size]))
+        first = rng.randrange(len(source) - piece.size)
+        times["memcpy"].append(timed(np.copyto, target, source[first : first + piece.size]))
         for name, copy, to, of in (
-            ("gather", gather_blocks, slot, pool),
-            ("scatter", scatter_blocks, pool, slot),
+            ("gather", gather_blocks, piece, pool),
+            ("scatter", scatter_blocks, pool, piece),
         ):
             ids = np.array(rng.sample(range(NUM_BLOCKS), case.num_blocks))
             times[name].append(timed(copy, to, of, ids))
@@ -101,8 +101,8 @@ def measure(case: Case, pool_bytes: memoryview, rng: random.Random) -> Result:
         case=case.name,
         num_blocks=case.num_blocks,
         run_bytes=2 * heads_run * case.num_layers if whole_layers else heads_run,
-        mib=round(slot.size / 2**20, 2),
-        memcpy_gb_s=round(slot.size / median["memcpy"] / 1e9, 1),
+        mib=round(piece.size / 2**20, 2),
+        memcpy_gb_s=round(piece.size / median["memcpy"] / 1e9, 1),
         gather_to_memcpy=round(median["memcpy"] / median["gather"], 2),
         scatter_to_memcpy=round(median["memcpy"] / median["scatter"], 2),
     )

@@ -1,10 +1,10 @@
-"""Gathers KV blocks of a paged pool into a staging slot, and scatters a slot into a pool: contract, reference
-and CPU path.
+"""Gathers KV blocks of a paged pool into a piece of a staging buffer, and scatters a piece into a pool:
+contract, reference and CPU path.
 
-A slot holds blocks in canonical order (docs/kv_plane.md), which is a pool's own,
+A piece holds blocks in canonical order (docs/kv_plane.md), which is a pool's own,
 [block][layer][k|v][kv_head][slot][head_dim], over the heads of all ranks. Ranges of layers and heads are
 slices of the tensors, so a re-shard has no operation of its own: every source rank gathers its heads into its
-part of a slot that has them all, every destination rank scatters its part.
+part of a piece that has them all, every destination rank scatters its part.
 """
 
 from __future__ import annotations
@@ -63,29 +63,29 @@ def planes(name: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def check(
-    name: str, pool: torch.Tensor, slot: torch.Tensor, block_ids: torch.Tensor
+    name: str, pool: torch.Tensor, piece: torch.Tensor, block_ids: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The planes of pool and slot.
+    """The planes of pool and piece.
 
     Raises:
         KernelError: shapes, dtypes, devices or strides do not fit.
     """
-    if pool.dim() != 6 or slot.dim() != 6 or pool.shape[2] != 2 or pool.shape[1:] != slot.shape[1:]:
+    if pool.dim() != 6 or piece.dim() != 6 or pool.shape[2] != 2 or pool.shape[1:] != piece.shape[1:]:
         raise KernelError(
-            f"{name} takes a pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] and a slot "
-            f"that is alike but for the number of blocks; got {list(pool.shape)} and {list(slot.shape)}"
+            f"{name} takes a pool [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] and a "
+            f"piece that is alike but for num_blocks; got {list(pool.shape)} and {list(piece.shape)}"
         )
-    if block_ids.shape != slot.shape[:1] or block_ids.dtype != torch.int64 or not block_ids.is_contiguous():
+    if block_ids.shape != piece.shape[:1] or block_ids.dtype != torch.int64 or not block_ids.is_contiguous():
         raise KernelError(
-            f"{name} takes contiguous int64 block_ids [{len(slot)}]; "
+            f"{name} takes contiguous int64 block_ids [{len(piece)}]; "
             f"got {list(block_ids.shape)} of {block_ids.dtype}"
         )
-    if pool.dtype != slot.dtype or not pool.device == slot.device == block_ids.device:
+    if pool.dtype != piece.dtype or not pool.device == piece.device == block_ids.device:
         raise KernelError(
-            f"{name} takes one dtype and one device; got pool {pool.dtype} on {pool.device}, slot "
-            f"{slot.dtype} on {slot.device}, block_ids on {block_ids.device}"
+            f"{name} takes one dtype and one device; got pool {pool.dtype} on {pool.device}, piece "
+            f"{piece.dtype} on {piece.device}, block_ids on {block_ids.device}"
         )
-    return planes(name, pool), planes(name, slot)
+    return planes(name, pool), planes(name, piece)
 
 
 def _check_ids(name: str, pool: torch.Tensor, block_ids: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Gathers KV blocks into a staging slot and scatters them back, in host memory, with numpy alone.
+"""Gathers KV blocks into a piece of a staging buffer and scatters them back, on the host, with numpy alone.
 
 The hand-off's thread copies beside the engine's on a laptop, so a copy is one numpy call over all of its rows
 where numpy allows it: the interpreter lock is let go for as long as that takes, and no threads are started.
@@ -26,12 +26,14 @@ _LONG_BLOCK_BYTES = 32 * 1024
 
 
 def blocks_of(buffer: memoryview, layout: KvLayout) -> Bytes:
-    """[num_blocks, num_layers, 2, num_kv_heads, bytes of a head]: a pool, or the part of a slot that is used,
-    as it lies. Ranges of layers and heads are slices of it.
+    """[num_blocks, num_layers, 2, num_kv_heads, bytes of a head]: a pool or a piece, as it lies.
+    Ranges of layers and heads are slices of it.
 
     Raises:
-        KernelError: `buffer` is not a number of whole blocks.
+        KernelError: `buffer` is not a number of whole blocks, or a block has no bytes.
     """
+    if layout.block_bytes < 1:
+        raise KernelError(f"blocks_of takes blocks that have bytes; got {layout}")
     if len(buffer) % layout.block_bytes:
         raise KernelError(
             f"blocks_of takes whole blocks of {layout.block_bytes} bytes; {len(buffer)} bytes are "
@@ -45,7 +47,7 @@ def gather_blocks(out: Bytes, pool: Bytes, block_ids: Ids) -> None:
     """out[i] = pool[block_ids[i]].
 
     Args:
-        out: [len(block_ids), ...], writable; of the slot, all or a range of its layers and heads.
+        out: [len(block_ids), ...], writable; of the piece, all or a range of its layers and heads.
         pool: [num_blocks, ...], alike from the second dimension on; the last dimension contiguous in both.
         block_ids: [len(out)], below num_blocks.
 
@@ -64,7 +66,7 @@ def gather_blocks(out: Bytes, pool: Bytes, block_ids: Ids) -> None:
 
 
 def _gather_apart(out: Bytes, pool: Bytes, block_ids: Ids) -> None:
-    """Into a part of a slot, which numpy cannot do in one call: a call a block, or where a block's part is
+    """Into a part of a piece, which numpy cannot do in one call: a call a block, or where a block's part is
     short, through memory that stays in the cache."""
     if out[0].size >= _LONG_BLOCK_BYTES:
         for i, block_id in enumerate(block_ids.tolist()):
@@ -92,17 +94,17 @@ def scatter_blocks(pool: Bytes, staged: Bytes, block_ids: Ids) -> None:
         target[numbers.reshape(source.shape[:-1])] = source
 
 
-def _check(name: str, written: Bytes, pool: Bytes, slot: Bytes, block_ids: Ids) -> None:
-    if pool.ndim < 2 or pool.shape[1:] != slot.shape[1:] or not pool.dtype == slot.dtype == np.uint8:
+def _check(name: str, written: Bytes, pool: Bytes, piece: Bytes, block_ids: Ids) -> None:
+    if pool.ndim < 2 or pool.shape[1:] != piece.shape[1:] or not pool.dtype == piece.dtype == np.uint8:
         raise KernelError(
-            f"{name} takes bytes of a pool [num_blocks, ...] and of a slot [num_ids, ...] that are alike but "
-            f"for the number of blocks; got {pool.shape} of {pool.dtype} and {slot.shape} of {slot.dtype}"
+            f"{name} takes bytes of a pool [num_blocks, ...] and of a piece [num_ids, ...] that are alike "
+            f"but for these numbers; got {pool.shape} of {pool.dtype} and {piece.shape} of {piece.dtype}"
         )
-    if block_ids.shape != slot.shape[:1] or block_ids.dtype != np.int64:
+    if block_ids.shape != piece.shape[:1] or block_ids.dtype != np.int64:
         raise KernelError(
-            f"{name} takes int64 block_ids [{len(slot)}]; got {block_ids.shape} of {block_ids.dtype}"
+            f"{name} takes int64 block_ids [{len(piece)}]; got {block_ids.shape} of {block_ids.dtype}"
         )
-    for array in (pool, slot):
+    for array in (pool, piece):
         if array.size and ((array.shape[-1] > 1 and array.strides[-1] != 1) or min(array.strides) < 0):
             raise KernelError(
                 f"{name} takes arrays whose last dimension is contiguous and whose strides are not negative; "

@@ -68,11 +68,11 @@ class PoolBytes:
             scatter_blocks(pool, part, ids)
 
     def _parts(
-        self, slot: memoryview, first_layer: int, num_layers: int
+        self, piece: memoryview, first_layer: int, num_layers: int
     ) -> Iterator[tuple[int, Bytes, Bytes]]:
         """For each rank that keeps some of these layers: which copy of its heads it has, its part of the
-        slot, and the layers of its pool."""
-        whole = blocks_of(slot, replace(self.layout, num_layers=num_layers))
+        piece, and the layers of its pool."""
+        whole = blocks_of(piece, replace(self.layout, num_layers=num_layers))
         end = first_layer + num_layers
         for rank, buffer in enumerate(self._buffers):
             layers, heads = self.sharding.layers(self.layout, rank), self.sharding.heads(self.layout, rank)

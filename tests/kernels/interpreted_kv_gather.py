@@ -8,6 +8,7 @@ from functools import partial
 import pytest
 import torch
 import triton
+from diphase.kernels import kv_gather_triton as kv_gather_triton_module
 from diphase.kernels.kv_gather_triton import kv_gather_triton, kv_scatter_triton
 from diphase.proto.errors import KernelError
 
@@ -41,33 +42,42 @@ def test_blocks_past_two_to_the_31_accesses() -> None:
 
 
 @pytest.mark.parametrize("shift", [2, 4, 8], ids=lambda shift: f"{shift} bytes")
-def test_slots_may_start_anywhere(shift: int) -> None:
-    case = cases.Case(why="", layers=(0, 1), slot_layers=1)
+def test_pieces_may_start_anywhere(shift: int) -> None:
+    case = cases.Case(why="", layers=(0, 1), piece_layers=1)
     sides = cases.sides(case, "cpu")
-    memory = torch.zeros(sides.slot.numel() + 8, dtype=sides.slot.dtype)
-    slot = memory[shift // 2 : shift // 2 + sides.slot.numel()].view(sides.slot.shape)
-    gather(slot, sides.pool_part, sides.block_ids)
-    assert cases.equal_bytes(slot, sides.pool_part[sides.block_ids])
+    memory = torch.zeros(sides.piece.numel() + 8, dtype=sides.piece.dtype)
+    piece = memory[shift // 2 : shift // 2 + sides.piece.numel()].view(sides.piece.shape)
+    gather(piece, sides.pool_part, sides.block_ids)
+    assert cases.equal_bytes(piece, sides.pool_part[sides.block_ids])
     assert not memory[: shift // 2].any()
-    assert not memory[shift // 2 + slot.numel() :].any()
+    assert not memory[shift // 2 + piece.numel() :].any()
 
 
 @pytest.mark.parametrize("bad", [-1, 4])
 def test_blocks_that_are_not_of_the_pool_are_left_out(bad: int) -> None:
-    pool, slot = torch.zeros(6, 1, 2, 1, 4, 4), torch.ones(2, 1, 2, 1, 4, 4)
-    scatter(pool[1:5], slot, torch.tensor([2, bad]))
+    pool, piece = torch.zeros(6, 1, 2, 1, 4, 4), torch.ones(2, 1, 2, 1, 4, 4)
+    scatter(pool[1:5], piece, torch.tensor([2, bad]))
     assert pool.flatten(1).any(dim=1).tolist() == [False, False, False, True, False, False]
-    gather(slot, pool[1:5], torch.tensor([bad, 0]))
-    assert slot.flatten(1).any(dim=1).tolist() == [True, False]
+    gather(piece, pool[1:5], torch.tensor([bad, 0]))
+    assert piece.flatten(1).any(dim=1).tolist() == [True, False]
+
+
+def test_more_tiles_than_the_kernel_can_count_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    sides = cases.sides(cases.CASES[0], "cpu")  # 18 runs of 768 words: 15 tiles of 4 times 256
+    monkeypatch.setattr(kv_gather_triton_module, "_MAX_TILES", 16)
+    gather(sides.piece_part, sides.pool_part, sides.block_ids)
+    monkeypatch.setattr(kv_gather_triton_module, "_MAX_TILES", 15)
+    with pytest.raises(KernelError, match="copy fewer blocks"):
+        gather(sides.piece_part, sides.pool_part, sides.block_ids)
 
 
 def test_wrong_calls_are_refused() -> None:
     for said, call in cases.wrong_calls():
-        slot, pool, block_ids = call()
+        piece, pool, block_ids = call()
         with pytest.raises(KernelError, match=said):
-            gather(slot, pool, block_ids)
+            gather(piece, pool, block_ids)
         with pytest.raises(KernelError, match=said):
-            scatter(pool, slot, block_ids)
+            scatter(pool, piece, block_ids)
     sides = cases.sides(cases.CASES[0], "cpu")
     with pytest.raises(KernelError, match="num_programs"):
-        kv_gather_triton(sides.slot_part, sides.pool_part, sides.block_ids, num_programs=0)
+        kv_gather_triton(sides.piece_part, sides.pool_part, sides.block_ids, num_programs=0)

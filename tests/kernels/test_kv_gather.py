@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ def test_cpu_path_equals_the_reference(case: cases.Case) -> None:
 
 
 @pytest.mark.parametrize("case", cases.CASES, ids=lambda case: case.why)
-def test_a_part_of_a_slot_is_gathered_alike_a_block_at_a_time_and_in_pieces(
+def test_a_part_of_a_piece_is_gathered_alike_a_block_at_a_time_and_through_the_cache(
     case: cases.Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for long_block_bytes, bounce_bytes in ((1, 1), (1 << 30, 1), (1 << 30, 20_000)):
@@ -45,14 +46,14 @@ def test_a_part_of_a_slot_is_gathered_alike_a_block_at_a_time_and_in_pieces(
 
 
 def test_the_reference_copies_what_it_says() -> None:
-    pool, slot = (
+    pool, piece = (
         torch.arange(4.0).view(4, 1, 1, 1, 1, 1).expand(4, 1, 2, 1, 1, 2).contiguous(),
         torch.zeros(2),
     )
-    slot = torch.zeros(2, 1, 2, 1, 1, 2)
-    kv_gather_reference(slot, pool, torch.tensor([3, 1]))
-    assert slot.flatten(1).tolist() == [[3.0] * 4, [1.0] * 4]
-    kv_scatter_reference(pool, slot, torch.tensor([0, 2]))
+    piece = torch.zeros(2, 1, 2, 1, 1, 2)
+    kv_gather_reference(piece, pool, torch.tensor([3, 1]))
+    assert piece.flatten(1).tolist() == [[3.0] * 4, [1.0] * 4]
+    kv_scatter_reference(pool, piece, torch.tensor([0, 2]))
     assert pool.flatten(1)[:, 0].tolist() == [3.0, 1.0, 1.0, 3.0]
 
 
@@ -70,11 +71,11 @@ def test_blocks_past_two_to_the_31_accesses() -> None:
 @pytest.mark.parametrize(("gather", "scatter"), COPIES)
 def test_wrong_shapes_dtypes_devices_and_strides_are_refused(gather: KvGather, scatter: KvScatter) -> None:
     for said, call in cases.wrong_calls():
-        slot, pool, block_ids = call()
+        piece, pool, block_ids = call()
         with pytest.raises(KernelError, match=said):
-            gather(slot, pool, block_ids)
+            gather(piece, pool, block_ids)
         with pytest.raises(KernelError, match=said):
-            scatter(pool, slot, block_ids)
+            scatter(pool, piece, block_ids)
 
 
 @pytest.mark.parametrize(("gather", "scatter"), COPIES)
@@ -82,56 +83,58 @@ def test_wrong_shapes_dtypes_devices_and_strides_are_refused(gather: KvGather, s
 def test_ids_that_are_not_of_the_pool_are_refused_before_anything_is_written(
     gather: KvGather, scatter: KvScatter, bad: int
 ) -> None:
-    pool, slot = torch.zeros(4, 1, 2, 1, 2, 2), torch.ones(2, 1, 2, 1, 2, 2)
+    pool, piece = torch.zeros(4, 1, 2, 1, 2, 2), torch.ones(2, 1, 2, 1, 2, 2)
     block_ids = torch.tensor([0, bad])
     with pytest.raises(KernelError, match="below 4"):
-        gather(slot, pool, block_ids)
+        gather(piece, pool, block_ids)
     with pytest.raises(KernelError, match="below 4"):
-        scatter(pool, slot, block_ids)
+        scatter(pool, piece, block_ids)
     assert pool.eq(0).all()
-    assert slot.eq(1).all()
+    assert piece.eq(1).all()
 
 
 def test_pool_and_slot_as_bytes() -> None:
     pool = blocks_of(memoryview(bytearray(range(256)) * (3 * LAYOUT.block_bytes // 256)), LAYOUT)
     assert pool.shape == (3, 3, 2, 2, 64)
-    slot_layout = KvLayout(model="m", num_layers=1, num_kv_heads=4, head_dim=8, block_size=4, dtype="bf16")
-    memory = bytearray(2 * slot_layout.block_bytes)
-    slot = blocks_of(memoryview(memory), slot_layout)
-    gather_blocks(slot[:, :, :, 1:3], pool[:, 2:], np.array([2, 0]))
-    assert (slot[:, 0, :, 1:3] == pool[[2, 0], 2]).all()
-    assert not slot[:, :, :, [0, 3]].any()
-    scatter_blocks(pool[:, :1], slot[:, :, :, 1:3], np.array([1, 2]))
-    assert (pool[[1, 2], 0] == slot[:, 0, :, 1:3]).all()
+    piece_layout = KvLayout(model="m", num_layers=1, num_kv_heads=4, head_dim=8, block_size=4, dtype="bf16")
+    memory = bytearray(2 * piece_layout.block_bytes)
+    piece = blocks_of(memoryview(memory), piece_layout)
+    gather_blocks(piece[:, :, :, 1:3], pool[:, 2:], np.array([2, 0]))
+    assert (piece[:, 0, :, 1:3] == pool[[2, 0], 2]).all()
+    assert not piece[:, :, :, [0, 3]].any()
+    scatter_blocks(pool[:, :1], piece[:, :, :, 1:3], np.array([1, 2]))
+    assert (pool[[1, 2], 0] == piece[:, 0, :, 1:3]).all()
 
 
 def test_wrong_arrays_are_refused() -> None:
     with pytest.raises(KernelError, match="1 too many"):
         blocks_of(memoryview(bytes(LAYOUT.block_bytes + 1)), LAYOUT)
-    pool, slot, ids = np.zeros((4, 3, 8), np.uint8), np.zeros((2, 3, 8), np.uint8), np.array([0, 1])
-    frozen = slot.copy()
+    with pytest.raises(KernelError, match="have bytes"):
+        blocks_of(memoryview(b""), replace(LAYOUT, num_layers=0))
+    pool, piece, ids = np.zeros((4, 3, 8), np.uint8), np.zeros((2, 3, 8), np.uint8), np.array([0, 1])
+    frozen = piece.copy()
     frozen.flags.writeable = False
     for said, call in (
-        ("alike", (slot[:, :2], pool, ids)),
-        ("alike", (slot.astype(np.int8), pool, ids)),
-        ("int64", (slot, pool, ids.astype(np.int32))),
-        ("int64", (slot, pool, ids[:1])),
-        ("last dimension", (slot[:, :, ::2], pool[:, :, :4], ids)),
-        ("not negative", (slot[::-1], pool, ids)),
+        ("alike", (piece[:, :2], pool, ids)),
+        ("alike", (piece.astype(np.int8), pool, ids)),
+        ("int64", (piece, pool, ids.astype(np.int32))),
+        ("int64", (piece, pool, ids[:1])),
+        ("last dimension", (piece[:, :, ::2], pool[:, :, :4], ids)),
+        ("not negative", (piece[::-1], pool, ids)),
         ("read-only", (frozen, pool, ids)),
-        ("below 4", (slot, pool, ids + 3)),
+        ("below 4", (piece, pool, ids + 3)),
     ):
         with pytest.raises(KernelError, match=said):
             gather_blocks(*call)
 
 
-@pytest.mark.parametrize("first_head", [0, 1], ids=["contiguous slot", "part of a slot"])
+@pytest.mark.parametrize("first_head", [0, 1], ids=["contiguous piece", "part of a piece"])
 @pytest.mark.parametrize("copy", [gather_blocks, scatter_blocks])
 def test_other_threads_run_while_it_copies(copy: Callable[..., None], first_head: int) -> None:
     """The interpreter takes its lock from no thread here, so another runs only if the copy lets go of it."""
     pool = np.ones((64, 2, 2, 1 << 16), np.uint8)
-    slot = np.zeros((64, 2, 2 + first_head, 1 << 16), np.uint8)[:, :, first_head:]
-    pair = (slot, pool) if copy is gather_blocks else (pool, slot)
+    piece = np.zeros((64, 2, 2 + first_head, 1 << 16), np.uint8)[:, :, first_head:]
+    pair = (piece, pool) if copy is gather_blocks else (pool, piece)
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1000)
     try:

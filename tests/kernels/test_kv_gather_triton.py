@@ -77,4 +77,4 @@ def test_words_are_the_widest_that_alignment_allows(
 def test_tensors_of_the_cpu_are_refused() -> None:
     sides = cases.sides(cases.CASES[0], "cpu")
     with pytest.raises(KernelError, match="CUDA"):
-        kv_gather_triton.kv_gather_triton(sides.slot_part, sides.pool_part, sides.block_ids)
+        kv_gather_triton.kv_gather_triton(sides.piece_part, sides.pool_part, sides.block_ids)
