@@ -4,8 +4,8 @@ Run `.venv/bin/python -P benchmarks/transport.py`. Transfers of 16 MiB, made of 
 that are neighbours or scattered over the pool, go through each mover in turn: memcpy of the same pieces
 between warm memfds, the same between anonymous memory, a raw sendmsg and recvmsg_into loop over a loopback
 socket, and the transports. The ratios are the result, each of the best of all rounds, since whatever else
-runs on the machine can only slow a round down; those of the medians stand beside them. Then transfers of
-one small piece, one at a time and several in flight, and what an idle connected transport costs. Writes
+runs on the machine can only slow a round down; those of the medians stand beside them. Then transfers of one
+small piece, one at a time and several in flight, and what an idle connected transport costs. Writes
 docs/results/transport.json.
 """
 

@@ -1,7 +1,7 @@
 """What benchmarks/transport.py lets move bytes: yardsticks made of system calls alone, and the transports.
 
-A mover moves the transfers of a plan from one pool to another and returns when all have arrived. Other
-ways to move bytes (a library's own loop, a rival's engine) become movers by having the same three methods.
+A mover moves the transfers of a shape from one pool to another and returns when all have arrived. Other ways
+to move bytes (a library's own loop, a rival's engine) become movers by having the same three methods.
 """
 
 from __future__ import annotations
@@ -73,6 +73,7 @@ def pool() -> tuple[int, memoryview]:
     fd = os.memfd_create("pool")
     os.ftruncate(fd, POOL_BYTES)
     memory = mmap.mmap(fd, POOL_BYTES)
+    memory.madvise(mmap.MADV_HUGEPAGE)  # as engine/kv_pool.py does
     np.frombuffer(memory, dtype=np.uint8)[:] = 1
     return fd, memoryview(memory)
 

@@ -9,14 +9,17 @@ process has left its memory.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import mmap
 import os
 import socket
 import struct
 import sys
 import uuid
+from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -32,9 +35,21 @@ from .socket_transport import SocketTransport
 
 SLICE_BYTES = 4 * 1024 * 1024
 """Copied before commands, deadlines and other peers get their turn."""
+SMALL_BYTES = 64 * 1024
+"""A piece below this is copied with the interpreter lock held: to let go of it and to get it back from a busy
+thread takes longer than the copy."""
+SMALL_WEIGHT = 8
+"""What a byte of a small piece counts for, so that other threads get their turn soon."""
+PREFAULT_BYTES = 8 * 1024 * 1024
+"""Of a peer's pool that are mapped page by page in one go, while nothing is to be copied: the first transfers
+need not pay for it."""
 MAX_FRAMES = 64
 """Tags that a peer has not taken from the socket before the next copy to it begins."""
 _CREDENTIALS = struct.Struct("3i")
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14 and later; the module mmap does not have it."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -48,11 +63,23 @@ class _Copy:
     """Bytes of that segment that are done."""
 
 
+class _Memory:
+    """A region as it is addressed here, in two ways."""
+
+    __slots__ = ("array", "view")
+
+    def __init__(self, buffer: memoryview | mmap.mmap) -> None:
+        self.view = memoryview(buffer)
+        self.array: NDArray[np.uint8] = np.frombuffer(buffer, dtype=np.uint8)
+
+
 @dataclass(slots=True, eq=False)
 class _Attachment:
     """The peer's regions as they are mapped here."""
 
-    regions: list[NDArray[np.uint8]]
+    regions: list[_Memory]
+    unmapped: deque[tuple[mmap.mmap, int]] = field(default_factory=deque)
+    """Ranges whose pages this process has not seen: from an offset to the end of the mapping."""
     copy: _Copy | None = None
 
 
@@ -76,8 +103,9 @@ class ShmMedium:
             raise TransferError("transport shm needs Linux (memfd and abstract sockets)")
         self._host = _host()
         self._regions = regions
-        self._sources: list[NDArray[np.uint8]] = []
+        self._sources: list[_Memory] = []
         self._copying: dict[str, Peer] = {}
+        self._prefaulting: dict[str, _Attachment] = {}
 
     def check(self, region: Region) -> None:
         buffer = region.host_bytes()
@@ -86,7 +114,7 @@ class ShmMedium:
         size = os.fstat(region.fd).st_size
         if size < len(buffer):
             raise TransferError(f"the memfd has {size} bytes, the region {len(buffer)}")
-        self._sources.append(np.frombuffer(buffer, dtype=np.uint8))
+        self._sources.append(_Memory(buffer))
 
     def describe(self, address: Any) -> dict[str, Any]:
         return {"path": address[1:].decode(), "host": self._host, "uid": os.getuid()}
@@ -136,16 +164,24 @@ class ShmMedium:
     def attach(self, peer: Peer, sizes: list[int], fds: list[int], fields: Mapping[str, Any]) -> None:
         if len(fds) != len(sizes):
             raise TransferError(f"{len(fds)} memfds came for {len(sizes)} regions")
-        arrays: list[NDArray[np.uint8]] = []
+        attachment = _Attachment([])
         for fd, size in zip(fds, sizes, strict=True):
             if os.fstat(fd).st_size < size:
                 raise TransferError(f"a memfd has {os.fstat(fd).st_size} bytes, not {size}")
-            # The mapping lives as long as an array looks at it; the descriptor is not needed for that.
-            arrays.append(np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))
-        peer.attachment = _Attachment(arrays)
+            if size == 0:
+                attachment.regions.append(_Memory(memoryview(b"")))
+                continue
+            mapping = mmap.mmap(fd, size)
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                mapping.madvise(mmap.MADV_HUGEPAGE)
+            # The mapping lives as long as somebody looks at it; the descriptor is not needed for that.
+            attachment.regions.append(_Memory(mapping))
+            attachment.unmapped.append((mapping, 0))
+        peer.attachment = self._prefaulting[peer.incarnation] = attachment
 
     def detach(self, peer: Peer) -> None:
         self._copying.pop(peer.incarnation, None)
+        self._prefaulting.pop(peer.incarnation, None)
         peer.attachment = None
 
     def ready(self, peer: Peer) -> bool:
@@ -182,9 +218,11 @@ class ShmMedium:
 
     @property
     def poll_in_s(self) -> float | None:
-        return 0.0 if self._copying else None
+        return 0.0 if self._copying or self._prefaulting else None
 
     def work(self) -> list[Peer]:
+        if not self._copying:
+            self._prefault()
         finished = []
         for peer in list(self._copying.values()):
             copy: _Copy = peer.attachment.copy
@@ -197,18 +235,41 @@ class ShmMedium:
     def close(self) -> None:
         """Every mapping ended with its peer."""
 
+    def _prefault(self) -> None:
+        """Some more pages of one peer's pool."""
+        incarnation, attachment = next(iter(self._prefaulting.items()))
+        if not attachment.unmapped:
+            del self._prefaulting[incarnation]
+            return
+        mapping, begin = attachment.unmapped.popleft()
+        end = min(begin + PREFAULT_BYTES, len(mapping))
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE, begin, end - begin)
+        except OSError as error:  # an older kernel, or no memory: transfers pay as they come
+            _log.debug("prefault_failed peer=%s why=%r", incarnation, str(error))
+            return
+        if end < len(mapping):
+            attachment.unmapped.appendleft((mapping, end))
+
     def _stop_copy(self, peer: Peer) -> None:
         peer.attachment.copy = None
         del self._copying[peer.incarnation]
 
-    def _copy_slice(self, copy: _Copy, targets: list[NDArray[np.uint8]]) -> bool:
+    def _copy_slice(self, copy: _Copy, targets: list[_Memory]) -> bool:
         """Copies some bytes; True when the job has none left. numpy lets go of the interpreter lock."""
         left = SLICE_BYTES
         while copy.next_segment < len(copy.segments) and left > 0:
             region, offset, target, target_offset, length = copy.segments[copy.next_segment]
+            if length < SMALL_BYTES:
+                targets[target].view[target_offset : target_offset + length] = self._sources[region].view[
+                    offset : offset + length
+                ]
+                left -= length * SMALL_WEIGHT
+                copy.next_segment += 1
+                continue
             count = min(length - copy.offset, left)
             begin, target_begin = offset + copy.offset, target_offset + copy.offset
-            targets[target][target_begin : target_begin + count] = self._sources[region][
+            targets[target].array[target_begin : target_begin + count] = self._sources[region].array[
                 begin : begin + count
             ]
             left -= count
