@@ -93,8 +93,10 @@ def _check_overlaps(
 ) -> None:
     """Two segments that write the same byte would leave it to chance which one does."""
     order = np.flatnonzero(lengths)
-    if bool((regions != regions[0]).any()) or bool((np.diff(offsets[order]) <= 0).any()):
+    if bool((regions != regions[0]).any()):
         order = order[np.lexsort((offsets[order], regions[order]))]
+    elif bool((np.diff(offsets[order]) <= 0).any()):
+        order = order[np.argsort(offsets[order])]
     begins, ends, of = offsets[order], offsets[order] + lengths[order], regions[order]
     wrong = (of[1:] == of[:-1]) & (begins[1:] < ends[:-1])
     if wrong.any():
