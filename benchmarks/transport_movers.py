@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from diphase.kv_transfer.base import Done, Failed, PeerDown, Region, Segments, TransportContext
+from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.registry import load_factory
 from diphase.proto.clock import MonotonicClock
 
@@ -169,12 +170,18 @@ def run(views: list[memoryview], call: Callable[[list[memoryview]], int]) -> Non
 
 
 class End:
-    """A transport with one pool."""
+    """A transport with one pool. "tcp:4" is tcp over four sockets."""
 
     def __init__(self, name: str, incarnation: str) -> None:
         self.woken = threading.Event()
         fd, memory = pool()
-        context = TransportContext(incarnation=incarnation, wake=self.woken.set, clock=MonotonicClock())
+        name, _, sockets = name.partition(":")
+        context = TransportContext(
+            incarnation=incarnation,
+            wake=self.woken.set,
+            clock=MonotonicClock(),
+            tcp_sockets=int(sockets or KvTransferConfig().tcp_sockets),
+        )
         self.transport = load_factory(name)(context)
         self.transport.register(Region(buffer=memory, fd=fd))
 

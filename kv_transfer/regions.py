@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..proto.errors import TransferError
 from .base import MAX_TAG_BYTES, Region, Segments
 
-FEW = 8
+FEW = 32
 """Segments that are checked faster one by one."""
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from diphase.kv_transfer.base import Notified
 from diphase.kv_transfer.endpoint import VERSION, check_fields, read_endpoint, read_sizes
 from diphase.kv_transfer.framing import HEADER, MAX_BODY
 from diphase.kv_transfer.socket_peer import ID, WRITE_HEAD, Kind
@@ -188,7 +189,11 @@ def test_lanes_are_taken_once_with_their_session_and_as_many_as_announced(ends: 
     end.goes_on(friend)
     assert not [event for event in end.events if getattr(event, "peer", "") == peer]
     second.say(write([(0, 203, 3)], b"def", lanes=2) + commit(1))
-    end.until(lambda: [e.tag for e in end.events if getattr(e, "peer", "") == peer] == [b"both", b"behind"])
+    end.until(
+        lambda: (
+            [e.tag for e in end.events if isinstance(e, Notified) and e.peer == peer] == [b"both", b"behind"]
+        )
+    )
     assert bytes(end.pool[200:206]) == b"abcdef"
     # One that is taken back holds nobody up.
     first.say(write([(0, 0, 3)], b"xyz", transfer_id=2, lanes=2) + commit(2, b"torn") + commit(0, b"after"))
@@ -230,7 +235,7 @@ def test_any_bytes_at_all_harm_nobody(ends: tuple[End, End], chunks: list[bytes]
     end.goes_on(friend)
 
 
-ANSWERS = {
+ANSWERS: dict[str, tuple[bytes | dict[str, Any], str]] = {
     "no endpoint": (frame(Kind.WELCOME, b"[]"), "malformed endpoint"),
     "a pickle": (frame(Kind.WELCOME, pickle.dumps({"regions": [SIZE]})), "malformed endpoint"),
     "no regions": ({"regions": None}, "lacks regions"),
@@ -250,12 +255,14 @@ def test_a_hostile_destination_is_down_by_name_and_its_writer_goes_on(
     ends: tuple[End, End], name: str
 ) -> None:
     end, friend = ends
-    answer, why = ANSWERS[name]
+    said, why = ANSWERS[name]
     peer = f"x{next(NAMES)}"
     fields = {"transport": "tcp", "version": VERSION, "incarnation": peer, "regions": [SIZE], "session": "s"}
-    if isinstance(answer, dict):
-        changed = {k: v for k, v in {**fields, **answer}.items() if v is not None}
+    if isinstance(said, dict):
+        changed = {k: v for k, v in {**fields, **said}.items() if v is not None}
         answer = frame(Kind.WELCOME, json.dumps(changed).encode())
+    else:
+        answer = said
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host, port = listener.getsockname()
         friend.transport.connect(json.dumps({**fields, "host": host, "port": port}).encode(), 10.0)
