@@ -35,11 +35,6 @@ from .socket_transport import SocketTransport
 
 SLICE_BYTES = 4 * 1024 * 1024
 """Copied before commands, deadlines and other peers get their turn."""
-SMALL_BYTES = 64 * 1024
-"""A piece below this is copied with the interpreter lock held: to let go of it and to get it back from a busy
-thread takes longer than the copy."""
-SMALL_WEIGHT = 8
-"""What a byte of a small piece counts for, so that other threads get their turn soon."""
 PREFAULT_BYTES = 8 * 1024 * 1024
 """Of a peer's pool that are mapped page by page in one go, while nothing is to be copied: the first transfers
 need not pay for it."""
@@ -63,21 +58,11 @@ class _Copy:
     """Bytes of that segment that are done."""
 
 
-class _Memory:
-    """A region as it is addressed here, in two ways."""
-
-    __slots__ = ("array", "view")
-
-    def __init__(self, buffer: memoryview | mmap.mmap) -> None:
-        self.view = memoryview(buffer)
-        self.array: NDArray[np.uint8] = np.frombuffer(buffer, dtype=np.uint8)
-
-
 @dataclass(slots=True, eq=False)
 class _Attachment:
     """The peer's regions as they are mapped here."""
 
-    regions: list[_Memory]
+    regions: list[NDArray[np.uint8]]
     unmapped: deque[tuple[mmap.mmap, int]] = field(default_factory=deque)
     """Ranges whose pages this process has not seen: from an offset to the end of the mapping."""
     copy: _Copy | None = None
@@ -103,7 +88,7 @@ class ShmMedium:
             raise TransferError("transport shm needs Linux (memfd and abstract sockets)")
         self._host = _host()
         self._regions = regions
-        self._sources: list[_Memory] = []
+        self._sources: list[NDArray[np.uint8]] = []
         self._copying: dict[str, Peer] = {}
         self._prefaulting: dict[str, _Attachment] = {}
 
@@ -114,7 +99,7 @@ class ShmMedium:
         size = os.fstat(region.fd).st_size
         if size < len(buffer):
             raise TransferError(f"the memfd has {size} bytes, the region {len(buffer)}")
-        self._sources.append(_Memory(buffer))
+        self._sources.append(np.frombuffer(buffer, dtype=np.uint8))
 
     def describe(self, address: Any) -> dict[str, Any]:
         return {"path": address[1:].decode(), "host": self._host, "uid": os.getuid()}
@@ -169,13 +154,13 @@ class ShmMedium:
             if os.fstat(fd).st_size < size:
                 raise TransferError(f"a memfd has {os.fstat(fd).st_size} bytes, not {size}")
             if size == 0:
-                attachment.regions.append(_Memory(memoryview(b"")))
+                attachment.regions.append(np.empty(0, dtype=np.uint8))
                 continue
             mapping = mmap.mmap(fd, size)
             with contextlib.suppress(OSError):  # a kernel without huge pages
                 mapping.madvise(mmap.MADV_HUGEPAGE)
-            # The mapping lives as long as somebody looks at it; the descriptor is not needed for that.
-            attachment.regions.append(_Memory(mapping))
+            # The mapping lives as long as an array looks at it; the descriptor is not needed for that.
+            attachment.regions.append(np.frombuffer(mapping, dtype=np.uint8))
             attachment.unmapped.append((mapping, 0))
         peer.attachment = self._prefaulting[peer.incarnation] = attachment
 
@@ -255,21 +240,14 @@ class ShmMedium:
         peer.attachment.copy = None
         del self._copying[peer.incarnation]
 
-    def _copy_slice(self, copy: _Copy, targets: list[_Memory]) -> bool:
+    def _copy_slice(self, copy: _Copy, targets: list[NDArray[np.uint8]]) -> bool:
         """Copies some bytes; True when the job has none left. numpy lets go of the interpreter lock."""
         left = SLICE_BYTES
         while copy.next_segment < len(copy.segments) and left > 0:
             region, offset, target, target_offset, length = copy.segments[copy.next_segment]
-            if length < SMALL_BYTES:
-                targets[target].view[target_offset : target_offset + length] = self._sources[region].view[
-                    offset : offset + length
-                ]
-                left -= length * SMALL_WEIGHT
-                copy.next_segment += 1
-                continue
             count = min(length - copy.offset, left)
             begin, target_begin = offset + copy.offset, target_offset + copy.offset
-            targets[target].array[target_begin : target_begin + count] = self._sources[region].array[
+            targets[target][target_begin : target_begin + count] = self._sources[region][
                 begin : begin + count
             ]
             left -= count
