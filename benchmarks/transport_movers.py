@@ -1,7 +1,7 @@
 """What benchmarks/transport.py lets move bytes: yardsticks made of system calls alone, and the transports.
 
-A mover moves the transfers of a plan from one pool to another and returns when all have arrived. Other
-ways to move bytes (a library's own loop, a rival's engine) become movers by having the same three methods.
+A mover moves the transfers of a shape from one pool to another and returns when all have arrived. Other ways
+to move bytes (a library's own loop, a rival's engine) become movers by having the same three methods.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from diphase.kv_transfer.base import Done, Failed, PeerDown, Region, Segments, TransportContext
+from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.registry import load_factory
 from diphase.proto.clock import MonotonicClock
 
@@ -73,6 +74,7 @@ def pool() -> tuple[int, memoryview]:
     fd = os.memfd_create("pool")
     os.ftruncate(fd, POOL_BYTES)
     memory = mmap.mmap(fd, POOL_BYTES)
+    memory.madvise(mmap.MADV_HUGEPAGE)  # as engine/kv_pool.py does
     np.frombuffer(memory, dtype=np.uint8)[:] = 1
     return fd, memoryview(memory)
 
@@ -168,12 +170,18 @@ def run(views: list[memoryview], call: Callable[[list[memoryview]], int]) -> Non
 
 
 class End:
-    """A transport with one pool."""
+    """A transport with one pool. "tcp:4" is tcp over four sockets."""
 
     def __init__(self, name: str, incarnation: str) -> None:
         self.woken = threading.Event()
         fd, memory = pool()
-        context = TransportContext(incarnation=incarnation, wake=self.woken.set, clock=MonotonicClock())
+        name, _, sockets = name.partition(":")
+        context = TransportContext(
+            incarnation=incarnation,
+            wake=self.woken.set,
+            clock=MonotonicClock(),
+            tcp_sockets=int(sockets or KvTransferConfig().tcp_sockets),
+        )
         self.transport = load_factory(name)(context)
         self.transport.register(Region(buffer=memory, fd=fd))
 

@@ -5,6 +5,7 @@ Knows where bytes lie (proto/kv_layout.py) and nothing of who owns a block.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from pathlib import Path
@@ -16,6 +17,8 @@ from ..proto.kv_layout import KvLayout
 
 TORCH_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14 and later; the module mmap does not have it."""
 _MEMINFO = Path("/proc/meminfo")
 _CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _CGROUP_USED = Path("/sys/fs/cgroup/memory.current")
@@ -58,12 +61,18 @@ class KvPool:
             )
         self._fd: int | None = os.memfd_create("diphase-kv", os.MFD_CLOEXEC)
         os.ftruncate(self._fd, size_bytes)
-        self._map = mmap.mmap(self._fd, size_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
+        self._map = mmap.mmap(self._fd, size_bytes)
+        with contextlib.suppress(OSError):  # a kernel without huge pages
+            self._map.madvise(mmap.MADV_HUGEPAGE)
         self.buffer = memoryview(self._map)
         # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self.tensor = torch.frombuffer(self._map, dtype=TORCH_DTYPES[layout.dtype]).view(
             num_blocks, layout.num_layers, 2, layout.num_kv_heads, layout.block_size, layout.head_dim
         )
+        try:
+            self._map.madvise(_MADV_POPULATE_WRITE)
+        except OSError:  # an older kernel
+            self.tensor.zero_()
 
     @property
     def fd(self) -> int | None:

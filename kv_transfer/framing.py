@@ -19,7 +19,9 @@ from typing import Protocol
 HEADER = struct.Struct("<BxxxIQ")
 MAX_BODY = 16 * 1024 * 1024
 MAX_VIEWS = 256
-"""Views handed to one system call (the kernel takes 1,024)."""
+"""Views handed to one system call that sends (the kernel takes 1,024)."""
+MAX_VIEWS_IN = 128
+"""To one that receives: about as many of 16 KiB as there are bytes waiting."""
 READ_BUDGET = 16 * 1024 * 1024
 """Bytes read before other sockets get their turn."""
 MAX_FDS = 16
@@ -147,25 +149,29 @@ class Connection:
             try:
                 if first.fds and not first.begun:
                     rights = array.array("i", first.fds)
+                    wanted = len(first.views[0])
                     sent = self.sock.sendmsg(
                         [first.views[0]], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)]
                     )
                 else:
-                    sent = self.sock.sendmsg(self._gather())
+                    views, wanted = self._gather()
+                    sent = self.sock.sendmsg(views)
             except (BlockingIOError, InterruptedError):
                 return
             self._sent(sent)
+            if sent < wanted:
+                return  # the kernel has no room: the selector says when it has
 
-    def _gather(self) -> list[memoryview]:
+    def _gather(self) -> tuple[list[memoryview], int]:
+        """What one system call takes, and its bytes."""
         views: list[memoryview] = []
         for frame in self._out:
             if frame.fds and not frame.begun and views:
                 break
-            for view in frame.views:
-                if len(views) == MAX_VIEWS:
-                    return views
-                views.append(view)
-        return views
+            views.extend(islice(frame.views, MAX_VIEWS - len(views)))
+            if len(views) == MAX_VIEWS:
+                break
+        return views, sum(map(len, views))
 
     def _sent(self, count: int) -> None:
         while self._out:
@@ -223,7 +229,7 @@ class Connection:
         if self._stage == 2 or len(self._into[0]) > len(self._buffer):
             if len(self._into) == 1:
                 return self.sock.recv_into(self._into[0]), True
-            return self.sock.recvmsg_into(list(islice(self._into, MAX_VIEWS)))[0], True
+            return self.sock.recvmsg_into(list(islice(self._into, MAX_VIEWS_IN)))[0], True
         count = self.sock.recv_into(self._buffer)
         if count == 0:
             return 0, False

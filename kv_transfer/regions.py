@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..proto.errors import TransferError
 from .base import MAX_TAG_BYTES, Region, Segments
+
+FEW = 32
+"""Segments that are checked faster one by one."""
 
 
 def check_tag(tag: bytes) -> None:
@@ -29,17 +33,43 @@ def check_segments(segments: Segments, local_sizes: Sequence[int], remote_sizes:
     """
     if segments.ndim != 2 or segments.shape[1] != 5 or segments.dtype != np.int64:
         raise TransferError(f"segments are {segments.dtype}{list(segments.shape)}, not int64[n, 5]")
-    if len(segments) == 0:
-        return 0
+    if len(segments) <= FEW:
+        return _check_rows(segments.tolist(), local_sizes, remote_sizes)
     lengths = segments[:, 4]
-    if lengths.min() < 0:
-        raise TransferError("a segment has a negative length")
     _check_end("local", segments[:, 0], segments[:, 1], lengths, local_sizes)
     if remote_sizes is not None:
         _check_end("remote", segments[:, 2], segments[:, 3], lengths, remote_sizes)
-    if len(segments) > 1:
-        _check_overlaps(segments[:, 2], segments[:, 3], lengths)
+    _check_overlaps(segments[:, 2], segments[:, 3], lengths)
     return int(lengths.sum())
+
+
+def _check_rows(rows: list[list[int]], local_sizes: Sequence[int], remote_sizes: Sequence[int] | None) -> int:
+    """The same for so few that numpy would take longer."""
+    spans = []
+    for i, (local, local_offset, remote, remote_offset, length) in enumerate(rows):
+        _check_row("local", i, (local, local_offset, length), local_sizes)
+        if remote_sizes is not None:
+            _check_row("remote", i, (remote, remote_offset, length), remote_sizes)
+        if length:
+            spans.append((remote, remote_offset, remote_offset + length, i))
+    spans.sort()
+    for (region, begin, end, i), (other_region, other_begin, other_end, j) in pairwise(spans):
+        if region == other_region and other_begin < end:
+            raise _overlap(region, (i, begin, end), (j, other_begin, other_end))
+    return sum(row[4] for row in rows)
+
+
+def _check_row(end: str, i: int, row: tuple[int, int, int], sizes: Sequence[int]) -> None:
+    region, offset, length = row
+    if length < 0:
+        raise TransferError(f"segment {i} has a negative length: {length}")
+    if not 0 <= region < len(sizes):
+        raise TransferError(f"segment {i} names {end} region {region}, outside of 0 to {len(sizes) - 1}")
+    if not 0 <= offset <= sizes[region] - length:
+        raise TransferError(
+            f"segment {i} ({length} bytes at {offset}) lies outside of {end} region {region} "
+            f"of {sizes[region]} bytes"
+        )
 
 
 def _check_end(
@@ -49,17 +79,13 @@ def _check_end(
     lengths: NDArray[np.int64],
     sizes: Sequence[int],
 ) -> None:
-    if regions.min() < 0 or regions.max() >= len(sizes):
-        raise TransferError(f"a segment names a {end} region outside of 0 to {len(sizes) - 1}")
-    limits = np.asarray(sizes, dtype=np.int64)[regions]
+    known = (regions >= 0) & (regions < len(sizes))
+    limits = np.asarray([*sizes, 0], dtype=np.int64)[np.where(known, regions, len(sizes))]
     # Not offset + length > limit: the sum could overflow.
-    wrong = (offsets < 0) | (lengths > limits) | (offsets > limits - lengths)
+    wrong = ~known | (lengths < 0) | (lengths > limits) | (offsets < 0) | (offsets > limits - lengths)
     if wrong.any():
         i = int(wrong.argmax())
-        raise TransferError(
-            f"segment {i} ({int(lengths[i])} bytes at {int(offsets[i])}) lies outside of {end} region "
-            f"{int(regions[i])} of {int(limits[i])} bytes"
-        )
+        _check_row(end, i, (int(regions[i]), int(offsets[i]), int(lengths[i])), sizes)
 
 
 def _check_overlaps(
@@ -67,18 +93,25 @@ def _check_overlaps(
 ) -> None:
     """Two segments that write the same byte would leave it to chance which one does."""
     order = np.flatnonzero(lengths)
-    ordered = bool((regions == regions[0]).all())
-    if not ordered or not bool((offsets[order][1:] > offsets[order][:-1]).all()):
+    if bool((regions != regions[0]).any()):
         order = order[np.lexsort((offsets[order], regions[order]))]
-    starts, ends, of = offsets[order], offsets[order] + lengths[order], regions[order]
-    wrong = (of[1:] == of[:-1]) & (starts[1:] < ends[:-1])
+    elif bool((np.diff(offsets[order]) <= 0).any()):
+        order = order[np.argsort(offsets[order])]
+    begins, ends, of = offsets[order], offsets[order] + lengths[order], regions[order]
+    wrong = (of[1:] == of[:-1]) & (begins[1:] < ends[:-1])
     if wrong.any():
         i = int(wrong.argmax())
-        first, second = sorted((int(order[i]), int(order[i + 1])))
-        raise TransferError(
-            f"segments {first} and {second} overlap in remote region {int(of[i])}: "
-            f"{int(starts[i])} to {int(ends[i])} and {int(starts[i + 1])} to {int(ends[i + 1])}"
-        )
+        first, second = ((int(order[k]), int(begins[k]), int(ends[k])) for k in (i, i + 1))
+        raise _overlap(int(of[i]), first, second)
+
+
+def _overlap(region: int, one: tuple[int, int, int], other: tuple[int, int, int]) -> TransferError:
+    """Of segments given as index, begin, end."""
+    (i, *first), (j, *second) = sorted((one, other))
+    return TransferError(
+        f"segments {i} and {j} overlap in remote region {region}: "
+        f"{first[0]} to {first[1]} and {second[0]} to {second[1]}"
+    )
 
 
 def cut_segments(segments: Segments, num_parts: int, align: int) -> list[Segments]:

@@ -9,14 +9,17 @@ process has left its memory.
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import mmap
 import os
 import socket
 import struct
 import sys
 import uuid
+from collections import deque
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -32,9 +35,16 @@ from .socket_transport import SocketTransport
 
 SLICE_BYTES = 4 * 1024 * 1024
 """Copied before commands, deadlines and other peers get their turn."""
+PREFAULT_BYTES = 8 * 1024 * 1024
+"""Of a peer's pool that are mapped page by page in one go, while nothing is to be copied: the first transfers
+need not pay for it."""
 MAX_FRAMES = 64
 """Tags that a peer has not taken from the socket before the next copy to it begins."""
 _CREDENTIALS = struct.Struct("3i")
+_MADV_POPULATE_WRITE = 23
+"""Linux 5.14 and later; the module mmap does not have it."""
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
@@ -53,6 +63,8 @@ class _Attachment:
     """The peer's regions as they are mapped here."""
 
     regions: list[NDArray[np.uint8]]
+    unmapped: deque[tuple[mmap.mmap, int]] = field(default_factory=deque)
+    """Ranges whose pages this process has not seen: from an offset to the end of the mapping."""
     copy: _Copy | None = None
 
 
@@ -78,6 +90,7 @@ class ShmMedium:
         self._regions = regions
         self._sources: list[NDArray[np.uint8]] = []
         self._copying: dict[str, Peer] = {}
+        self._prefaulting: dict[str, _Attachment] = {}
 
     def check(self, region: Region) -> None:
         buffer = region.host_bytes()
@@ -136,16 +149,24 @@ class ShmMedium:
     def attach(self, peer: Peer, sizes: list[int], fds: list[int], fields: Mapping[str, Any]) -> None:
         if len(fds) != len(sizes):
             raise TransferError(f"{len(fds)} memfds came for {len(sizes)} regions")
-        arrays: list[NDArray[np.uint8]] = []
+        attachment = _Attachment([])
         for fd, size in zip(fds, sizes, strict=True):
             if os.fstat(fd).st_size < size:
                 raise TransferError(f"a memfd has {os.fstat(fd).st_size} bytes, not {size}")
+            if size == 0:
+                attachment.regions.append(np.empty(0, dtype=np.uint8))
+                continue
+            mapping = mmap.mmap(fd, size)
+            with contextlib.suppress(OSError):  # a kernel without huge pages
+                mapping.madvise(mmap.MADV_HUGEPAGE)
             # The mapping lives as long as an array looks at it; the descriptor is not needed for that.
-            arrays.append(np.frombuffer(mmap.mmap(fd, size), dtype=np.uint8))
-        peer.attachment = _Attachment(arrays)
+            attachment.regions.append(np.frombuffer(mapping, dtype=np.uint8))
+            attachment.unmapped.append((mapping, 0))
+        peer.attachment = self._prefaulting[peer.incarnation] = attachment
 
     def detach(self, peer: Peer) -> None:
         self._copying.pop(peer.incarnation, None)
+        self._prefaulting.pop(peer.incarnation, None)
         peer.attachment = None
 
     def ready(self, peer: Peer) -> bool:
@@ -182,9 +203,11 @@ class ShmMedium:
 
     @property
     def poll_in_s(self) -> float | None:
-        return 0.0 if self._copying else None
+        return 0.0 if self._copying or self._prefaulting else None
 
     def work(self) -> list[Peer]:
+        if not self._copying:
+            self._prefault()
         finished = []
         for peer in list(self._copying.values()):
             copy: _Copy = peer.attachment.copy
@@ -196,6 +219,22 @@ class ShmMedium:
 
     def close(self) -> None:
         """Every mapping ended with its peer."""
+
+    def _prefault(self) -> None:
+        """Some more pages of one peer's pool."""
+        incarnation, attachment = next(iter(self._prefaulting.items()))
+        if not attachment.unmapped:
+            del self._prefaulting[incarnation]
+            return
+        mapping, begin = attachment.unmapped.popleft()
+        end = min(begin + PREFAULT_BYTES, len(mapping))
+        try:
+            mapping.madvise(_MADV_POPULATE_WRITE, begin, end - begin)
+        except OSError as error:  # an older kernel, or no memory: transfers pay as they come
+            _log.debug("prefault_failed peer=%s why=%r", incarnation, str(error))
+            return
+        if end < len(mapping):
+            attachment.unmapped.appendleft((mapping, end))
 
     def _stop_copy(self, peer: Peer) -> None:
         peer.attachment.copy = None

@@ -356,8 +356,7 @@ class SocketPeers:
                 connection.read(sink)
             if peer.down is None:
                 connection.flush()
-                self.jobs.advance(peer)
-                connection.flush()
+                self.jobs.advance(peer)  # what it begins is sent at the end of the turn
         except (OSError, EOFError) as error:
             self.drop(peer, str(error))
         if peer.down is None:

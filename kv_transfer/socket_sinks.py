@@ -17,6 +17,9 @@ from .socket_jobs import SocketJobs, read_ids
 from .socket_medium import Medium, Targets
 from .socket_peer import ID, WRITE_HEAD, Kind, Peer
 
+ANY_SIZE = [2**63 - 1]
+"""Where the bytes come from is the writer's business."""
+
 
 class Peers(Protocol):
     """What the sinks ask of socket_peers.SocketPeers."""
@@ -106,11 +109,10 @@ class ReaderSink(_Sink):
             raise FrameError(f"a WRITE has a malformed table: {len(body)} bytes of body")
         transfer_id, num_lanes = WRITE_HEAD.unpack_from(body)
         targets = np.frombuffer(body, dtype=np.int64, offset=WRITE_HEAD.size).reshape(-1, 3)
-        segments = np.empty((len(targets), 5), dtype=np.int64)
+        segments = np.zeros((len(targets), 5), dtype=np.int64)
         segments[:, 2:5] = targets
-        segments[:, 0:2] = targets[:, 0:2]
         try:
-            num_bytes = check_segments(segments, self._sizes, self._sizes)
+            num_bytes = check_segments(segments, ANY_SIZE, self._sizes)
         except TransferError as error:
             raise FrameError(f"a WRITE is refused: {error.message}") from error
         if not 1 <= num_lanes <= max(1, self._peer.reader_lanes):

@@ -30,9 +30,10 @@ MAX_STRIPED = 8192
 LOST_S = 30.0
 """A connection ends when what was sent over it, or a question whether the peer is there, stays unanswered for
 so long. A link that is down for less costs nothing but time."""
-RTO_MAX_S = 1.0
+RTO_MAX_S = 2.0
 """When the link is back, what was lost is sent again within this time (Linux 6.15 and later; else it may take
-as long as the link was down)."""
+as long as the link was down). With less, the kernel's fifteen attempts (tcp_retries2) would end before
+LOST_S."""
 _TCP_RTO_MAX_MS = 44
 
 

@@ -20,6 +20,7 @@ from diphase.kv_transfer.base import (
     PeerDown,
 )
 from diphase.kv_transfer.framing import HEADER
+from diphase.kv_transfer.socket_medium import Medium
 from diphase.kv_transfer.socket_peer import Kind
 from diphase.proto.errors import InternalError, TransferError
 
@@ -191,6 +192,13 @@ class TestOtherProcess:
                     pass
         a.write("b", [(0, 0, 8)], b"still here")
         b.until(lambda: b.tags() == [b"still here"], a)
+
+    def test_connected_and_idle_its_thread_sleeps(self, make: Any, name: str) -> None:
+        a, b = joined(make, name)
+        a.write("b", [(0, 0, SIZE)], b"all")
+        b.until(lambda: b.tags() == [b"all"], a)
+        media: list[Medium] = [end.transport._medium for end in (a, b)]  # type: ignore[attr-defined]
+        a.until(lambda: all(medium.poll_in_s is None for medium in media), b)
 
     def test_a_crash_of_its_thread_is_told_to_who_polls(self, make: Any, name: str) -> None:
         """Else its owner waits for events that nobody makes."""
