@@ -20,6 +20,7 @@ TRANSPORTS: Mapping[str, str] = {
     IN_PROCESS: "diphase.kv_transfer.local:LocalTransport",
     "shm": "diphase.kv_transfer.shm:ShmTransport",
     "tcp": "diphase.kv_transfer.tcp:TcpTransport",
+    "nixl": "diphase.kv_transfer.nixl:NixlTransport",
 }
 """Name to "module:Class", best first: the order in which `auto` prefers them."""
 
