@@ -46,8 +46,9 @@ MAX_FRAMES = 64
 """Frames that a peer has not taken from the socket before the next job begins."""
 MAX_EARLY = 4096
 """Notifications of a peer that came before their announcement."""
-SPIN_S = 0.002
-"""So long after the last progress work() runs without a pause."""
+SPIN_S = 0.0001
+"""So long after the last progress work() runs without a pause; longer would keep the interpreter's lock from
+the event loop, for milliseconds at a time."""
 LONGEST_PAUSE_S = 0.001
 DRAIN_S = 0.1
 """How long what a dead writer has left in sockets of this host is taken in before its memory counts as
@@ -247,7 +248,7 @@ class NixlMedium:
         if not self._writing and not self._expecting:
             return None
         stalled = self._clock.now() - self._progress_at
-        return 0.0 if stalled < SPIN_S else min(stalled / 20, LONGEST_PAUSE_S)
+        return 0.0 if stalled < SPIN_S else min(stalled / 10, LONGEST_PAUSE_S)
 
     def work(self) -> list[Peer]:
         changed: dict[str, Peer] = {}
