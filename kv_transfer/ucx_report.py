@@ -32,17 +32,21 @@ class UcxReport:
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """UCX must be loaded within. Its settings are in the environment no longer than that: processes
-        started later would take the descriptor for theirs. Who has configured UCX's log keeps it."""
-        if self._fd is not None or "UCX_LOG_FILE" in os.environ or "UCX_PROTO_INFO" in os.environ:
+        """UCX is to be loaded within. Its settings are in the environment no longer than that: processes
+        started later would take the descriptor for theirs. Who has configured UCX's log, or loaded UCX
+        before, keeps it as it is."""
+        if self._fd is not None or "UCX_LOG_FILE" in os.environ or _ucx_is_loaded():
             yield
             return
         self._fd = os.memfd_create("ucx-log")
-        os.environ.update(UCX_LOG_FILE=f"/proc/self/fd/{self._fd}", UCX_PROTO_INFO="y")
+        asked = os.environ.get("UCX_PROTO_INFO")
+        os.environ.update(UCX_LOG_FILE=f"/proc/self/fd/{self._fd}", UCX_PROTO_INFO=asked or "y")
         try:
             yield
         finally:
-            del os.environ["UCX_LOG_FILE"], os.environ["UCX_PROTO_INFO"]
+            del os.environ["UCX_LOG_FILE"]
+            if asked is None:
+                del os.environ["UCX_PROTO_INFO"]
 
     def tell(self) -> None:
         """Logs what UCX has said since the last time: its choices of lanes, each once, and complaints."""
@@ -84,6 +88,11 @@ class UcxReport:
         data = os.pread(self._fd, os.fstat(self._fd).st_size - self._position, self._position)
         self._position += len(data)
         return data.decode(errors="replace")
+
+
+def _ucx_is_loaded() -> bool:
+    with open("/proc/self/maps", encoding="utf-8", errors="replace") as maps:
+        return any("/libucs" in line for line in maps)
 
 
 REPORT = UcxReport()
