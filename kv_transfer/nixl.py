@@ -232,11 +232,11 @@ class NixlMedium:
         inbox.early = {early for early in inbox.early if early > transfer_id}
         self._progress_at = self._clock.now()
 
-    def place(self, peer: Peer, transfer_id: int, num_bytes: int, targets: Targets) -> Iterable[memoryview]:
+    def place(self, peer: Peer, transfer_id: int, num_lanes: int, targets: Targets) -> Iterable[memoryview]:
         raise FrameError("transport nixl brings no bulk")
 
-    def arrived(self, peer: Peer, transfer_id: int, num_bytes: int) -> None:
-        raise FrameError("transport nixl brings no bulk")
+    def arrived(self, peer: Peer, transfer_id: int) -> None:
+        raise FrameError("transport nixl has one lane")
 
     def landed(self, peer: Peer, transfer_id: int) -> bool:
         return transfer_id not in peer.inbox.expected
@@ -335,7 +335,7 @@ class NixlMedium:
 def _withdraw(peer: Peer, job: Job) -> None:
     """Tells the destination to expect an announced job no longer: announces that it writes nowhere."""
     if peer.writer is not None:
-        peer.writer.queue(Kind.WRITE, WRITE_HEAD.pack(job.transfer_id, 0))
+        peer.writer.queue(Kind.WRITE, WRITE_HEAD.pack(job.transfer_id, 1))
 
 
 def _integers(name: str, values: list[Any], count: int, least: int) -> Any:

@@ -48,8 +48,9 @@ class NixlAgent:
         self.name = name
         with REPORT.listening():
             library = _load()
-            own = [kind for kind in vars(library._bindings).values() if isinstance(kind, type)]
-            self._errors: tuple[type[Exception], ...] = (RuntimeError, *(kind for kind in own if issubclass(kind, Exception)))
+            names = vars(library._bindings).values()
+            own = [kind for kind in names if isinstance(kind, type) and issubclass(kind, Exception)]
+            self._errors: tuple[type[Exception], ...] = (RuntimeError, *own)
             with self._mapped("no agent can be made"):
                 config = library.nixl_agent_config(enable_prog_thread=False, backends=[BACKEND])
                 self._agent: Any = library.nixl_agent(name, config)
