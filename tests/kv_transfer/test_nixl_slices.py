@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -34,7 +35,7 @@ def tables(draw: st.DrawFn) -> Segments:
     rows = []
     for region in range(3):
         cuts = sorted(draw(st.sets(st.integers(0, SIZE), min_size=2, max_size=10)))
-        for begin, end in zip(cuts, cuts[1:], strict=False):
+        for begin, end in pairwise(cuts):
             if draw(st.booleans()):
                 source = draw(st.integers(0, 2)), draw(st.integers(0, SIZE - (end - begin)))
                 if draw(st.booleans()) and rows and rows[-1][2] == region:  # a neighbour of the last
@@ -53,7 +54,7 @@ class TestCoalesce:
     def test_neighbours_are_joined_and_every_byte_stays(self, table: Segments) -> None:
         joined = coalesce(table)
         assert moved(joined) == moved(table)
-        for one, other in zip(joined.tolist(), joined.tolist()[1:], strict=False):
+        for one, other in pairwise(joined.tolist()):
             assert [one[0], one[1] + one[4], one[2], one[3] + one[4]] != other[:4]
 
     def test_what_is_empty_goes(self) -> None:
