@@ -102,22 +102,30 @@ class TestNothingIsLeft:
         assert b.tags() == []
 
 
-class TestOrder:
-    def test_what_writes_the_same_bytes_is_written_in_order(
+class TestFailure:
+    def test_when_nixl_fails_both_ends_are_told_and_may_connect_again(
         self, make: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setenv("UCX_TLS", "tcp")  # several lanes, which overtake each other
-        size = 1 << 24
-        a, b = joined(make, "nixl", size=size)
-        quarter = size // 4
-        for i in range(4):
-            a.bytes[i * quarter : (i + 1) * quarter] = i + 1
-        for _ in range(5):
-            for i in range(4):
-                a.write("b", [(i * quarter, 64 * i, quarter - 64 * i)], b"last")
-        b.until(lambda: len(b.tags()) == 20, a)
-        assert (b.bytes[192 : quarter - 192 * 3] == 4).all()
-        assert (b.bytes[:64] == 1).all()
+        a, b = joined(make, "nixl")
+        a.write("b", [(0, 0, 8)], b"first")
+        b.until(lambda: b.tags() == [b"first"], a)
+
+        def fails(*args: Any) -> Any:
+            raise TransferError("NIXL: the cable is gone")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(medium_of(a)._agent, "write", fails)
+            transfers = [a.write("b", [(0, 0, 8)], b"lost") for _ in range(3)]
+            a.until(lambda: bool(a.of(PeerDown)), b)
+        assert [event.message for event in a.of(PeerDown)] == ["NIXL: the cable is gone"]
+        assert [event.transfer_id for event in a.of(Failed)] == transfers
+        assert {event.code for event in a.of(Failed)} == {"peer_lost"}
+        b.until(lambda: bool(b.of(PeerDown)))
+        b.transport.admit("a")
+        a.transport.connect(b.transport.endpoint(), 5.0)
+        a.write("b", [(0, 0, 8)], b"again")
+        b.until(lambda: b.tags() == [b"first", b"again"], a)
+        a.until(lambda: rests(a, b), b)
 
 
 class TestLateBytes:
@@ -135,14 +143,17 @@ class TestLateBytes:
             far.tell(connect=base64.b64encode(b.transport.endpoint()).decode())
             far.tell(write="b", fill=5, times=1)
             b.until(lambda: b.tags() == [b"part 0"])
+            medium = medium_of(b)
+            agent, take = medium._agent, medium._agent.notifications
+            # NIXL is called again when the writer is known to be gone, not before.
+            monkeypatch.setattr(agent, "notifications", lambda: {} if medium._senders else take())
             far.tell(write="b", fill=6, times=20)
-            b.until(lambda: len(b.tags()) > 1)
-            with held(b):
-                far.signal(signal.SIGKILL)
-                far.process.wait()
+            b.until(lambda: on_thread(b, lambda: bool(medium._expecting)))
+            far.signal(signal.SIGKILL)
             b.until(lambda: bool(b.of(PeerDown)))
+            assert (b.bytes == 6).any()
             b.bytes[:] = 9
-            on_thread(b, medium_of(b)._agent.notifications)
+            on_thread(b, take)
             assert (b.bytes == 9).all()
             assert rests(b)
         finally:
