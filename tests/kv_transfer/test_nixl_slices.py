@@ -32,7 +32,7 @@ THERE = Bases(np.array([20_000, 60_000, 70_000]), np.array([0, -1, 1]))
 @st.composite
 def tables(draw: st.DrawFn) -> Segments:
     """Rows in any regions, no byte written twice."""
-    rows = []
+    rows: list[list[int]] = []
     for region in range(3):
         cuts = sorted(draw(st.sets(st.integers(0, SIZE), min_size=2, max_size=10)))
         for begin, end in pairwise(cuts):
