@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..proto.errors import TransferError
 from .nixl_agent import NixlAgent
-from .nixl_slices import Bases, Slice, coalesce, overlap, slices, spans
+from .nixl_slices import Bases, Slice, coalesce, cut, describe, overlap, spans
 from .socket_peer import ID, Job
 
 SLICE_BYTES = 8 * 1024 * 1024
@@ -30,8 +30,10 @@ class Move:
     job: Job
     slices: deque[Slice]
     """Not posted."""
-    spans: NDArray[np.int64]
+    spans: list[NDArray[np.int64]]
     """What it writes."""
+    behind: list[Move] = field(default_factory=list)
+    """Those that must be over before."""
     void: bool = False
     """Failed or cancelled: it ends without a notification and a COMMIT."""
     handles: list[Any] = field(default_factory=list)
@@ -40,6 +42,10 @@ class Move:
     @property
     def over(self) -> bool:
         return not self.slices and not self.handles
+
+    def meets(self, other: Move) -> bool:
+        """Whether both write the same byte."""
+        return any(overlap(one, two) for one in self.spans for two in other.spans)
 
 
 class Moves:
@@ -58,9 +64,12 @@ class Moves:
         return len(self._queue)
 
     def begin(self, job: Job) -> None:
-        segments = coalesce(job.segments)
-        cut = slices(segments, self._here, self._there, SLICE_BYTES, SLICE_ROWS)
-        self._queue.append(Move(job, deque(cut), spans(segments, self._there)))
+        whole = describe(coalesce(job.segments), self._here, self._there, SLICE_BYTES)
+        parts = [part for each in whole for part in cut(each, SLICE_BYTES, SLICE_ROWS)]
+        move = Move(job, deque(parts), [spans(each.remote) for each in whole])
+        # Lanes overtake each other: what writes the same bytes goes after.
+        move.behind = [other for other in self._queue if move.meets(other)]
+        self._queue.append(move)
 
     def abandon(self, job: Job) -> bool:
         """Posts nothing more of a job; returns whether it had not ended yet."""
@@ -104,10 +113,10 @@ class Moves:
     def _post(self) -> bool:
         posted = False
         room = MAX_SLICES - sum(len(move.handles) for move in self._queue)
-        for i, move in enumerate(self._queue):
-            # Lanes overtake each other: what writes the same bytes goes after.
-            if move.slices and any(overlap(move.spans, self._queue[j].spans) for j in range(i)):
+        for move in self._queue:
+            if any(not other.over for other in move.behind):
                 break
+            move.behind.clear()
             while move.slices and room:
                 part = move.slices.popleft()
                 try:

@@ -49,63 +49,81 @@ def place(region: Region) -> tuple[int, int]:
 
 def coalesce(segments: Segments) -> Segments:
     """Neighbours at both ends become one; empty segments go."""
-    segments = segments[segments[:, 4] > 0]
-    if len(segments) < 2:
+    columns = np.ascontiguousarray(segments.T)
+    if len(segments) and not columns[4].all():
+        segments = segments[columns[4] > 0]
+        columns = np.ascontiguousarray(segments.T)
+    source, begin, target, target_begin, length = columns
+    joined = begin[1:] == begin[:-1] + length[:-1]
+    joined &= target_begin[1:] == target_begin[:-1] + length[:-1]
+    if not joined.any():
         return segments
-    ends = segments[:-1, (1, 3)] + segments[:-1, 4:5]
-    same = (segments[1:, (0, 2)] == segments[:-1, (0, 2)]).all(axis=1)
-    joined = same & (segments[1:, (1, 3)] == ends).all(axis=1)
-    first = np.concatenate(([True], ~joined))
+    joined &= (source[1:] == source[:-1]) & (target[1:] == target[:-1])
+    first = np.flatnonzero(np.concatenate(([True], ~joined)))
     merged = segments[first]
-    merged[:, 4] = np.add.reduceat(segments[:, 4], np.flatnonzero(first))
+    merged[:, 4] = np.add.reduceat(length, first)
     return merged
 
 
-def spans(segments: Segments, there: Bases) -> NDArray[np.int64]:
-    """[n, 2]: begin and end of what coalesced segments write, ascending: addresses at the destination."""
-    begins = there.addresses[segments[:, 2]] + segments[:, 3]
-    found = np.stack((begins, begins + segments[:, 4]), axis=1)
-    return found[begins.argsort()]
+def spans(remote: NDArray[np.int64]) -> NDArray[np.int64]:
+    """[2, n]: begins and ends of what descriptors without overlaps write, ascending."""
+    begins, lengths = remote[:, 0], remote[:, 1]
+    if (begins[1:] < begins[:-1]).any():
+        order = begins.argsort()
+        begins, lengths = begins[order], lengths[order]
+    return np.stack((begins, begins + lengths))
 
 
 def overlap(one: NDArray[np.int64], other: NDArray[np.int64]) -> bool:
-    """Whether two tables of spans, each without overlaps of its own, share a byte."""
-    if not len(one) or not len(other) or one[-1, 1] <= other[0, 0] or other[-1, 1] <= one[0, 0]:
+    """Whether two tables of spans share a byte."""
+    if not one.size or not other.size or one[1, -1] <= other[0, 0] or other[1, -1] <= one[0, 0]:
         return False
-    after = np.searchsorted(other[:, 1], one[:, 0], side="right")  # the first that ends behind its begin
-    hit = after < len(other)
-    return bool((other[after[hit], 0] < one[hit, 1]).any())
+    if one.shape[1] > other.shape[1]:
+        one, other = other, one
+    after = other[1].searchsorted(one[0], side="right")  # the first that ends behind its begin
+    hit = after < other.shape[1]
+    return bool((other[0, after[hit]] < one[1, hit]).any())
 
 
-def slices(segments: Segments, here: Bases, there: Bases, max_bytes: int, max_rows: int) -> list[Slice]:
-    """Cuts coalesced segments into slices of so many bytes and rows at most, each of one pair of kinds."""
-    counts = -(-segments[:, 4] // max_bytes)
-    rows = np.repeat(segments, counts, axis=0)
-    shift = (np.arange(len(rows)) - np.repeat(counts.cumsum() - counts, counts)) * max_bytes
-    rows[:, 1] += shift
-    rows[:, 3] += shift
-    rows[:, 4] = np.minimum(rows[:, 4] - shift, max_bytes)
-    codes = (here.devices[rows[:, 0]] >= 0) * 2 + (there.devices[rows[:, 2]] >= 0)
-    found = []
-    for code in np.unique(codes):
-        part = rows[codes == code]
-        kinds = (DEVICE if code & 2 else HOST, DEVICE if code & 1 else HOST)
-        local, remote = _descriptors(part, 0, here), _descriptors(part, 2, there)
-        filled = part[:, 4].cumsum()
-        begin = 0
-        while begin < len(part):
-            before = filled[begin - 1] if begin else 0
-            end = int(np.searchsorted(filled, before + max_bytes, side="right"))
-            end = min(max(end, begin + 1), begin + max_rows)
-            found.append(Slice(kinds, local[begin:end], remote[begin:end]))
-            begin = end
+def describe(segments: Segments, here: Bases, there: Bases, max_bytes: int) -> list[Slice]:
+    """Descriptors of coalesced segments, none longer than `max_bytes`, for each pair of kinds."""
+    if segments[:, 4].max(initial=0) > max_bytes:
+        counts = -(-segments[:, 4] // max_bytes)
+        shift = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        shift *= max_bytes
+        segments = np.repeat(segments, counts, axis=0)
+        segments[:, 1] += shift
+        segments[:, 3] += shift
+        segments[:, 4] = np.minimum(segments[:, 4] - shift, max_bytes)
+    local, remote = _descriptors(segments, 0, here), _descriptors(segments, 2, there)
+    if here.devices.max() < 0 and there.devices.max() < 0:
+        return [Slice((HOST, HOST), local, remote)]
+    codes = (here.devices[segments[:, 0]] >= 0) * 2 + (there.devices[segments[:, 2]] >= 0)
+    return [
+        Slice(
+            (DEVICE if code & 2 else HOST, DEVICE if code & 1 else HOST),
+            local[codes == code],
+            remote[codes == code],
+        )
+        for code in np.unique(codes)
+    ]
+
+
+def cut(whole: Slice, max_bytes: int, max_rows: int) -> list[Slice]:
+    """Slices of so many bytes and rows at most; no row is longer."""
+    filled = whole.local[:, 1].cumsum()
+    found, begin, before = [], 0, 0
+    while begin < len(filled):
+        end = min(int(filled.searchsorted(before + max_bytes, side="right")), begin + max_rows)
+        found.append(Slice(whole.kinds, whole.local[begin:end], whole.remote[begin:end]))
+        begin, before = end, filled[end - 1]
     return found
 
 
 def _descriptors(rows: Segments, column: int, bases: Bases) -> NDArray[np.int64]:
     regions = rows[:, column]
     found = np.empty((len(rows), 3), dtype=np.int64)
-    found[:, 0] = bases.addresses[regions] + rows[:, column + 1]
+    np.add(bases.addresses.take(regions), rows[:, column + 1], out=found[:, 0])
     found[:, 1] = rows[:, 4]
-    found[:, 2] = np.maximum(bases.devices[regions], 0)
+    found[:, 2] = bases.devices.clip(0).take(regions)
     return found
