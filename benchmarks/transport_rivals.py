@@ -64,6 +64,7 @@ class NixlEnd:
     """An agent with one pool and no thread of its own."""
 
     def __init__(self, name: str) -> None:
+        os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
         import nixl_cu13
 
         self.memory = pool()[1]
@@ -85,16 +86,17 @@ class NixlLoop:
             self.end = NixlEnd(f"{name}-source")
             self.far = Far(context, nixl_destination, f"{name}-destination")
             metadata, self.there = self.far.pipe.recv()
-        self.peer = self.end.agent.add_remote_agent(metadata).decode()
-        self.requests: dict[Shape, list[Any]] = {}
+        self.peer = self.end.agent.add_remote_agent(metadata)
+        self.lists: dict[int, tuple[Any, Any]] = {}
+        """The pool in pieces of a size, here and there."""
+        self.requests: dict[tuple[Shape, int], Any] = {}
 
     def move(self, shape: Shape, count: int) -> None:
-        agent = self.end.agent
-        requests = self.requests.get(shape) or self._prepare(shape)
+        agent, tables = self.end.agent, shape.tables()
         self.far.pipe.send(count)
         moving: deque[Any] = deque()
         for i in range(count):
-            request = requests[i % len(requests)]
+            request = self._request(shape, i % len(tables))
             while len(moving) >= DEPTH or request in moving:
                 self._wait(moving.popleft())
             if agent.transfer(request, b"transfer") == "PROC":
@@ -109,30 +111,36 @@ class NixlLoop:
         if state != "DONE":
             raise SystemExit(f"NIXL's own loop ended with {state}")
 
-    def _prepare(self, shape: Shape) -> list[Any]:
-        agent, piece = self.end.agent, shape.piece_bytes
-        count = POOL_BYTES // piece
-        here = np.array([[self.end.address, piece, 0, piece, count]], dtype=np.int64)
-        there = np.array([[self.there, piece, 0, piece, count]], dtype=np.int64)
-        local = agent.prep_xfer_dlist("NIXL_INIT_AGENT", here, "DRAM")
-        remote = agent.prep_xfer_dlist(self.peer, there, "DRAM")
-        self.requests[shape] = [
-            agent.make_prepped_xfer(
+    def _request(self, shape: Shape, index: int) -> Any:
+        if (shape, index) not in self.requests:
+            piece, table = shape.piece_bytes, shape.tables()[index]
+            if piece not in self.lists:
+                self.lists[piece] = self._prepare(piece)
+            local, remote = self.lists[piece]
+            self.requests[shape, index] = self.end.agent.make_prepped_xfer(
                 "WRITE",
                 local,
                 (table[:, 1] // piece).astype(np.int32),
                 remote,
                 (table[:, 3] // piece).astype(np.int32),
             )
-            for table in shape.tables()
-        ]
-        return self.requests[shape]
+        return self.requests[shape, index]
+
+    def _prepare(self, piece: int) -> tuple[Any, Any]:
+        count = POOL_BYTES // piece
+        here = np.array([[self.end.address, piece, 0, piece, count]], dtype=np.int64)
+        there = np.array([[self.there, piece, 0, piece, count]], dtype=np.int64)
+        agent = self.end.agent
+        return (
+            agent.prep_xfer_dlist("NIXL_INIT_AGENT", here, "DRAM"),
+            agent.prep_xfer_dlist(self.peer, there, "DRAM"),
+        )
 
     def pids(self) -> list[int]:
         return [self.far.process.pid]
 
     def close(self) -> None:
-        for request in (each for some in self.requests.values() for each in some):
+        for request in self.requests.values():
             request.release()
         self.far.pipe.send(None)
         self.far.process.join()

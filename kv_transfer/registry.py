@@ -26,8 +26,8 @@ TRANSPORTS: Mapping[str, str] = {
 """Name to "module:Class", best first: the order in which `auto` prefers them."""
 
 FOR_FABRICS = frozenset({"nixl"})
-"""What `auto` opens only where there is an RDMA device. Elsewhere NIXL goes over TCP, and is slower at that than
-tcp (benchmarks/transport.py); and UCX's hooks stay out of the process."""
+"""What `auto` opens only where there is an RDMA device. Elsewhere NIXL goes over TCP, slower than tcp does
+(benchmarks/transport.py); and UCX's hooks stay out of the process."""
 
 EXTRAS: Mapping[str, str] = {"nixl_cu13": "nixl", "cupy": "cuda", "triton": "cuda"}
 """Library to the extra of this package that installs it."""
