@@ -3,7 +3,8 @@
 Run `.venv/bin/python -P benchmarks/transport.py`. Transfers of 16 MiB, made of pieces of 16 KiB to 16 MiB
 that are neighbours or scattered over the pool, go through each mover in turn: memcpy of the same pieces
 between warm memfds, the same between anonymous memory, a raw sendmsg and recvmsg_into loop over a loopback
-socket, and the transports ("tcp:4" is tcp over four sockets). The ratios are the result, each of the best of
+socket, the loops of other libraries where they are installed (transport_rivals.py), and the transports
+("tcp:4" is tcp over four sockets). The ratios are the result, each of the best of
 all rounds, since whatever else runs on the machine can only slow a round down; those of the medians stand
 beside them. Then transfers of one small piece, one at a time and several in flight, and what an idle
 connected transport costs. Writes docs/results/transport.json.
@@ -30,6 +31,7 @@ from diphase.benchmarks.transport_movers import (
     Transfers,
     cpu_s,
 )
+from diphase.benchmarks.transport_rivals import rivals
 
 KIB, MIB, GIB = 1024, 1024**2, 1024**3
 TRANSFER_BYTES = 16 * MIB
@@ -37,8 +39,12 @@ PIECES = (16 * KIB, 64 * KIB, 256 * KIB, MIB, 4 * MIB, TRANSFER_BYTES)
 SMALL = (1 * KIB, 16 * KIB, 256 * KIB)
 """Transfers of one piece."""
 IDLE_S = 5.0
-YARDSTICK = {"shm": ("memcpy", "memcpy_anonymous"), "tcp": ("socket",)}
-"""What a transport is measured against."""
+YARDSTICK = {
+    "shm": ("memcpy", "memcpy_anonymous"),
+    "tcp": ("socket", "nixl_loop_tcp", "mooncake"),
+    "nixl": ("nixl_loop",),
+}
+"""What a transport is measured against, where it is there."""
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "transport.json"
 
 
@@ -48,6 +54,7 @@ def movers(context: Any, names: list[str]) -> dict[str, Mover]:
         "memcpy": Memcpy(shared=True),
         "memcpy_anonymous": Memcpy(shared=False),
         "socket": RawSocket(context),
+        **rivals(context),
     }
     found.update((name, Transfers(context, name)) for name in names)
     return found
@@ -102,6 +109,7 @@ def sweep(found: dict[str, Mover], rounds: int, total: int) -> list[dict[str, An
                     f"{name}/{of}": row[key][name] / row[key][of]
                     for name in found
                     for of in YARDSTICK.get(name.partition(":")[0], ())
+                    if of in found
                 }
                 row["ratio" if key == "gib_s" else "median_ratio"] = ratios
             rows.append(row)
@@ -149,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--mib", type=int, default=128, help="moved in a round by each mover")
-    parser.add_argument("--transports", nargs="+", default=["shm", "tcp", "tcp:4"])
+    parser.add_argument("--transports", nargs="+", default=["shm", "tcp", "tcp:4", "nixl"])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     context = mp.get_context("spawn")

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import importlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 from ..proto.clock import Clock
 from ..proto.errors import ConfigError, TransferError
@@ -19,9 +20,14 @@ from .config import IN_PROCESS, KvTransferConfig
 TRANSPORTS: Mapping[str, str] = {
     IN_PROCESS: "diphase.kv_transfer.local:LocalTransport",
     "shm": "diphase.kv_transfer.shm:ShmTransport",
+    "nixl": "diphase.kv_transfer.nixl:NixlTransport",
     "tcp": "diphase.kv_transfer.tcp:TcpTransport",
 }
 """Name to "module:Class", best first: the order in which `auto` prefers them."""
+
+FOR_FABRICS = frozenset({"nixl"})
+"""What `auto` opens only where there is an RDMA device. Elsewhere NIXL goes over TCP, slower than tcp does
+(benchmarks/transport.py); and UCX's hooks stay out of the process."""
 
 EXTRAS: Mapping[str, str] = {"nixl_cu13": "nixl", "cupy": "cuda", "triton": "cuda"}
 """Library to the extra of this package that installs it."""
@@ -152,6 +158,19 @@ def load_factory(name: str) -> TransportFactory:
     return factory
 
 
+def has_fabric(devices: Path = Path("/sys/class/infiniband")) -> bool:
+    """Whether this machine has an RDMA device."""
+    return devices.is_dir() and any(devices.iterdir())
+
+
+def auto_order(names: Iterable[str], *, fabric: bool, in_process: bool) -> list[str]:
+    """What `auto` opens of the registry's `names`, best first. `in_process`: roles of this process may meet
+    without leaving it."""
+    return [
+        name for name in names if (in_process or name != IN_PROCESS) and (fabric or name not in FOR_FABRICS)
+    ]
+
+
 def open_transports(
     config: KvTransferConfig,
     *,
@@ -181,7 +200,7 @@ def open_transports(
         hub=hub,
     )
     opened: dict[str, Transport] = {}
-    every = [name for name in TRANSPORTS if name != IN_PROCESS or hub is not None]
+    every = auto_order(TRANSPORTS, fabric=has_fabric(), in_process=hub is not None)
     with ExitStack() as on_error:
         for name in every if config.transport == "auto" else (config.transport,):
             try:

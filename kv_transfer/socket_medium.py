@@ -164,7 +164,7 @@ class Medium(Protocol):
 
     def work(self) -> list[Peer]:
         """Moves some bytes, or looks how far they are; returns the peers of whom something changed: a job is
-        finished, a transfer has landed, it has become quiet."""
+        finished, a transfer has landed, it has become quiet, or cannot be written to (peer.failure)."""
         ...
 
     def close(self) -> None:

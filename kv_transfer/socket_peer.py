@@ -90,6 +90,8 @@ class Peer:
     """Ours."""
     questions: deque[int] = field(default_factory=deque)
     """Its fences that we have not answered."""
+    failure: str | None = None
+    """Why the medium can do no more for it: work() has returned it, and it is dropped for that."""
     down: str | None = None
     """Why it is being dropped, once it is."""
     attachment: Any = None

@@ -110,6 +110,8 @@ class SocketPeers:
             if self._worked_at + wait > now or now >= began + WORK_S:
                 return max(0.0, self._worked_at + wait - now)
             for peer in medium.work():
+                if peer.failure is not None:
+                    self.drop(peer, peer.failure)
                 self.jobs.deliver(peer)
                 self._settle(peer)
                 self.jobs.advance(peer)

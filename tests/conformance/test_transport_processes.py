@@ -167,7 +167,7 @@ class TestOtherProcess:
         fields = json.loads(b.transport.endpoint())
         kind, address = (
             (socket.AF_INET, (fields.get("host"), fields.get("port")))
-            if name.startswith("tcp")
+            if "port" in fields
             else (socket.AF_UNIX, "\0" + fields.get("path", ""))
         )
         for noise in (

@@ -39,7 +39,7 @@ def _param(name: str) -> Any:
     return name
 
 
-HOST_MEMORY = ["local", "shm", "tcp"]
+HOST_MEMORY = ["local", "shm", "tcp", "nixl"]
 """Transports that this suite can ask on any machine; one more is one more name here."""
 OVER_LANES = "tcp over 3 sockets"
 """The same transport, with stripes so small that almost every transfer has several."""

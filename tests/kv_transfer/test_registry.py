@@ -1,0 +1,32 @@
+"""What `auto` opens, and in which order."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from diphase.kv_transfer.config import IN_PROCESS
+from diphase.kv_transfer.registry import TRANSPORTS, auto_order, has_fabric
+
+
+def test_a_fabric_is_an_rdma_device(tmp_path: Path) -> None:
+    assert not has_fabric(tmp_path / "infiniband")
+    (tmp_path / "infiniband").mkdir()
+    assert not has_fabric(tmp_path / "infiniband")
+    (tmp_path / "infiniband" / "mlx5_0").mkdir()
+    assert has_fabric(tmp_path / "infiniband")
+
+
+def test_on_a_fabric_nixl_comes_before_tcp_and_behind_shm() -> None:
+    order = auto_order(TRANSPORTS, fabric=True, in_process=False)
+    assert order.index("shm") < order.index("nixl") < order.index("tcp")
+
+
+def test_without_a_fabric_nixl_is_not_opened() -> None:
+    with_fabric = auto_order(TRANSPORTS, fabric=True, in_process=False)
+    without = auto_order(TRANSPORTS, fabric=False, in_process=False)
+    assert without == [name for name in with_fabric if name != "nixl"]
+
+
+def test_only_roles_of_one_process_meet_in_it() -> None:
+    assert IN_PROCESS not in auto_order(TRANSPORTS, fabric=True, in_process=False)
+    assert auto_order(TRANSPORTS, fabric=True, in_process=True)[0] == IN_PROCESS
