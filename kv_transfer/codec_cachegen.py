@@ -144,9 +144,9 @@ class CacheGenCodec:
             raise TransferError(f"the payload's escapes are {num_escapes} where {found} are expected")
 
 
-coarse = partial(CacheGenCodec, "cachegen-1", (0.70, 0.70, 0.70), (1.40, 1.40, 1.40))
-medium = partial(CacheGenCodec, "cachegen-2", (0.50, 0.50, 0.50), (1.00, 1.00, 1.00))
-fine = partial(CacheGenCodec, "cachegen-3", (0.25, 0.25, 0.25), (0.50, 0.50, 0.50))
+coarse = partial(CacheGenCodec, "cachegen-1", (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
+medium = partial(CacheGenCodec, "cachegen-2", (0.25, 0.25, 0.25), (0.5, 0.5, 0.5))
+fine = partial(CacheGenCodec, "cachegen-3", (0.125, 0.125, 0.125), (0.25, 0.25, 0.25))
 """The levels; benchmarks/codecs.py measures what they save and spoil."""
 
 
