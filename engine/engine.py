@@ -123,12 +123,14 @@ class TorchEngine:
         if self._runner is None:
             raise RuntimeError("the engine is closed")
         with torch.inference_mode():
-            try:
+            if self._group is None:
                 return self._runner.run(plan, on_layer)
+            try:
+                logits = self._runner.run(plan, on_layer)
             except WorkerLost as error:
-                if self._group is None:
-                    raise
                 raise self._group.reason(error) from error
+            self._group.step_done()
+            return logits
 
     def watch(self, lost: Callable[[DiphaseError], None]) -> None:
         if self._group is not None:

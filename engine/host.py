@@ -312,6 +312,7 @@ class WorkerHost:
         try:
             result = await self._execute(plan, hook)
         except WorkerLost as error:  # no further step can run: what other requests it has fails with it
+            self.metrics.step_failed()
             self.emit(self._role.fail(plan, error))
             raise
         except Exception as exc:  # the top of a step: its requests fail, the worker lives

@@ -32,13 +32,15 @@ class RankGroup:
     def __init__(self, config: EngineConfig, fingerprint: str) -> None:
         """Starts the processes, which then load their models."""
         self._config = config
-        # A file of no folder: nothing is left of it, however this process ends.
-        self._store = os.memfd_create("diphase-ranks", os.MFD_CLOEXEC)
-        self.store_path = f"/proc/{os.getpid()}/fd/{self._store}"
+        # A file of no folder: nothing is left of it, however this process ends. It is never closed: torch
+        # opens the path once more whenever it lets go of the group, and must not meet another file there.
+        store = os.memfd_create("diphase-ranks", os.MFD_CLOEXEC)
+        self.store_path = f"/proc/{os.getpid()}/fd/{store}"
         self._processes: list[subprocess.Popen[bytes]] = []
         self._sockets: list[socket.socket] = []
         self._closing = os.eventfd(0, os.EFD_CLOEXEC)
         self._watcher: threading.Thread | None = None
+        self._in_step = False
         self._closed = False
         try:
             for rank in range(1, config.tensor_parallel):
@@ -95,13 +97,21 @@ class RankGroup:
         """Has every rank compute a step (StepRows.to_bytes()).
 
         Raises:
-            WorkerLost: one is gone or reads nothing.
+            WorkerLost: one is gone or reads nothing, or the step before failed.
         """
+        if self._in_step:
+            # The others wait for rank 0's part of a sum of that step, and would take one of this for it.
+            raise WorkerLost("a step failed on rank 0 of this worker, and the other ranks are still in it")
+        self._in_step = True
         for sock in self._sockets:
             try:
                 rank_wire.send(sock, Kind.STEP, rows)
             except OSError as exc:
                 raise WorkerLost(f"a rank of this worker does not take a step: {exc}") from exc
+
+    def step_done(self) -> None:
+        """Rank 0 has computed the announced step to its end, and so have the others."""
+        self._in_step = False
 
     def reason(self, error: DiphaseError) -> DiphaseError:
         """`error`, or what a rank said before it ended."""
@@ -147,7 +157,6 @@ class RankGroup:
         for process in self._processes:
             process.wait()
         os.close(self._closing)
-        os.close(self._store)
 
 
 def _mapped(kind: Kind, payload: bytes, fd: int | None, size_bytes: int) -> KvRegion:

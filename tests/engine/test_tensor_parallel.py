@@ -24,7 +24,7 @@ from diphase.engine.rank_group import RankGroup
 from diphase.engine.sequence import Sequence
 from diphase.engine.tensor_parallel import layout_of, num_blocks_of, sharding_of
 from diphase.engine.weights import drawn_tensors, rank_tensors
-from diphase.proto.errors import CheckpointError, ConfigError, WorkerLost
+from diphase.proto.errors import CheckpointError, ConfigError, InternalError, WorkerLost
 from diphase.proto.ids import HandoffKey
 from diphase.proto.sampling import SamplingParams
 from diphase.proto.slo import Slo
@@ -34,6 +34,13 @@ from ..live_workers import rank_pids
 PROMPT = [(i * i * 7 + i * 31) % 490 + 5 for i in range(150)]
 CONFIG = EngineConfig(model="dummy:tiny", dtype="fp32", kv_cache_mib=4)
 TWO = replace(CONFIG, tensor_parallel=2)
+
+
+def wait_for_exit(*handles: int) -> None:
+    """Of processes, by their pidfds."""
+    for handle in handles:
+        with open(handle, "rb") as process:
+            assert select.select([process], [], [], 20.0)[0], "a process lives on"
 
 
 @pytest.fixture(autouse=True)
@@ -220,12 +227,33 @@ def test_a_stopped_rank_ends_the_step_at_its_deadline_and_no_layer_is_said_to_be
 def test_a_rank_that_cannot_compute_says_why() -> None:
     engine = TorchEngine.load(TWO)
     try:
+        rank = os.pidfd_open(rank_pids()[0])
         wrong = plan()
         wrong.chunks[0].sequence.token_ids[3] = 10**6  # outside the embedding, on both
         with pytest.raises(Exception, match="index out of range") as told:
             engine.execute(wrong)
+        wait_for_exit(rank)
         assert not isinstance(told.value, WorkerLost)  # rank 0's own, before it waits for anybody
         with pytest.raises(WorkerLost, match="index out of range"):
+            engine.execute(plan())
+    finally:
+        engine.close()
+
+
+def test_after_a_step_that_failed_on_one_rank_alone_no_other_is_computed() -> None:
+    """The other rank still waits for its sums, and would add those of the next step to its own."""
+    engine = TorchEngine.load(TWO)
+
+    def hook(layer: int) -> None:
+        raise ValueError(f"no interest in layer {layer}")
+
+    try:
+        with pytest.raises(InternalError):  # before the others hear of it: no harm
+            engine.execute(plan(0))
+        engine.execute(plan())
+        with pytest.raises(ValueError, match="no interest in layer 0"):
+            engine.execute(plan(), hook)
+        with pytest.raises(WorkerLost, match="still in it"):
             engine.execute(plan())
     finally:
         engine.close()
@@ -272,5 +300,4 @@ def test_ranks_die_with_their_parent(stopped: bool) -> None:
         if stopped:
             os.kill(pid, signal.SIGSTOP)
         parent.kill()
-    with open(handle, "rb") as rank:
-        assert select.select([rank], [], [], 20.0)[0], "the rank lives on"
+    wait_for_exit(handle)
