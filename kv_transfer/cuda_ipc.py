@@ -256,10 +256,11 @@ def _lose_nobody(peer: Peer, message: str) -> None:
 class CudaIpcTransport(SocketTransport):
     """See base.Transport."""
 
+    needs = ("cupy",)
+
     def __init__(self, context: TransportContext, *, device_of: DeviceFactory | None = None) -> None:
         """
         Raises:
-            ModuleNotFoundError: CuPy is not installed.
             TransferError: no GPU is usable here.
         """
         if device_of is None:

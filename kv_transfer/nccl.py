@@ -23,11 +23,14 @@ from ..proto.errors import DiphaseError, TransferError
 from .base import CancelKind, Capabilities, Region, Segments, TransportContext
 from .cuda_memory import Device, DeviceFactory, cuda_device_of, cuda_runtime, num_devices
 from .framing import Connection, FrameError
+from .nccl_communicator import load_nccl
 from .nccl_owner import UNIQUE_ID_BYTES
 from .nccl_process import Named, Opened, OwnerProcess, Passed, Told
 from .regions import coalesce
 from .socket_medium import Targets
 from .socket_peer import Job, Peer, announce, commit
+from .socket_peers import SocketPeers
+from .socket_thread import SocketThread
 from .socket_transport import SocketTransport
 from .tcp import TcpMedium
 
@@ -348,25 +351,27 @@ def _nobody() -> None:
 class _ThreadCrew:
     """See Crew."""
 
-    def __init__(self, transport: NcclTransport) -> None:
-        self._transport = transport
+    def __init__(self, thread: SocketThread, peers: SocketPeers) -> None:
+        self._thread = thread
+        self._peers = peers
 
     def watch(self, connection: Connection) -> None:
-        self._transport.thread.watch(connection)
+        self._thread.watch(connection)
 
     def unwatch(self, connection: Connection) -> None:
-        self._transport.thread.unwatch(connection)
+        self._thread.unwatch(connection)
 
     def at(self, in_s: float, action: Callable[[], None]) -> None:
-        thread = self._transport.thread
-        thread.at(thread.clock.now() + in_s, action)
+        self._thread.at(self._thread.clock.now() + in_s, action)
 
     def lose(self, peer: Peer, message: str) -> None:
-        self._transport.thread.post(partial(self._transport.peers.drop, peer, message))
+        self._thread.post(partial(self._peers.drop, peer, message))
 
 
 class NcclTransport(SocketTransport):
     """See base.Transport."""
+
+    needs = ("cupy",)
 
     def __init__(
         self,
@@ -378,16 +383,12 @@ class NcclTransport(SocketTransport):
     ) -> None:
         """
         Raises:
-            ModuleNotFoundError: CuPy or NCCL is not installed.
-            TransferError: no GPU is usable here.
+            TransferError: no GPU is usable here, or NCCL is not installed.
         """
         if device_of is None:
-            import cupy.cuda.nccl  # noqa: F401
-
+            load_nccl()
             num_devices(cuda_runtime())
         regions: list[Region] = []
-        medium = NcclMedium(
-            context.host, regions, device_of or cuda_device_of, communicator, open_timeout_s
-        )
+        medium = NcclMedium(context.host, regions, device_of or cuda_device_of, communicator, open_timeout_s)
         super().__init__(context, medium, regions)
-        medium.crew = _ThreadCrew(self)
+        medium.crew = _ThreadCrew(self._thread, self._peers)

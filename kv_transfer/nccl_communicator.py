@@ -1,4 +1,4 @@
-"""NCCL by CuPy, for the owner process (nccl_owner.py): one pair, one direction. Imported by nothing else."""
+"""NCCL by CuPy, for the owner process (nccl_owner.py): one pair, one direction."""
 
 from __future__ import annotations
 
@@ -23,6 +23,19 @@ def from_nccl(status: int, message: str) -> DiphaseError:
     return InternalError(f"NCCL was used wrongly: {message}")
 
 
+def load_nccl() -> Any:
+    """CuPy's bindings of NCCL; they can be imported without a driver.
+
+    Raises:
+        TransferError: the library is not installed.
+    """
+    from cupy.cuda import nccl
+
+    if not nccl.available:
+        raise TransferError("CuPy finds no NCCL here; pip install nvidia-nccl-cu13")
+    return nccl
+
+
 class CupyCommunicator:
     """See nccl_owner.Communicator. Rank 0 sends, rank 1 receives; without runs, one byte the other way."""
 
@@ -31,11 +44,7 @@ class CupyCommunicator:
         Raises:
             TransferError: the library is not installed.
         """
-        try:
-            from cupy.cuda import nccl
-        except ImportError as error:
-            raise TransferError(f"NCCL cannot be loaded: {error}; pip install nvidia-nccl-cu13") from error
-        self._nccl = nccl
+        self._nccl = load_nccl()
         self._runtime = cuda_runtime()
         self._device: CudaDevice | None = None
         self._index = 0

@@ -57,7 +57,7 @@ class OwnerProcess:
                 stdout=2,  # what a library prints is no output of ours
                 pass_fds=[theirs.fileno()],
             )
-        self._connection = Connection(ours)
+        self.connection = Connection(ours)
         self._told: list[Told] = []
         self._closing = False
 
@@ -65,18 +65,10 @@ class OwnerProcess:
     def pid(self) -> int:
         return self._process.pid
 
-    def fileno(self) -> int:
-        return self._connection.sock.fileno()
-
     @property
     def ended(self) -> bool:
         """Whether the process is gone, and with it everything that it had posted."""
         return self._process.poll() is not None
-
-    @property
-    def unsent(self) -> bool:
-        """Whether flush() must be called again."""
-        return not self._connection.idle
 
     def open(self, rank: int, regions: Sequence[tuple[bytes, int]], unique_id: bytes = b"") -> None:
         """`regions` are handles and sizes. Rank 1 says Named first; both say Opened in the end."""
@@ -103,9 +95,13 @@ class OwnerProcess:
         if not self.ended:
             self._process.kill()
 
+    def wait(self) -> None:
+        """Returns when it has ended. Blocks."""
+        self._process.wait()
+
     def release(self) -> None:
         """Closes the socket, once the process has ended."""
-        self._connection.close()
+        self.connection.close()
 
     def read(self) -> list[Told]:
         """What it has said since.
@@ -115,7 +111,7 @@ class OwnerProcess:
                 whoever was at fault).
         """
         try:
-            self._connection.read(self)
+            self.connection.read(self)
         except FrameError as error:
             raise InternalError(f"the owner process talks nonsense: {error}") from error
         except (OSError, EOFError) as error:
@@ -129,7 +125,7 @@ class OwnerProcess:
             PeerLost: it has ended.
         """
         try:
-            self._connection.flush()
+            self.connection.flush()
         except OSError as error:
             raise PeerLost(f"the process that owns the communicator ended (pid {self.pid})") from error
 
@@ -153,5 +149,5 @@ class OwnerProcess:
         return True
 
     def _say(self, word: Word, body: bytes = b"") -> None:
-        self._connection.queue(word, body)
+        self.connection.queue(word, body)
         self.flush()

@@ -6,6 +6,7 @@ A new transport is one file plus one line in TRANSPORTS; its module is imported 
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
@@ -19,8 +20,10 @@ from .config import IN_PROCESS, KvTransferConfig
 
 TRANSPORTS: Mapping[str, str] = {
     IN_PROCESS: "diphase.kv_transfer.local:LocalTransport",
+    "cuda_ipc": "diphase.kv_transfer.cuda_ipc:CudaIpcTransport",
     "shm": "diphase.kv_transfer.shm:ShmTransport",
     "nixl": "diphase.kv_transfer.nixl:NixlTransport",
+    "nccl": "diphase.kv_transfer.nccl:NcclTransport",
     "tcp": "diphase.kv_transfer.tcp:TcpTransport",
 }
 """Name to "module:Class", best first: the order in which `auto` prefers them."""
@@ -145,6 +148,9 @@ def load_factory(name: str) -> TransportFactory:
     module, _, attribute = TRANSPORTS[name].partition(":")
     try:
         factory: TransportFactory = getattr(importlib.import_module(module), attribute)
+        for needed in getattr(factory, "needs", ()):  # what it imports only when it is made
+            if importlib.util.find_spec(needed) is None:
+                raise ModuleNotFoundError(f"No module named {needed!r}", name=needed)
     except ModuleNotFoundError as error:
         library = (error.name or "").partition(".")[0]
         if library not in EXTRAS:

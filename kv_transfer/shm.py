@@ -13,10 +13,6 @@ import contextlib
 import logging
 import mmap
 import os
-import socket
-import struct
-import sys
-import uuid
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +28,7 @@ from .framing import FrameError
 from .socket_medium import Targets
 from .socket_peer import Job, Peer, commit
 from .socket_transport import SocketTransport
+from .unix_door import UnixDoor
 
 SLICE_BYTES = 4 * 1024 * 1024
 """Copied before commands, deadlines and other peers get their turn."""
@@ -40,7 +37,6 @@ PREFAULT_BYTES = 8 * 1024 * 1024
 need not pay for it."""
 MAX_FRAMES = 64
 """Tags that a peer has not taken from the socket before the next copy to it begins."""
-_CREDENTIALS = struct.Struct("3i")
 _MADV_POPULATE_WRITE = 23
 """Linux 5.14 and later; the module mmap does not have it."""
 
@@ -68,12 +64,11 @@ class _Attachment:
     copy: _Copy | None = None
 
 
-class ShmMedium:
+class ShmMedium(UnixDoor):
     """See socket_medium.Medium."""
 
     name = "shm"
     capabilities = Capabilities(name="shm", device_memory=False, same_host=True, cancel=CancelKind.FENCE)
-    fields: Mapping[str, type] = MappingProxyType({"path": str, "host": str, "uid": int})
     hello_fields: Mapping[str, type] = MappingProxyType({})
     welcome_fields: Mapping[str, type] = MappingProxyType({})
     severs = False
@@ -84,9 +79,7 @@ class ShmMedium:
         Raises:
             TransferError: this is not Linux.
         """
-        if sys.platform != "linux":
-            raise TransferError("transport shm needs Linux (memfd and abstract sockets)")
-        self._host = _host()
+        super().__init__(self.name)
         self._regions = regions
         self._sources: list[NDArray[np.uint8]] = []
         self._copying: dict[str, Peer] = {}
@@ -100,39 +93,6 @@ class ShmMedium:
         if size < len(buffer):
             raise TransferError(f"the memfd has {size} bytes, the region {len(buffer)}")
         self._sources.append(np.frombuffer(buffer, dtype=np.uint8))
-
-    def describe(self, address: Any) -> dict[str, Any]:
-        return {"path": address[1:].decode(), "host": self._host, "uid": os.getuid()}
-
-    def reaches(self, endpoint: dict[str, Any]) -> str | None:
-        if endpoint["host"] != self._host:
-            return "the peer is on another host or in another network namespace"
-        if endpoint["uid"] != os.getuid():
-            return f"the peer runs as user {endpoint['uid']}, this worker as {os.getuid()}"
-        return None
-
-    def listen(self) -> socket.socket:
-        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        listener.bind(f"\0diphase-{uuid.uuid4().hex}")
-        listener.listen(128)
-        listener.setblocking(False)
-        return listener
-
-    def dial(self, endpoint: dict[str, Any]) -> socket.socket:
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        try:
-            sock.connect(f"\0{endpoint['path']}")
-        except OSError:
-            sock.close()
-            raise
-        return sock
-
-    def greet(self, sock: socket.socket) -> str | None:
-        # An abstract socket has no permissions: any user of the host could connect.
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
-        _, uid, _ = _CREDENTIALS.unpack(credentials)
-        return None if uid == os.getuid() else f"user {uid} may not connect"
 
     def hello(self, peer: Peer) -> dict[str, Any]:
         return {}
@@ -256,13 +216,6 @@ class ShmMedium:
                 copy.next_segment += 1
                 copy.offset = 0
         return copy.next_segment == len(copy.segments)
-
-
-def _host() -> str:
-    """Names this machine's kernel and network namespace: where abstract unix sockets reach."""
-    with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
-        boot = file.read().strip()
-    return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"
 
 
 class ShmTransport(SocketTransport):

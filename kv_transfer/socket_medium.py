@@ -79,8 +79,9 @@ class Medium(Protocol):
         """
         ...
 
-    def welcome(self, peer: Peer) -> dict[str, Any]:
-        """Destination: `welcome_fields`.
+    def welcome(self, peer: Peer) -> dict[str, Any] | None:
+        """Destination: `welcome_fields`, or None while they are not known; then it is asked again when work()
+        returns the peer.
 
         Raises:
             TransferError: there can be no connection.

@@ -80,6 +80,8 @@ class Peer:
     """How many it has announced."""
     reader_session: str = ""
     """What its further lanes must know."""
+    is_answered: bool = False
+    """Whether it was told WELCOME."""
     waiting: deque[Job] = field(default_factory=deque)
     """Not begun."""
     unacknowledged: dict[int, Job] = field(default_factory=dict)

@@ -112,6 +112,7 @@ class SocketPeers:
             for peer in medium.work():
                 if peer.failure is not None:
                     self.drop(peer, peer.failure)
+                self._answer(peer)
                 self.jobs.deliver(peer)
                 self._settle(peer)
                 self.jobs.advance(peer)
@@ -165,19 +166,33 @@ class SocketPeers:
     def _welcome_first(self, peer: Peer, connection: Connection, fields: dict[str, Any]) -> None:
         if not 1 <= fields["lanes"] <= MAX_TCP_SOCKETS:
             raise TransferError(f"lanes: {fields['lanes']}, not 1 to {MAX_TCP_SOCKETS}")
-        medium = self._medium
-        medium.heard(peer, fields)
+        self._medium.heard(peer, fields)
         peer.reader_session = uuid.uuid4().hex
+        peer.readers[0] = connection
+        peer.reader_lanes = fields["lanes"]
+        self._answer(peer)
+
+    def _answer(self, peer: Peer) -> None:
+        """Says WELCOME, if it has not been said and the medium has what goes with it."""
+        medium, connection = self._medium, peer.reader
+        if connection is None or peer.is_answered or peer.down is not None:
+            return
+        try:
+            more = medium.welcome(peer)
+        except TransferError as error:
+            self.drop(peer, error.message)
+            return
+        if more is None:
+            return
+        peer.is_answered = True
         body = write_endpoint(
             medium.name,
             self._context.incarnation,
             regions=[region.num_bytes for region in self._regions],
             session=peer.reader_session,
-            **medium.welcome(peer),
+            **more,
         )
         connection.queue(Kind.WELCOME, body, fds=medium.offer())
-        peer.readers[0] = connection
-        peer.reader_lanes = fields["lanes"]
 
     # For the sinks.
 

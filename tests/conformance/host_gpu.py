@@ -1,5 +1,5 @@
-"""A GPU and a communicator without either: memory is memfds, a stream is a thread, NCCL is a unix socket.
-What is tested with them are the transports around; the calls into CUDA have tests of their own (tests/gpu)."""
+"""A GPU without one: memory is memfds, a stream is a thread. With it, and with host_communicator.py, the
+transports around CUDA and NCCL are tested on any machine; the libraries are where the marker `gpu` is."""
 
 from __future__ import annotations
 
@@ -7,34 +7,29 @@ import ctypes
 import mmap
 import os
 import queue
-import socket
 import threading
 import uuid
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-from diphase.kv_transfer.base import Region
+from diphase.kv_transfer.base import Region, Transport, TransportContext
+from diphase.kv_transfer.cuda_ipc import CudaIpcTransport
 from diphase.kv_transfer.cuda_memory import Runs
-from diphase.kv_transfer.nccl_owner import UNIQUE_ID_BYTES
-from diphase.proto.errors import PeerLost, TransferError
+from diphase.kv_transfer.nccl import NcclTransport
+from diphase.kv_transfer.registry import load_factory
 
+from .host_communicator import HANDLE, map_region
 
-def map_region(handle: bytes, num_bytes: int) -> mmap.mmap:
-    """The memfd of another process, by its process and number."""
-    pid, number = np.frombuffer(handle, dtype=np.int64).tolist()
-    try:
-        fd = os.open(f"/proc/{pid}/fd/{number}", os.O_RDWR)
-    except OSError as error:
-        raise TransferError(f"the peer's memory cannot be mapped: {error}") from error
-    try:
-        return mmap.mmap(fd, num_bytes)
-    finally:
-        os.close(fd)
+HOST_COMMUNICATOR = "tests.conformance.host_communicator:HostCommunicator"
+"""Found by owner processes in ROOT."""
+ROOT = Path(__file__).resolve().parents[2]
+DOUBLED = ("cuda_ipc", "nccl")
 
 
 def export_region(region: Region) -> bytes:
-    return np.array([os.getpid(), region.fd], dtype=np.int64).tobytes()
+    assert region.fd is not None
+    return HANDLE.pack(os.getpid(), region.fd)
 
 
 class HostDevice:
@@ -90,78 +85,11 @@ def address_of(buffer: memoryview) -> int:
     return np.frombuffer(buffer, dtype=np.uint8).ctypes.data
 
 
-@dataclass(eq=False)
-class _Posted:
-    runs: Sequence[tuple[int, int, int]]
-    done: threading.Event = field(default_factory=threading.Event)
-
-
-class HostCommunicator:
-    """See nccl_owner.Communicator: bytes go over a unix socket, as they are posted."""
-
-    def __init__(self) -> None:
-        self._regions: list[memoryview] = []
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._rank = 0
-        self._queue: queue.SimpleQueue[_Posted] = queue.SimpleQueue()
-        self._error: str | None = None
-
-    def map(self, handle: bytes, num_bytes: int) -> None:
-        self._regions.append(memoryview(map_region(handle, num_bytes)))
-
-    def name(self) -> bytes:
-        name = b"\0host-communicator-" + uuid.uuid4().hex.encode()
-        self._listener.bind(name)
-        self._listener.listen(1)
-        return name.ljust(UNIQUE_ID_BYTES, b"\1")
-
-    def open(self, unique_id: bytes, rank: int) -> None:
-        self._rank = rank
-        try:
-            if rank == 1:
-                self._sock, _ = self._listener.accept()
-            else:
-                self._sock.connect(unique_id.rstrip(b"\1"))
-        except OSError as error:
-            raise PeerLost(f"the other end of the communicator failed: {error}") from error
-        threading.Thread(target=self._run, daemon=True).start()
-
-    def move(self, runs: Sequence[tuple[int, int, int]]) -> object:
-        posted = _Posted(runs)
-        self._queue.put(posted)
-        return posted
-
-    def passed(self, posted: object) -> bool:
-        assert isinstance(posted, _Posted)
-        if self._error is not None:
-            raise PeerLost(f"the other end of the communicator failed: {self._error}")
-        return posted.done.is_set()
-
-    def close(self) -> None:
-        self._listener.close()
-        self._sock.close()
-
-    def _run(self) -> None:
-        while True:
-            posted = self._queue.get()
-            sends, views = self._rank == 0, [self._regions[r][at : at + n] for r, at, n in posted.runs]
-            if not views:
-                sends, views = not sends, [memoryview(bytearray(1))]
-            try:
-                for view in views:
-                    self._move(sends, view)
-            except OSError as error:
-                self._error = str(error)
-                return
-            posted.done.set()
-
-    def _move(self, sends: bool, view: memoryview) -> None:
-        if sends:
-            self._sock.sendall(view)
-            return
-        while view:
-            count = self._sock.recv_into(view)
-            if count == 0:
-                raise ConnectionResetError("it has ended")
-            view = view[count:]
+def make_transport(name: str, context: TransportContext, *, on_gpu: bool = False) -> Transport:
+    """The transport of that name; without a GPU, those for GPUs with the doubles above."""
+    if name == "cuda_ipc" and not on_gpu:
+        return CudaIpcTransport(context, device_of=HostDevice)
+    if name == "nccl" and not on_gpu:
+        os.environ["PYTHONPATH"] = str(ROOT)
+        return NcclTransport(context, device_of=HostDevice, communicator=HOST_COMMUNICATOR)
+    return load_factory(name)(context)

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from diphase.kv_transfer.socket_medium import Medium
 from diphase.kv_transfer.socket_peer import Kind
 from diphase.proto.errors import InternalError, TransferError
 
+from .host_gpu import ROOT
 from .transport_ends import OVER_SOCKETS, PATIENCE_S, SIZE, joined
 
 
@@ -31,9 +31,9 @@ class Child:
     """A transport in a process of its own (transport_child.py)."""
 
     def __init__(self, name: str, incarnation: str, size: int = SIZE) -> None:
-        script = Path(__file__).with_name("transport_child.py")
         self.process = subprocess.Popen(
-            [sys.executable, "-P", str(script), name, incarnation, str(size)],
+            [sys.executable, "-P", "-m", "tests.conformance.transport_child", name, incarnation, str(size)],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -134,6 +134,8 @@ class TestOtherProcess:
         b.until(lambda: bool(b.of(Fenced)))
         if name.startswith("tcp"):  # who reads the socket can close it: then nothing comes any more
             assert b.of(Fenced) == [Fenced("far", True)]
+        elif name == "nccl":  # who receives can end that, but not at once: its owner process has to end
+            assert b.of(Fenced) == [Fenced("far", False)]
         else:  # who maps our memory could go on: only its end makes sure
             assert b.of(Fenced) == [Fenced("far", False)]
             assert b.of(PeerDown) == []

@@ -11,8 +11,9 @@ import threading
 
 import numpy as np
 from diphase.kv_transfer.base import Done, Failed, Fenced, Notified, PeerDown, Region, TransportContext
-from diphase.kv_transfer.registry import load_factory
 from diphase.proto.clock import MonotonicClock
+
+from .host_gpu import make_transport
 
 
 def main(name: str, incarnation: str, size: int, host: str) -> None:
@@ -29,7 +30,7 @@ def main(name: str, incarnation: str, size: int, host: str) -> None:
         host=host,
         tcp_sockets=int(sockets.split()[0]) if sockets else 1,
     )
-    transport = load_factory(name)(context)
+    transport = make_transport(name, context)
     transport.register(Region(buffer=buffer, fd=fd))
     print(json.dumps({"endpoint": base64.b64encode(transport.endpoint()).decode()}), flush=True)
 

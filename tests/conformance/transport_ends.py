@@ -29,18 +29,22 @@ from diphase.kv_transfer.tcp import TcpMedium
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import ConfigError
 
+from .host_gpu import DOUBLED, make_transport
+
 
 def _param(name: str) -> Any:
     """The suite's parameter for a transport; skipped where the library that it needs is not installed."""
     try:
-        load_factory(name)
+        if name not in DOUBLED:
+            load_factory(name)
     except ConfigError as error:
         return pytest.param(name, marks=pytest.mark.skip(reason=error.message))
     return name
 
 
-HOST_MEMORY = ["local", "shm", "tcp", "nixl"]
-"""Transports that this suite can ask on any machine; one more is one more name here."""
+HOST_MEMORY = ["local", "cuda_ipc", "shm", "nixl", "nccl", "tcp"]
+"""Transports that this suite can ask on any machine, two of them with the doubles of host_gpu.py; one more is
+one more name here."""
 OVER_LANES = "tcp over 3 sockets"
 """The same transport, with stripes so small that almost every transfer has several."""
 NAMES = [*(_param(name) for name in TRANSPORTS if name in HOST_MEMORY), OVER_LANES]
@@ -51,7 +55,7 @@ SIZE = 1 << 20
 
 def open_transport(name: str, context: TransportContext) -> Transport:
     if name != OVER_LANES:
-        return load_factory(name)(context)
+        return make_transport(name, context)
     regions: list[Region] = []
     return SocketTransport(context, TcpMedium(context.host, regions, 3, min_stripe=64), regions)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-CHILD = Path(__file__).parents[1] / "conformance" / "transport_child.py"
+ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
 SIZE = 24 * MIB
 RATE = "400mbit"
@@ -69,7 +69,15 @@ class Child:
     def __init__(self, net: Net, i: int, sockets: int) -> None:
         end = (f"tcp over {sockets} sockets", f"end{i}", str(SIZE), net.addresses[i])
         self.process = subprocess.Popen(
-            [*f"ip netns exec {net.names[i]}".split(), sys.executable, "-P", str(CHILD), *end],
+            [
+                *f"ip netns exec {net.names[i]}".split(),
+                sys.executable,
+                "-P",
+                "-m",
+                "tests.conformance.transport_child",
+                *end,
+            ],
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
