@@ -300,9 +300,9 @@ class CudaDevice:
                 for source, target, length in runs.tolist():
                     runtime.memcpyAsync(target, source, length, runtime.memcpyDeviceToDevice, self._stream)
             else:
-                from ..kernels.copy_runs import copy_runs_cuda
+                from ..kernels.copy_runs_triton import copy_runs_on_stream
 
-                table = copy_runs_cuda(runs, self._index, self._stream)
+                table = copy_runs_on_stream(runs, self._index, self._stream)
             if self._spare:
                 event = self._spare.pop()
             else:
