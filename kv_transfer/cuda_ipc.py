@@ -21,7 +21,8 @@ import numpy as np
 
 from ..proto.errors import TransferError
 from .base import CancelKind, Capabilities, Region, TransportContext
-from .cuda_memory import Device, DeviceFactory, Runs, cuda_device_of, cuda_runtime, num_devices
+from .cuda_device import DeviceFactory, cuda_device_of
+from .cuda_memory import Device, Runs, cuda_runtime, num_devices
 from .framing import FrameError
 from .peer_process import PeerProcess
 from .socket_medium import Targets
@@ -33,8 +34,6 @@ MAX_COPIES = 4
 """On the stream at a time and peer: enough that it never runs dry, few enough that a cancel is soon over."""
 MAX_FRAMES = 64
 """Tags that a peer has not taken from the socket before the next copy to it begins."""
-BACKSTOP_S = 0.01
-"""How often copies are looked at though the driver has not called: it does not where a device failed."""
 DYING_S = 0.005
 """How often a dying process is looked at."""
 
@@ -186,8 +185,8 @@ class CudaIpcMedium(UnixDoor):
 
     @property
     def poll_in_s(self) -> float | None:
-        if self._writing:
-            return 0.0 if self._passed.is_set() else BACKSTOP_S
+        if self._passed.is_set():
+            return 0.0
         return DYING_S if self._dying else None
 
     def work(self) -> list[Peer]:

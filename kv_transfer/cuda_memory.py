@@ -1,12 +1,11 @@
-"""CUDA by CuPy's runtime: memory that other processes of the host may map, and copies on a stream of their
-own. Knows no peers and no transfers. Every call names its device first: the current one is a thread's own."""
+"""Memory of a GPU, by CuPy's runtime: a pool that other processes of the host may map, how they name it, and
+what a transport asks of the device it is on. Knows no peers and no transfers."""
 
 from __future__ import annotations
 
 import ctypes
 import struct
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,13 +18,6 @@ Runs = NDArray[np.int64]
 """[n, 3]: source address, target address, length; bytes."""
 
 _HANDLE = struct.Struct("<16s64sQ")
-LONG_RUN_BYTES = 256 * 1024
-"""From this average on, runs are copied one by one; below, one kernel copies all: a call for each 16 KiB
-costs a hundred times what its bytes do."""
-NOT_READY = 600
-"""cudaErrorNotReady."""
-FEW_RUNS = 4
-"""So few are copied one by one in any case."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +112,11 @@ def device_uuid(runtime: Any, index: int) -> bytes:
     return bytes(runtime.getDeviceProperties(index)["uuid"])
 
 
+def index_of(runtime: Any, uuid: bytes) -> int | None:
+    """Which of the visible devices it is, if any."""
+    return next((i for i in range(num_devices(runtime)) if device_uuid(runtime, i) == uuid), None)
+
+
 def num_devices(runtime: Any) -> int:
     """
     Raises:
@@ -194,172 +191,7 @@ class CudaPool:
             self._pointer = None
 
 
-@dataclass(slots=True, eq=False)
-class _Copy:
-    """A copy on the stream."""
-
-    event: int
-    table: object = None
-    """What the kernel reads, kept until it has."""
-
-
-@dataclass(slots=True)
-class _Mapping:
-    """An allocation of another process."""
-
-    base: int
-    users: int = field(default=0)
-
-
-class CudaDevice:
-    """See Device."""
-
-    def __init__(self, index: int, on_passed: Callable[[], None]) -> None:
-        """`on_passed` is called from a thread of the driver whenever a copy has ended.
-
-        Raises:
-            TransferError: there is no such device.
-        """
-        self._runtime = cuda_runtime()
-        if index >= num_devices(self._runtime):
-            raise TransferError(f"there is no device cuda:{index} here")
-        self._index = index
-        self._on_passed = on_passed
-        self.uuid = device_uuid(self._runtime, index)
-        self._stream: int | None = None
-        self._bell: int | None = None
-        """A second stream, on which the driver calls us: on the first one the next copy would wait for that."""
-        self._spare: list[int] = []
-        """Events that may be recorded again."""
-        self._mappings: dict[bytes, _Mapping] = {}
-
-    def export(self, region: Region) -> bytes:
-        memory = region.device
-        if memory is None or memory.device != self._index:
-            raise TransferError(f"the region is not on cuda:{self._index}, where the others are")
-        self._runtime.setDevice(self._index)
-        try:
-            base = _allocation_base(memory.pointer)
-            allocation = self._runtime.ipcGetMemHandle(memory.pointer)
-        except (OSError, self._runtime.CUDARuntimeError) as error:
-            raise TransferError(
-                f"the region cannot be exported: {error}; it must be of cudaMalloc (cuda_memory.CudaPool), "
-                "not of torch's expandable segments"
-            ) from error
-        return Handle(self.uuid, bytes(allocation), memory.pointer - base).pack()
-
-    def why_unreachable(self, uuid: bytes) -> str | None:
-        if uuid == self.uuid:
-            return None
-        for index in range(num_devices(self._runtime)):
-            if device_uuid(self._runtime, index) == uuid:
-                if self._runtime.deviceCanAccessPeer(self._index, index):
-                    return None
-                return f"cuda:{self._index} has no peer access to the peer's GPU, cuda:{index} here"
-        return f"the peer's GPU {uuid.hex()} is not visible in this process; see CUDA_VISIBLE_DEVICES"
-
-    def map(self, handle: bytes, num_bytes: int) -> int:
-        told = Handle.unpack(handle)
-        mapping = self._mappings.get(told.allocation)
-        if mapping is None:
-            self._runtime.setDevice(self._index)
-            try:
-                base = self._runtime.ipcOpenMemHandle(
-                    told.allocation, self._runtime.cudaIpcMemLazyEnablePeerAccess
-                )
-            except self._runtime.CUDARuntimeError as error:
-                raise TransferError(f"the peer's memory cannot be mapped: {error}") from error
-            mapping = self._mappings[told.allocation] = _Mapping(base)
-        mapping.users += 1
-        return mapping.base + told.offset
-
-    def unmap_all(self, handles: list[bytes]) -> None:
-        self._runtime.setDevice(self._index)
-        for handle in handles:
-            allocation = Handle.unpack(handle).allocation
-            mapping = self._mappings[allocation]
-            mapping.users -= 1
-            if mapping.users == 0:
-                del self._mappings[allocation]
-                self._runtime.ipcCloseMemHandle(mapping.base)
-
-    def address(self, region: Region) -> int:
-        if region.device is None:
-            raise TransferError("the region is not memory of a device")
-        return region.device.pointer
-
-    def copy(self, runs: Runs) -> object:
-        runtime = self._runtime
-        runtime.setDevice(self._index)
-        try:
-            if self._stream is None:
-                self._stream = runtime.streamCreateWithFlags(runtime.streamNonBlocking)
-                self._bell = runtime.streamCreateWithFlags(runtime.streamNonBlocking)
-            table = None
-            if len(runs) <= FEW_RUNS or runs[:, 2].mean() >= LONG_RUN_BYTES:
-                for source, target, length in runs.tolist():
-                    runtime.memcpyAsync(target, source, length, runtime.memcpyDeviceToDevice, self._stream)
-            else:
-                from ..kernels.copy_runs_triton import copy_runs_on_stream
-
-                table = copy_runs_on_stream(runs, self._index, self._stream)
-            if self._spare:
-                event = self._spare.pop()
-            else:
-                event = runtime.eventCreateWithFlags(runtime.eventDisableTiming)
-            runtime.eventRecord(event, self._stream)
-            runtime.streamWaitEvent(self._bell, event)
-            runtime.launchHostFunc(self._bell, self._ring, 0)
-        except runtime.CUDARuntimeError as error:
-            raise TransferError(f"the device copy failed: {error}") from error
-        return _Copy(event, table)
-
-    def passed(self, copy: object) -> bool:
-        assert isinstance(copy, _Copy)  # it came from copy()
-        self._runtime.setDevice(self._index)
-        status = self._runtime.eventQuery(copy.event)
-        if status == NOT_READY:
-            return False
-        if status != 0:
-            raise TransferError(f"the device copy failed: {self._runtime.CUDARuntimeError(status)}")
-        self._spare.append(copy.event)
-        return True
-
-    def close(self) -> None:
-        runtime = self._runtime
-        runtime.setDevice(self._index)
-        for stream in (self._stream, self._bell):
-            if stream is not None:
-                runtime.streamSynchronize(stream)
-                runtime.streamDestroy(stream)
-        self._stream = self._bell = None
-        for event in self._spare:
-            runtime.eventDestroy(event)
-        self._spare.clear()
-        for mapping in self._mappings.values():
-            runtime.ipcCloseMemHandle(mapping.base)
-        self._mappings.clear()
-
-    def _ring(self, _: int) -> None:
-        self._on_passed()
-
-
-DeviceFactory = Callable[[Region, Callable[[], None]], Device]
-"""The device that a region is on, and what to call, from any thread, when a copy has ended.
-
-Raises:
-    TransferError: the region is on none.
-"""
-
-
-def cuda_device_of(region: Region, on_passed: Callable[[], None]) -> Device:
-    """See DeviceFactory."""
-    if region.device is None:
-        raise TransferError("the region is memory of the host, and this transport moves memory of a GPU")
-    return CudaDevice(region.device.device, on_passed)
-
-
-def _allocation_base(pointer: int) -> int:
+def allocation_base(pointer: int) -> int:
     """Where the allocation begins that `pointer` lies in; the runtime has no call for it, the driver has.
 
     Raises:

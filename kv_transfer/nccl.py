@@ -3,8 +3,8 @@
 communicator of its own in an owner process of its own (nccl_owner.py), because a library call that hangs can
 only be ended with its process.
 
-NCCL takes nothing back: what was posted is sent and received to its end. A job that is abandoned after that is
-followed by one byte in the other direction; when it has come, the receives before it are over as well.
+NCCL takes nothing back: what was posted is sent and received to its end. A job that is abandoned after that
+is followed by one byte in the other direction; when it has come, the receives before it are over as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ import numpy as np
 
 from ..proto.errors import DiphaseError, TransferError
 from .base import CancelKind, Capabilities, Region, Segments, TransportContext
-from .cuda_memory import Device, DeviceFactory, cuda_device_of, cuda_runtime, num_devices
+from .cuda_device import DeviceFactory, cuda_device_of
+from .cuda_memory import Device, cuda_runtime, num_devices
 from .framing import Connection, FrameError
 from .nccl_communicator import load_nccl
 from .nccl_owner import UNIQUE_ID_BYTES
@@ -279,6 +280,8 @@ class NcclMedium:
         self._say(peer, lane, partial(lane.owner.move, transfer_id, runs))
 
     def _say(self, peer: Peer, lane: _Lane, say: Callable[[], None]) -> None:
+        if lane.is_closing:
+            return
         try:
             say()
         except DiphaseError as error:

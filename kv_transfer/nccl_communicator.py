@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..proto.errors import DiphaseError, InternalError, PeerLost, TransferError
-from .cuda_memory import NOT_READY, CudaDevice, Handle, cuda_runtime, device_uuid, num_devices
+from .cuda_device import CudaDevice
+from .cuda_memory import Handle, cuda_runtime, index_of
 
+NOT_READY = 600
+"""cudaErrorNotReady."""
 MAX_GROUP = 256
 """Sends or receives that NCCL takes at a time; a group costs memory and time before its first byte moves."""
 
@@ -58,10 +61,10 @@ class CupyCommunicator:
     def map(self, handle: bytes, num_bytes: int) -> None:
         if self._device is None:
             uuid = Handle.unpack(handle).device
-            found = [i for i in range(num_devices(self._runtime)) if device_uuid(self._runtime, i) == uuid]
-            if not found:
+            index = index_of(self._runtime, uuid)
+            if index is None:
                 raise TransferError(f"GPU {uuid.hex()} is not visible in the owner process")
-            self._index = found[0]
+            self._index = index
             self._device = CudaDevice(self._index, _nobody)
         self._bases.append(self._device.map(handle, num_bytes))
 

@@ -130,18 +130,19 @@ class Owner:
     def _open(self, body: bytes) -> None:
         try:
             rank, num_regions = OPEN.unpack_from(body)
-            offset = OPEN.size
+            offset, regions = OPEN.size, []
             for _ in range(num_regions):
                 num_bytes, handle_bytes = REGION.unpack_from(body, offset)
-                offset += REGION.size
-                self._communicator.map(body[offset : offset + handle_bytes], num_bytes)
-                offset += handle_bytes
+                offset += REGION.size + handle_bytes
+                regions.append((body[offset - handle_bytes : offset], num_bytes))
         except struct.error as error:
             raise FrameError(f"OPEN is cut short: {error}") from error
         unique_id = body[offset:]
-        if rank == 1:
+        if rank == 1:  # first of all: the other end waits for it
             unique_id = self._communicator.name()
             self._say(Word.NAMED, unique_id)
+        for handle, num_bytes in regions:
+            self._communicator.map(handle, num_bytes)
         self._communicator.open(unique_id, rank)
         self._say(Word.OPENED)
 

@@ -1,6 +1,6 @@
-"""Whether a process that could write into our memory is gone for good. The end of its socket is no proof where
-a device does the writing: the kernel closes a dying process's files one by one, and what it had given to the
-device runs on until the driver's turn has come."""
+"""Whether a process that could write into our memory is gone for good. The end of its socket proves nothing
+where a device does the writing: the kernel closes a dying process's files one by one, and what it had given
+to the device runs on until the driver's turn has come."""
 
 from __future__ import annotations
 

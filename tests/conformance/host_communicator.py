@@ -5,6 +5,7 @@ from __future__ import annotations
 import mmap
 import os
 import queue
+import signal
 import socket
 import struct
 import threading
@@ -107,3 +108,38 @@ class HostCommunicator:
             if count == 0:
                 raise ConnectionResetError("it has ended")
             view = view[count:]
+
+
+class HangsInOpen(HostCommunicator):
+    """The library never finds the other end."""
+
+    def open(self, unique_id: bytes, rank: int) -> None:
+        signal.pause()
+
+
+class HangsInClose(HostCommunicator):
+    """The library's abort never returns."""
+
+    def close(self) -> None:
+        signal.pause()
+
+
+class BreaksAtTheThird(HostCommunicator):
+    """The link between the two fails when the third transfer is posted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._num_posted = 0
+
+    def move(self, runs: Sequence[tuple[int, int, int]]) -> object:
+        self._num_posted += 1
+        if self._num_posted == 3:
+            raise PeerLost("the other end of the communicator failed: a cable was pulled")
+        return super().move(runs)
+
+
+class CannotStart(HostCommunicator):
+    """The library is not usable in the owner."""
+
+    def __init__(self) -> None:
+        raise TransferError("there is no library here")

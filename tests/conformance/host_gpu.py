@@ -18,6 +18,7 @@ from diphase.kv_transfer.cuda_ipc import CudaIpcTransport
 from diphase.kv_transfer.cuda_memory import Runs
 from diphase.kv_transfer.nccl import NcclTransport
 from diphase.kv_transfer.registry import load_factory
+from diphase.proto.errors import TransferError
 
 from .host_communicator import HANDLE, map_region
 
@@ -42,6 +43,10 @@ class HostDevice:
         self._stream = threading.Thread(target=self._run, daemon=True)
         self._stream.start()
         self._maps: list[mmap.mmap] = []
+        self.may_run = threading.Event()
+        """Cleared, the stream stands still."""
+        self.may_run.set()
+        self.is_broken = False
 
     def export(self, region: Region) -> bytes:
         return export_region(region)
@@ -60,21 +65,29 @@ class HostDevice:
         return address_of(region.host_bytes())
 
     def copy(self, runs: Runs) -> object:
+        self._check()
         passed = threading.Event()
         self._queue.put((runs, passed))
         return passed
 
     def passed(self, copy: object) -> bool:
         assert isinstance(copy, threading.Event)
+        self._check()
         return copy.is_set()
+
+    def _check(self) -> None:
+        if self.is_broken:
+            raise TransferError("the device copy failed: it has fallen off the bus")
 
     def close(self) -> None:
         self._queue.put(None)
+        self.may_run.set()
         self._stream.join()
 
     def _run(self) -> None:
         while (given := self._queue.get()) is not None:
             runs, passed = given
+            self.may_run.wait()
             for source, target, length in runs.tolist():
                 ctypes.memmove(target, source, length)
             passed.set()

@@ -64,7 +64,14 @@ class End:
     """One transport with one region, in this process."""
 
     def __init__(
-        self, name: str, incarnation: str, hub: LocalHub, size: int = SIZE, token: str = "", **more: Any
+        self,
+        name: str,
+        incarnation: str,
+        hub: LocalHub | None = None,
+        *,
+        size: int = SIZE,
+        token: str = "",
+        make: Callable[[TransportContext], Transport] | None = None,
     ) -> None:
         self.name = incarnation
         self.woken = threading.Event()
@@ -75,7 +82,7 @@ class End:
         context = TransportContext(
             incarnation=incarnation, wake=self.woken.set, clock=MonotonicClock(), token=token, hub=hub
         )
-        self.transport = open_transport(name, context)
+        self.transport: Transport = make(context) if make else open_transport(name, context)
         self.transport.register(Region(buffer=self.buffer, fd=self.fd))
         self.events: list[Event] = []
 

@@ -28,5 +28,6 @@ def test_runs_are_copied_and_nothing_else(alignment: int, num_programs: int) -> 
     wanted = np.zeros_like(target)
     for begin, to, length in runs.tolist():
         wanted[to : to + length] = source[begin : begin + length]
-    copy_runs_triton(runs + [source.ctypes.data, target.ctypes.data, 0], "cpu", num_programs=num_programs)
+    runs += [source.ctypes.data, target.ctypes.data, 0]
+    copy_runs_triton(runs, "cpu", num_programs=num_programs)
     np.testing.assert_array_equal(target, wanted)

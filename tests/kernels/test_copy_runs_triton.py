@@ -29,16 +29,12 @@ def test_kernel_in_the_interpreter() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-@pytest.mark.parametrize(("word_bytes", "vector", "columns"), LAUNCHES)
+@pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch[0]}x{launch[2]}")
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_launch_compiles_ahead_of_time(
-    word_bytes: int,
-    vector: int,
-    columns: int,
-    architecture: int,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    launch: tuple[int, int, int], architecture: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    word_bytes, vector, columns = launch
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     compiled = compile_for(
         architecture,
