@@ -4,6 +4,7 @@ stream when they are cancelled, devices that fail, and writers that die with wor
 from __future__ import annotations
 
 import base64
+import os
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ from ..conformance.host_gpu import ROOT, HostDevice
 from ..conformance.transport_ends import PATIENCE_S, End, table
 
 MakeEnd = Callable[[str], tuple[End, HostDevice]]
+Dying = Callable[..., subprocess.Popen[str]]
 
 
 @pytest.fixture
@@ -121,8 +123,8 @@ DYING = """
 import ctypes, sys, threading, time
 {begin}
 def go_on():
+    sys.stdin.readline()
     {then}
-    print("over", flush=True)
     time.sleep(600)
 threading.Thread(target=go_on).start()
 ctypes.CDLL(None).syscall(60, 0)
@@ -130,7 +132,7 @@ ctypes.CDLL(None).syscall(60, 0)
 
 
 @pytest.fixture
-def dying() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+def dying() -> Iterator[Dying]:
     started: list[subprocess.Popen[str]] = []
 
     def start(begin: str = "", then: str = "pass") -> subprocess.Popen[str]:
@@ -160,9 +162,9 @@ def until(condition: Callable[[], bool]) -> None:
 
 
 def test_a_process_is_dying_until_its_last_thread_has_ended(
-    dying: Callable[..., subprocess.Popen[str]],
+    dying: Dying,
 ) -> None:
-    process = dying(then="sys.stdin.readline()")
+    process = dying()
     watched = PeerProcess(process.pid)
     until(lambda: watched.is_dying)
     process.kill()
@@ -175,28 +177,26 @@ def test_a_process_is_dying_until_its_last_thread_has_ended(
 
 
 def test_a_process_that_lives_is_not_dying() -> None:
-    import os
-
     assert not PeerProcess(os.getpid()).is_dying
 
 
-def test_a_writer_that_is_dying_is_down_when_it_is_dead(
-    make: MakeEnd, dying: Callable[..., subprocess.Popen[str]]
-) -> None:
+def test_a_writer_that_is_dying_is_down_when_it_is_dead(make: MakeEnd, dying: Dying) -> None:
     b, _ = make("b")
     b.transport.admit("far")
     endpoint = base64.b64encode(b.transport.endpoint()).decode()
     begin = f"""
 import base64
+import os
 from tests.conformance.transport_ends import End
-end = End("cuda_ipc", "far")
 end.transport.connect(base64.b64decode("{endpoint}"), 5.0)
 done = end.write("b", [(0, 0, 8)], b"hello")
 end.until(lambda: bool(end.terminals()))
 """
     far = dying(begin, "end.transport.close()")
-    assert far.stdout is not None
-    assert far.stdout.readline() == "over\n"  # its socket is closed, and its process is not gone
+    until(lambda: PeerProcess(far.pid).is_dying)
+    assert far.stdin is not None
+    far.stdin.write("\n")  # now its socket is closed, and its process is not gone
+    far.stdin.flush()
     until(lambda: bool(b.transport._medium._dying))  # type: ignore[attr-defined]
     b.poll()
     assert b.tags() == [b"hello"]
