@@ -174,11 +174,11 @@ class CudaIpcMedium(UnixDoor):
     def expect(self, peer: Peer, transfer_id: int, targets: Targets) -> None:
         raise FrameError("transport cuda_ipc announces no transfers")
 
-    def place(self, peer: Peer, transfer_id: int, num_bytes: int, targets: Targets) -> Iterable[memoryview]:
+    def place(self, peer: Peer, transfer_id: int, num_lanes: int, targets: Targets) -> Iterable[memoryview]:
         raise FrameError("transport cuda_ipc brings no bulk")
 
-    def arrived(self, peer: Peer, transfer_id: int, num_bytes: int) -> None:
-        """place() lets none arrive."""
+    def arrived(self, peer: Peer, transfer_id: int) -> None:
+        raise FrameError("transport cuda_ipc has one lane")
 
     def landed(self, peer: Peer, transfer_id: int) -> bool:
         return True  # the COMMIT follows the copy

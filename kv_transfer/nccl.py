@@ -177,22 +177,23 @@ class NcclMedium:
     def begin(self, peer: Peer, job: Job) -> None:
         lane: _Lane = peer.attachment
         if job.num_bytes:
-            # Both ends post what the announcement says: as many, in this order, of these lengths.
-            job.segments = coalesce(job.segments)
-            announce(peer, job)
-            self._move(peer, lane, job.transfer_id, job.segments[:, (0, 1, 4)])
+            # Both ends post what the announcement says: as many, in this order, of these lengths. It is not
+            # retracted with the job, therefore it is of another.
+            announced = replace(job, segments=coalesce(job.segments))
+            announce(peer, announced)
+            self._move(peer, lane, job.transfer_id, announced.segments[:, (0, 1, 4)])
         lane.posted.append(_Posted(job, has_passed=not job.num_bytes))
         self._commit(peer)
 
     def abandon(self, peer: Peer, job: Job) -> None:
         lane: _Lane = peer.attachment
-        if not any(posted.job is job for posted in lane.posted):
-            if peer.writer is not None:
-                peer.writer.retract(job)
-            return
-        for posted in lane.posted:
-            posted.is_abandoned = posted.is_abandoned or posted.job is job
+        posted = next((posted for posted in lane.posted if posted.job is job), None)
+        if posted is not None:
+            posted.is_abandoned = True
+        elif peer.writer is not None:
+            peer.writer.retract(job)
         if peer.down is None and job.num_bytes:
+            # Also if all has left here: it need not have arrived.
             answer = replace(job, segments=_NOTHING, num_bytes=0)
             announce(peer, answer)
             self._move(peer, lane, job.transfer_id, _NOTHING[:, :3])
@@ -211,11 +212,11 @@ class NcclMedium:
         lane.expected.append(transfer_id)
         self._move(peer, lane, transfer_id, targets)
 
-    def place(self, peer: Peer, transfer_id: int, num_bytes: int, targets: Targets) -> Iterable[memoryview]:
+    def place(self, peer: Peer, transfer_id: int, num_lanes: int, targets: Targets) -> Iterable[memoryview]:
         raise FrameError("transport nccl brings no bulk")
 
-    def arrived(self, peer: Peer, transfer_id: int, num_bytes: int) -> None:
-        """place() lets none arrive."""
+    def arrived(self, peer: Peer, transfer_id: int) -> None:
+        raise FrameError("transport nccl has one lane")
 
     def landed(self, peer: Peer, transfer_id: int) -> bool:
         return transfer_id not in peer.inbox.expected

@@ -186,8 +186,8 @@ def test_a_writer_that_is_dying_is_down_when_it_is_dead(make: MakeEnd, dying: Dy
     endpoint = base64.b64encode(b.transport.endpoint()).decode()
     begin = f"""
 import base64
-import os
 from tests.conformance.transport_ends import End
+end = End("cuda_ipc", "far")
 end.transport.connect(base64.b64decode("{endpoint}"), 5.0)
 done = end.write("b", [(0, 0, 8)], b"hello")
 end.until(lambda: bool(end.terminals()))

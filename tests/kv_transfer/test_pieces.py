@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import random
 import sys
@@ -136,13 +137,12 @@ def region(size: int = 64) -> Region:
 
 
 def test_an_unknown_transport_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"pigeon.*use one of auto, shm, tcp"):
+    with pytest.raises(ConfigError, match=r"pigeon.*use one of auto, cuda_ipc, shm, nccl, tcp"):
         load_factory("pigeon")
-    assert [load_factory(name).__module__.rpartition(".")[2] for name in TRANSPORTS] == [
-        "local",
-        "shm",
-        "tcp",
-    ]
+    assert list(TRANSPORTS) == ["local", "cuda_ipc", "shm", "nccl", "tcp"]
+    for path in TRANSPORTS.values():
+        module, _, name = path.partition(":")
+        assert getattr(importlib.import_module(module), name)
 
 
 def test_a_transport_whose_library_is_missing_is_skipped_by_auto_and_an_error_by_name(

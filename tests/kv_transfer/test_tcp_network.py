@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+CHILD = "tests.conformance.transport_child"
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
 SIZE = 24 * MIB
