@@ -21,6 +21,7 @@ from diphase.kv_transfer.registry import load_factory
 from diphase.proto.errors import TransferError
 
 from .host_communicator import HANDLE, map_region
+from .region_memory import ON_GPU
 
 HOST_COMMUNICATOR = "tests.conformance.host_communicator:HostCommunicator"
 """Found by owner processes in ROOT."""
@@ -98,11 +99,11 @@ def address_of(buffer: memoryview) -> int:
     return np.frombuffer(buffer, dtype=np.uint8).ctypes.data
 
 
-def make_transport(name: str, context: TransportContext, *, on_gpu: bool = False) -> Transport:
-    """The transport of that name; without a GPU, those for GPUs with the doubles above."""
-    if name == "cuda_ipc" and not on_gpu:
+def make_transport(name: str, context: TransportContext) -> Transport:
+    """The transport of that name; those for GPUs with the doubles above, unless the name ends with ON_GPU."""
+    if name == "cuda_ipc":
         return CudaIpcTransport(context, device_of=HostDevice)
-    if name == "nccl" and not on_gpu:
+    if name == "nccl":
         os.environ["PYTHONPATH"] = str(ROOT)
         return NcclTransport(context, device_of=HostDevice, communicator=HOST_COMMUNICATOR)
-    return load_factory(name)(context)
+    return load_factory(name.removesuffix(ON_GPU))(context)

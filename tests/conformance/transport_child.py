@@ -4,23 +4,20 @@ from __future__ import annotations
 
 import base64
 import json
-import mmap
-import os
 import sys
 import threading
 
 import numpy as np
-from diphase.kv_transfer.base import Done, Failed, Fenced, Notified, PeerDown, Region, TransportContext
+from diphase.kv_transfer.base import Done, Failed, Fenced, Notified, PeerDown, TransportContext
 from diphase.proto.clock import MonotonicClock
 
 from .host_gpu import make_transport
+from .region_memory import make_memory
 
 
 def main(name: str, incarnation: str, size: int, host: str) -> None:
     woken = threading.Event()
-    fd = os.memfd_create("child")
-    os.ftruncate(fd, size)
-    buffer = memoryview(mmap.mmap(fd, size))
+    memory = make_memory(name, "child", size)
     # "tcp over 3 sockets", as transport_ends.OVER_LANES has it.
     name, _, sockets = name.partition(" over ")
     context = TransportContext(
@@ -31,7 +28,7 @@ def main(name: str, incarnation: str, size: int, host: str) -> None:
         tcp_sockets=int(sockets.split()[0]) if sockets else 1,
     )
     transport = make_transport(name, context)
-    transport.register(Region(buffer=buffer, fd=fd))
+    transport.register(memory.region)
     print(json.dumps({"endpoint": base64.b64encode(transport.endpoint()).decode()}), flush=True)
 
     def serve() -> None:
@@ -59,17 +56,17 @@ def main(name: str, incarnation: str, size: int, host: str) -> None:
         elif "connect" in command:
             transport.connect(base64.b64decode(command["connect"]), 5.0)
         elif "write" in command:  # the whole region, byte by byte the same
-            np.frombuffer(buffer, dtype=np.uint8)[:] = command["fill"]
+            memory.bytes[:] = command["fill"]
             segments = np.array([[0, 0, 0, 0, size]], dtype=np.int64)
             for i in range(command["times"]):
                 tag = f"part {i}".encode()
                 transport.write(command["write"], segments, tag, command.get("s", 30.0))
         elif "fill" in command:
-            np.frombuffer(buffer, dtype=np.uint8)[:] = command["fill"]
+            memory.bytes[:] = command["fill"]
         elif "fence" in command:
             transport.fence(command["fence"], command["s"])
         elif "sums" in command:
-            ok = int(np.frombuffer(buffer, dtype=np.uint8).sum(dtype=np.int64))
+            ok = int(memory.bytes.sum(dtype=np.int64))
         print(json.dumps({"ok": ok}), flush=True)
 
 

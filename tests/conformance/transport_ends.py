@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +28,7 @@ from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import ConfigError
 
 from .host_gpu import DOUBLED, make_transport
+from .region_memory import ON_GPU, Memory, make_memory, num_gpus
 
 
 def _param(name: str) -> Any:
@@ -47,7 +46,11 @@ HOST_MEMORY = ["local", "cuda_ipc", "shm", "nixl", "nccl", "tcp"]
 one more name here."""
 OVER_LANES = "tcp over 3 sockets"
 """The same transport, with stripes so small that almost every transfer has several."""
-NAMES = [*(_param(name) for name in TRANSPORTS if name in HOST_MEMORY), OVER_LANES]
+CUDA_IPC_ON_GPU = pytest.param(
+    "cuda_ipc" + ON_GPU,
+    marks=[pytest.mark.gpu, pytest.mark.skipif(num_gpus() == 0, reason="no CUDA device is usable here")],
+)
+NAMES = [*(_param(name) for name in TRANSPORTS if name in HOST_MEMORY), OVER_LANES, CUDA_IPC_ON_GPU]
 OVER_SOCKETS = [name for name in NAMES if name != IN_PROCESS]
 PATIENCE_S = 20.0
 SIZE = 1 << 20
@@ -71,19 +74,18 @@ class End:
         *,
         size: int = SIZE,
         token: str = "",
+        memory: Memory | None = None,
         make: Callable[[TransportContext], Transport] | None = None,
     ) -> None:
         self.name = incarnation
         self.woken = threading.Event()
-        self.fd = os.memfd_create(incarnation)
-        os.ftruncate(self.fd, size)
-        self.buffer = memoryview(mmap.mmap(self.fd, size))
-        self.bytes = np.frombuffer(self.buffer, dtype=np.uint8)
+        self._memory = memory or make_memory(name, incarnation, size)
+        self.bytes = self._memory.bytes
         context = TransportContext(
             incarnation=incarnation, wake=self.woken.set, clock=MonotonicClock(), token=token, hub=hub
         )
         self.transport: Transport = make(context) if make else open_transport(name, context)
-        self.transport.register(Region(buffer=self.buffer, fd=self.fd))
+        self.transport.register(self._memory.region)
         self.events: list[Event] = []
 
     def poll(self) -> None:
@@ -119,7 +121,7 @@ class End:
 
     def close(self) -> None:
         self.transport.close()
-        os.close(self.fd)
+        self._memory.close()
 
 
 def table(segments: list[tuple[int, int, int]]) -> Segments:
