@@ -59,6 +59,7 @@ class OwnerProcess:
             )
         self.connection = Connection(ours)
         self._told: list[Told] = []
+        self._last: DiphaseError | None = None
         self._closing = False
 
     @property
@@ -104,20 +105,30 @@ class OwnerProcess:
         self.connection.close()
 
     def read(self) -> list[Told]:
-        """What it has said since.
+        """What it has said since; an error only when there is nothing else left.
 
         Raises:
             DiphaseError: it says that the communicator is broken, or has ended (PeerLost: the pair is lost,
                 whoever was at fault).
         """
+        if self._last is None:
+            self._last = self._read()
+        told, self._told = self._told, []
+        if self._last is not None and not told:
+            raise self._last
+        return told
+
+    def _read(self) -> DiphaseError | None:
+        """What ended it, once something has."""
         try:
             self.connection.read(self)
+        except DiphaseError as error:
+            return error
         except FrameError as error:
-            raise InternalError(f"the owner process talks nonsense: {error}") from error
-        except (OSError, EOFError) as error:
-            raise PeerLost(f"the process that owns the communicator ended (pid {self.pid})") from error
-        told, self._told = self._told, []
-        return told
+            return InternalError(f"the owner process talks nonsense: {error}")
+        except (OSError, EOFError):
+            return PeerLost(f"the process that owns the communicator ended (pid {self.pid})")
+        return None
 
     def flush(self) -> None:
         """
@@ -127,7 +138,9 @@ class OwnerProcess:
         try:
             self.connection.flush()
         except OSError:
-            self._told += self.read()  # its last words say why; without any, read() says that it ended
+            if self._last is None:
+                self._last = self._read()  # its last words say why
+            raise self._last or PeerLost(f"owner process {self.pid} takes no more") from None
 
     def place(self, kind: int, body: bytearray, bulk_bytes: int) -> Iterable[memoryview]:
         """See framing.FrameSink."""
