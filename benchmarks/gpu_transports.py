@@ -1,8 +1,8 @@
 """The transports for GPUs between two processes: right, how fast, and beside what a plain device copy does.
 
 Sections of benchmarks/gpu.py. Transfers of 32 MiB, made of pieces that are neighbours or lie scattered in
-the pool, several in flight; speeds count the bytes that arrive, also of the copy beside them. cuda_ipc goes to
-a second GPU where there is one, else to another process's pool on the same.
+the pool, several in flight; speeds count the bytes that arrive, also of the copy beside them. cuda_ipc goes
+to a second GPU where there is one, else to another process's pool on the same.
 """
 
 from __future__ import annotations
