@@ -68,12 +68,15 @@ class TransportSet:
         self.staging = staging
         self._waker = waker or _Waker()
         self._transports: dict[str, Transport] = {}
+        self.left_out: dict[str, str] = {}
+        """Name to reason."""
         for name, transport in transports.items():
             try:
                 for region in (*pools, *([staging] if staging else [])):
                     transport.register(region)
             except TransferError as error:
                 _log.info("transport_unusable name=%s why=%r", name, error.message)
+                self.left_out[name] = error.message
                 transport.close()
                 continue
             self._transports[name] = transport
@@ -206,6 +209,7 @@ def open_transports(
         hub=hub,
     )
     opened: dict[str, Transport] = {}
+    reasons: dict[str, str] = {}
     every = auto_order(TRANSPORTS, fabric=has_fabric(), in_process=hub is not None)
     with ExitStack() as on_error:
         for name in every if config.transport == "auto" else (config.transport,):
@@ -220,11 +224,16 @@ def open_transports(
                 opened[name] = factory(context)
             except (TransferError, OSError) as error:
                 _log.info("transport_unusable name=%s why=%r", name, str(error))
+                reasons[name] = str(error)
             else:
                 on_error.callback(opened[name].close)
         on_error.pop_all()
     transports = TransportSet(opened, pools, staging=staging, waker=waker)
     if not transports.names:
         transports.close()
-        raise TransferError(f"kv_transfer.transport = {config.transport!r} does not work on this machine")
+        reasons |= transports.left_out
+        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+        raise TransferError(
+            f"kv_transfer.transport = {config.transport!r} does not work on this machine ({why})"
+        )
     return transports

@@ -175,9 +175,7 @@ def test_what_cannot_be_mapped_or_exported_is_said(runtime: Runtime) -> None:
     with pytest.raises(TransferError, match="not on cuda:0, where the others are"):
         device.export(pool.region)
     nowhere = Region(buffer=None, device=DeviceMemory(device=0, pointer=64, num_bytes=8))
-    with pytest.raises(
-        TransferError, match=r"cannot be exported.*CudaPool.*expandable segments"
-    ):
+    with pytest.raises(TransferError, match=r"cannot be exported.*CudaPool.*expandable segments"):
         device.export(nowhere)
     with pytest.raises(TransferError, match="cannot be mapped: cudaError 400"):
         device.map(Handle(DEVICES[0], bytes(64), 0).pack(), 8)

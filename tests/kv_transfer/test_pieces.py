@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import itertools
 import random
 import sys
@@ -24,7 +25,14 @@ from diphase.kv_transfer.pool_bytes import PoolBytes
 from diphase.kv_transfer.push_plan import advance, pieces
 from diphase.kv_transfer.registry import TRANSPORTS, TransportSet, load_factory, open_transports
 from diphase.proto.clock import MonotonicClock
-from diphase.proto.errors import ConfigError, InternalError, InvalidRequest, PromptTooLong, TransferError
+from diphase.proto.errors import (
+    ConfigError,
+    DiphaseError,
+    InternalError,
+    InvalidRequest,
+    PromptTooLong,
+    TransferError,
+)
 from diphase.proto.handoff_pb2 import Reserve
 from diphase.proto.ids import HandoffKey
 from diphase.proto.kv_layout import UNSHARDED, KvLayout, Sharding
@@ -176,8 +184,25 @@ def test_transports_that_cannot_work_are_left_out_and_a_wanted_one_is_an_error()
     transports = open_transports(KvTransferConfig(), incarnation="a", pools=[region()], clock=clock)
     assert transports.names == ["tcp"]  # no memfd
     transports.close()
-    with pytest.raises(TransferError, match="shm"):
+    with pytest.raises(TransferError, match=r"'shm' does not work on this machine \(shm: .* memfd"):
         open_transports(KvTransferConfig(transport="shm"), incarnation="a", pools=[region()], clock=clock)
+
+
+@pytest.mark.parametrize("name", ["cuda_ipc", "nccl"])
+def test_transports_for_gpus_say_what_is_missing(name: str) -> None:
+    """Which depends on the machine: the library, the driver, or that the pool is not a GPU's."""
+    if importlib.util.find_spec("cupy") is None:
+        wanted: type[DiphaseError] = ConfigError
+        says = rf"'{name}' needs cupy.*run `pip install diphase\[cuda\]`"
+    else:
+        wanted, says = (
+            TransferError,
+            rf"\({name}: (no CUDA device is|the region is memory of the host|CuPy finds)",
+        )
+    with pytest.raises(wanted, match=says):
+        open_transports(
+            KvTransferConfig(transport=name), incarnation="a", pools=[region()], clock=MonotonicClock()
+        )
 
 
 def test_the_transport_of_one_process_is_tried_only_where_there_is_a_hub(
