@@ -109,7 +109,12 @@ def test_close_waits_for_copies_and_undoes_mappings(become: Become) -> None:
     ours.may_end.clear()
     copy = device.copy(np.array([[base, base + 8, 8]]))
     assert not device.passed(copy)
-    closing = threading.Thread(target=lambda: (device.close(), passed.set()))
+
+    def close() -> None:
+        device.close()
+        passed.set()
+
+    closing = threading.Thread(target=close)
     closing.start()
     assert ours.closed == []
     ours.may_end.set()

@@ -132,7 +132,8 @@ class TestOwnersThatHang:
         a.transport.cancel(late)  # which its owner has by now: it is sent all the same
         a.until(lambda: [event.transfer_id for event in a.of(Failed)] == [late], b)
         b.transport.fence("a", 20.0)
-        b.poll()
+        a.transport.fence("b", 0.1)
+        a.until(lambda: a.of(Fenced) == [Fenced("b", False)], b)
         assert b.of(Fenced) == []
         os.kill(pid, signal.SIGCONT)
         b.until(lambda: b.of(Fenced) == [Fenced("a", True)], a)
@@ -194,10 +195,12 @@ class TestOwnersThatEnd:
 
     def test_they_die_with_the_process_that_started_them(self, make: MakeEnd) -> None:
         script = (
-            "import os, sys, time\n"
+            "import time\n"
             "from diphase.kv_transfer.nccl_process import OwnerProcess\n"
             f"owner = OwnerProcess({MODULE + ':HangsInOpen'!r})\n"
-            "owner.open(0, [], bytes(128))\n"
+            "owner.open(1, [])\n"
+            "while not owner.read():\n"
+            "    time.sleep(0.001)\n"
             "print(owner.pid, flush=True)\n"
             "time.sleep(600)\n"
         )
