@@ -63,7 +63,7 @@ class CudaIpcMedium(UnixDoor):
 
     name = "cuda_ipc"
     capabilities = Capabilities(name="cuda_ipc", device_memory=True, same_host=True, cancel=CancelKind.FENCE)
-    fields: Mapping[str, type] = MappingProxyType({**UnixDoor.fields, "device": bytes})
+    fields: Mapping[str, type] = MappingProxyType({**UnixDoor.fields, "device": bytes, "pids": int})
     hello_fields: Mapping[str, type] = MappingProxyType({"pid": int})
     welcome_fields: Mapping[str, type] = MappingProxyType({"handles": bytes})
     severs = False
@@ -96,9 +96,11 @@ class CudaIpcMedium(UnixDoor):
         self._handles.append(self._device.export(region))
 
     def describe(self, address: Any) -> dict[str, Any]:
-        return {**super().describe(address), "device": self.device.uuid}
+        return {**super().describe(address), "device": self.device.uuid, "pids": _pid_namespace()}
 
     def reaches(self, endpoint: dict[str, Any]) -> str | None:
+        if endpoint["pids"] != _pid_namespace():
+            return "the peer is in another PID namespace, where the end of a process cannot be watched"
         return super().reaches(endpoint) or self.device.why_unreachable(endpoint["device"])
 
     def hello(self, peer: Peer) -> dict[str, Any]:
@@ -243,6 +245,10 @@ class CudaIpcMedium(UnixDoor):
     def _on_passed(self) -> None:
         self._passed.set()
         self.ring()
+
+
+def _pid_namespace() -> int:
+    return os.stat("/proc/self/ns/pid").st_ino
 
 
 def _nobody() -> None:

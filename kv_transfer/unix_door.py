@@ -1,5 +1,5 @@
 """The listener of transports that stay on one machine: a unix socket that only this user's processes, on this
-kernel, in these namespaces, can connect to. Moves no bytes."""
+kernel and in this network namespace, can connect to. Moves no bytes."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class UnixDoor:
 
     def reaches(self, endpoint: dict[str, Any]) -> str | None:
         if endpoint["host"] != self._host:
-            return "the peer is on another host or in another namespace"
+            return "the peer is on another host or in another network namespace"
         if endpoint["uid"] != os.getuid():
             return f"the peer runs as user {endpoint['uid']}, this worker as {os.getuid()}"
         return None
@@ -66,7 +66,7 @@ class UnixDoor:
 
 
 def _host() -> str:
-    """Names this machine's kernel and the namespaces that abstract sockets and process ids are of."""
+    """Names this machine's kernel and network namespace: where abstract unix sockets reach."""
     with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
         boot = file.read().strip()
-    return "-".join((boot, *(str(os.stat(f"/proc/self/ns/{kind}").st_ino) for kind in ("net", "pid"))))
+    return f"{boot}-{os.stat('/proc/self/ns/net').st_ino}"

@@ -4,6 +4,7 @@ stream when they are cancelled, devices that fail, and writers that die with wor
 from __future__ import annotations
 
 import base64
+import json
 import os
 import subprocess
 import sys
@@ -116,6 +117,14 @@ def test_a_device_that_fails_takes_the_connection_with_it(make: MakeEnd, when: s
     assert "fallen off the bus" in a.of(PeerDown)[0].message
     b.until(lambda: bool(b.of(PeerDown)), a)
     assert b.tags() == [b"first"]
+
+
+def test_a_peer_whose_end_cannot_be_watched_is_not_reached(make: MakeEnd) -> None:
+    a, b, _ = joined(make)
+    fields = json.loads(b.transport.endpoint())
+    elsewhere = json.dumps({**fields, "pids": fields["pids"] + 1}).encode()
+    assert a.transport.reaches(b.transport.endpoint()) is None
+    assert "another PID namespace" in str(a.transport.reaches(elsewhere))
 
 
 # A process whose first thread has ended, with another that goes on: what a dying process is for a moment.
