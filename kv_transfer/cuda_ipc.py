@@ -79,11 +79,10 @@ class CudaIpcMedium(UnixDoor):
         """Peers with copies on the stream."""
         self._dying: dict[str, Peer] = {}
         """Dropped peers whose process was ending when we last looked."""
+        self._failed: dict[str, Peer] = {}
         self._passed = threading.Event()
         self.ring: Callable[[], None] = _nobody
         """Wakes the transport's thread, from any other."""
-        self.lose: Callable[[Peer, str], None] = _lose_nobody
-        """Drops a peer, soon."""
 
     @property
     def device(self) -> Device:
@@ -145,7 +144,7 @@ class CudaIpcMedium(UnixDoor):
         try:
             copy = self.device.copy(self._runs(peer.attachment, job)) if job.num_bytes else None
         except TransferError as error:
-            self.lose(peer, error.message)
+            self._fail(peer, error)
             return
         peer.attachment.copies.append(_Copy(job, copy))
         self._writing[peer.incarnation] = peer
@@ -188,14 +187,15 @@ class CudaIpcMedium(UnixDoor):
 
     @property
     def poll_in_s(self) -> float | None:
-        if self._passed.is_set():
+        if self._failed or self._passed.is_set():
             return 0.0
         return DYING_S if self._dying else None
 
     def work(self) -> list[Peer]:
         self._passed.clear()
         changed = [peer for peer in list(self._writing.values()) if self._advance(peer)]
-        changed += self._dying.values()
+        changed += [*self._failed.values(), *self._dying.values()]
+        self._failed.clear()
         self._dying.clear()
         return changed
 
@@ -225,8 +225,12 @@ class CudaIpcMedium(UnixDoor):
         except TransferError as error:
             # A device that has failed moves nothing any more; the job fails with its peer.
             copy.is_abandoned = True
-            self.lose(peer, error.message)
+            self._fail(peer, error)
             return True
+
+    def _fail(self, peer: Peer, error: TransferError) -> None:
+        peer.failure = error.message
+        self._failed[peer.incarnation] = peer
 
     def _forget(self, peer: Peer) -> None:
         """Nothing is being copied there."""
@@ -255,10 +259,6 @@ def _nobody() -> None:
     """Until the transport says otherwise."""
 
 
-def _lose_nobody(peer: Peer, message: str) -> None:
-    """Until the transport says otherwise."""
-
-
 class CudaIpcTransport(SocketTransport):
     """See base.Transport."""
 
@@ -275,4 +275,3 @@ class CudaIpcTransport(SocketTransport):
         medium = CudaIpcMedium(regions, device_of or cuda_device_of)
         super().__init__(context, medium, regions)
         medium.ring = partial(self._thread.post, _nobody)
-        medium.lose = lambda peer, message: self._thread.post(partial(self._peers.drop, peer, message))

@@ -30,7 +30,6 @@ from .nccl_process import Named, Opened, OwnerProcess, Passed, Told
 from .regions import coalesce
 from .socket_medium import Targets
 from .socket_peer import Job, Peer, announce, commit
-from .socket_peers import SocketPeers
 from .socket_thread import SocketThread
 from .socket_transport import SocketTransport
 from .tcp import TcpMedium
@@ -57,8 +56,8 @@ class Crew(Protocol):
     def watch(self, connection: Connection) -> None: ...
     def unwatch(self, connection: Connection) -> None: ...
     def at(self, in_s: float, action: Callable[[], None]) -> None: ...
-    def lose(self, peer: Peer, message: str) -> None:
-        """Drops a peer, soon."""
+    def wake(self) -> None:
+        """Calls work() soon, though a timer said nothing about it."""
         ...
 
 
@@ -331,8 +330,10 @@ class NcclMedium:
         """A communicator with an error is of no use any more, and so is the connection."""
         _log.warning("owner_failed pid=%d code=%s why=%r", lane.owner.pid, error.code, error.message)
         self._end(lane)
+        peer.failure = f"{error.code}: {error.message}"
+        self._changed[peer.incarnation] = peer
         if self.crew is not None:
-            self.crew.lose(peer, f"{error.code}: {error.message}")
+            self.crew.wake()
 
     def _end(self, lane: _Lane) -> None:
         """Asks the owner to end, and sees to it that it does."""
@@ -349,15 +350,14 @@ def _lanes(peer: Peer) -> list[_Lane]:
 
 
 def _nobody() -> None:
-    """The device copies nothing by itself here."""
+    """Nothing to do: the device copies nothing by itself here, and who is woken finds out why."""
 
 
 class _ThreadCrew:
     """See Crew."""
 
-    def __init__(self, thread: SocketThread, peers: SocketPeers) -> None:
+    def __init__(self, thread: SocketThread) -> None:
         self._thread = thread
-        self._peers = peers
 
     def watch(self, connection: Connection) -> None:
         self._thread.watch(connection)
@@ -368,8 +368,8 @@ class _ThreadCrew:
     def at(self, in_s: float, action: Callable[[], None]) -> None:
         self._thread.at(self._thread.clock.now() + in_s, action)
 
-    def lose(self, peer: Peer, message: str) -> None:
-        self._thread.post(partial(self._peers.drop, peer, message))
+    def wake(self) -> None:
+        self._thread.post(_nobody)
 
 
 class NcclTransport(SocketTransport):
@@ -395,4 +395,4 @@ class NcclTransport(SocketTransport):
         regions: list[Region] = []
         medium = NcclMedium(context.host, regions, device_of or cuda_device_of, communicator, open_timeout_s)
         super().__init__(context, medium, regions)
-        medium.crew = _ThreadCrew(self._thread, self._peers)
+        medium.crew = _ThreadCrew(self._thread)

@@ -145,9 +145,9 @@ def region(size: int = 64) -> Region:
 
 
 def test_an_unknown_transport_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ConfigError, match=r"pigeon.*use one of auto, cuda_ipc, shm, nccl, tcp"):
+    with pytest.raises(ConfigError, match=r"pigeon.*use one of auto, cuda_ipc, shm, nixl, nccl, tcp"):
         load_factory("pigeon")
-    assert list(TRANSPORTS) == ["local", "cuda_ipc", "shm", "nccl", "tcp"]
+    assert list(TRANSPORTS) == ["local", "cuda_ipc", "shm", "nixl", "nccl", "tcp"]
     for path in TRANSPORTS.values():
         module, _, name = path.partition(":")
         assert getattr(importlib.import_module(module), name)
