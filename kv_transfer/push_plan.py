@@ -15,6 +15,21 @@ class Piece(NamedTuple):
     num_layers: int
 
 
+def push_stops(num_layers: int, layers_per_push: int, *, last: bool) -> tuple[int, ...]:
+    """After how many layers of a step those that are computed are pushed. Of the `last` step of a prompt
+    the final group is cut ever shorter: what is left to send when the last layer is there is one layer."""
+    stops = list(range(layers_per_push, num_layers + 1, layers_per_push))
+    if not stops or stops[-1] < num_layers:
+        stops.append(num_layers)
+    if not last or layers_per_push >= num_layers:
+        return tuple(stops)
+    at, end = stops[-2], stops.pop()
+    while at < end:
+        at += max(1, (end - at) * 6 // 10)
+        stops.append(at)
+    return tuple(stops)
+
+
 def advance(ready: Sequence[int], num_blocks: int, first_layer: int, num_layers: int) -> tuple[int, ...]:
     """`ready` (leading computed blocks of each layer) after these layers computed `num_blocks`."""
     layers = range(first_layer, first_layer + num_layers)

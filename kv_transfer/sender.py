@@ -22,6 +22,7 @@ from .link import ControlLink, Dialer, check_hello, sharding_of
 from .outgoing_parts import Outgoing, OutgoingPart, PartWriter
 from .pool import BlockPool
 from .prefill_side import Prefill, PrefillState, start_prefill, step_prefill
+from .push_plan import push_stops
 from .side import HandoffSide
 from .staging import Credits, Window
 
@@ -105,13 +106,14 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
             session.link.send(wire.message(key, reserve=reserve))
         self._settle()
 
-    def layers_per_push(self, key: HandoffKey) -> int:
-        """After how many layers of a step computed() should be called; layout.num_layers: once, at its
-        end."""
+    def push_stops(self, key: HandoffKey, *, last: bool) -> tuple[int, ...]:
+        """After how many layers of a step computed() should be called; (layout.num_layers,): once, at its
+        end. `last`: the step completes the prompt."""
         handoff = self._handoffs.get(key)
         if handoff is None or not handoff.machine.layerwise:
-            return self._layout.num_layers
-        return min(self._config.layers_per_push, self._layout.num_layers)
+            return (self._layout.num_layers,)
+        layers_per_push = min(self._config.layers_per_push, self._layout.num_layers)
+        return push_stops(self._layout.num_layers, layers_per_push, last=last)
 
     def computed(
         self,

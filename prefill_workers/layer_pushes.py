@@ -21,7 +21,8 @@ class LayeredChunk:
     block_ids: list[int]
     num_tokens: int
     """Computed when the step is done."""
-    layers_per_push: int
+    stops: tuple[int, ...]
+    """After how many layers to push, ascending; all of them at the end."""
     pushed_layers: int = 0
 
 
@@ -39,12 +40,7 @@ class LayerPushes:
         self._loop = asyncio.get_running_loop()
         # Not every layer wakes the loop: each wake takes the interpreter from the engine's thread for a
         # moment.
-        self._stops = {
-            layer + 1
-            for chunk in chunks
-            for layer in range(num_layers)
-            if (layer + 1) % chunk.layers_per_push == 0
-        }
+        self._stops = {stop for chunk in chunks for stop in chunk.stops}
 
     def on_layer(self, layer: int) -> None:
         """The engine's LayerHook; runs on its thread."""
@@ -57,9 +53,7 @@ class LayerPushes:
 
     def _layers_done(self, count: int) -> None:
         for chunk in self._chunks:
-            whole = (
-                count if count == self._num_layers else count // chunk.layers_per_push * chunk.layers_per_push
-            )
+            whole = max((stop for stop in chunk.stops if stop <= count), default=0)
             first = chunk.pushed_layers
             if whole > first:
                 chunk.pushed_layers = whole

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from prometheus_client.registry import Collector
 
-from ..engine.base import LayerHook, ModelLimits, StepPlan, StepResult
+from ..engine.base import Chunk, LayerHook, ModelLimits, StepPlan, StepResult
 from ..engine.block_manager import BlockManager
 from ..engine.requests import Outcome, failed_output, logprobs_message, sequence_from_submit, token_output
 from ..engine.role import Servicer, Shell
@@ -96,12 +96,12 @@ class PrefillRole:
                 key=chunk.sequence.key,
                 block_ids=list(chunk.sequence.block_table),
                 num_tokens=chunk.sequence.num_computed + chunk.num_tokens,
-                layers_per_push=self._layers_per_push(chunk.sequence.key),
+                stops=self._push_stops(chunk),
             )
             for chunk in plan.chunks
         ]
         self._pushes = LayerPushes(chunks, self._num_layers, self._push)
-        layered = any(chunk.layers_per_push < self._num_layers for chunk in chunks)
+        layered = any(len(chunk.stops) > 1 for chunk in chunks)
         return self._pushes.on_layer if layered else None
 
     def complete(self, plan: StepPlan, result: StepResult, now: float) -> list[SequenceOutput]:
@@ -193,9 +193,12 @@ class PrefillRole:
         if sequence.num_computed:
             self._push(sequence.key, sequence.block_table, sequence.num_computed, 0, self._num_layers)
 
-    def _layers_per_push(self, key: HandoffKey) -> int:
+    def _push_stops(self, chunk: Chunk) -> tuple[int, ...]:
+        key = chunk.sequence.key
         job = self._jobs.get(key.request_id)
-        return self._sender.layers_per_push(key) if job is not None and job.sends else self._num_layers
+        if job is None or not job.sends:
+            return (self._num_layers,)
+        return self._sender.push_stops(key, last=chunk.samples)
 
     def _push(
         self, key: HandoffKey, block_ids: Sequence[int], num_tokens: int, first_layer: int, num_layers: int

@@ -109,9 +109,10 @@ class Cluster:
             self.p.bytes[block] = np.random.default_rng(block).integers(0, 256, LAYOUT.block_bytes)
         address = PeerAddress(worker_id="d", incarnation="d-1", address=f"127.0.0.1:{self.port}")
         self.sender.begin(key, address, Submit(request_id=key.request_id), num_tokens)
-        step = self.sender.layers_per_push(key)
-        for layer in range(0, LAYOUT.num_layers, step):
-            self.sender.computed(key, blocks, num_tokens, layer, min(step, LAYOUT.num_layers - layer))
+        first = 0
+        for stop in self.sender.push_stops(key, last=True):
+            self.sender.computed(key, blocks, num_tokens, first, stop - first)
+            first = stop
         self.sender.seeded(key, 5, 0.0)
         self.p.pool.release(blocks)
         return blocks

@@ -74,7 +74,7 @@ class TestGoodCourse:
         pair = make_pair(layerwise_tokens=0, layers_per_push=2)
         blocks = pair.begin(KEY, 10)
         pair.pump()
-        assert pair.sender.layers_per_push(KEY) == 2
+        assert pair.sender.push_stops(KEY, last=False) == (2, 4)
         pair.sender.computed(KEY, blocks, 10, 0, 2)
         pair.pump()
         half = pair.layout.block_bytes // 2

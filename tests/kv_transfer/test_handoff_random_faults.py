@@ -27,9 +27,10 @@ def hand_off(pair: Any, rng: random.Random, key: HandoffKey) -> None:
     pair.sender.begin(key, pair.address(), submit, num_tokens)
     for chunk in sorted({rng.randint(1, num_tokens), num_tokens}):
         pair.pump(rounds=rng.randint(0, 6))
-        step = pair.sender.layers_per_push(key)
-        for layer in range(0, pair.layout.num_layers, step):
-            pair.sender.computed(key, blocks, chunk, layer, min(step, pair.layout.num_layers - layer))
+        first = 0
+        for stop in pair.sender.push_stops(key, last=chunk == num_tokens):
+            pair.sender.computed(key, blocks, chunk, first, stop - first)
+            first = stop
     if rng.random() < 0.9:
         pair.sender.seeded(key, 7, 0.0)
     else:

@@ -22,7 +22,7 @@ from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.counters import MAX_PEERS, HandoffCollector, HandoffCounters
 from diphase.kv_transfer.local import LocalHub, LocalTransport
 from diphase.kv_transfer.pool_bytes import PoolBytes
-from diphase.kv_transfer.push_plan import advance, pieces
+from diphase.kv_transfer.push_plan import advance, pieces, push_stops
 from diphase.kv_transfer.registry import TRANSPORTS, TransportSet, load_factory, open_transports
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import (
@@ -90,6 +90,25 @@ def test_bytes_and_digests_are_the_same_however_a_pool_is_cut(sharding: Sharding
     assert cut.digests(elsewhere, 1, 3) == whole.digests(blocks, 1, 3)
     assert cut.digests(elsewhere, 1, 2) == whole.digests(blocks, 1, 2)
     assert cut.digests(elsewhere, 0, 4) != cut.digests(blocks, 0, 4)
+
+
+@pytest.mark.parametrize(
+    ("num_layers", "layers_per_push", "last", "stops"),
+    [
+        (30, 10, False, (10, 20, 30)),
+        (30, 10, True, (10, 20, 26, 28, 29, 30)),
+        (4, 3, False, (3, 4)),
+        (4, 3, True, (3, 4)),
+        (4, 2, True, (2, 3, 4)),
+        (3, 1, True, (1, 2, 3)),
+        (30, 30, True, (30,)),
+        (2, 99, True, (2,)),
+    ],
+)
+def test_groups_of_layers_get_smaller_towards_the_end_of_a_prompt(
+    num_layers: int, layers_per_push: int, last: bool, stops: tuple[int, ...]
+) -> None:
+    assert push_stops(num_layers, layers_per_push, last=last) == stops
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -24,15 +24,13 @@ class Recorder:
         self.pushed.append((key.request_id, num_tokens, first_layer, num_layers))
 
 
-def chunk(name: str, layers_per_push: int) -> LayeredChunk:
-    return LayeredChunk(
-        key=HandoffKey(name, 0), block_ids=[0], num_tokens=16, layers_per_push=layers_per_push
-    )
+def chunk(name: str, *stops: int) -> LayeredChunk:
+    return LayeredChunk(key=HandoffKey(name, 0), block_ids=[0], num_tokens=16, stops=stops)
 
 
 async def test_groups_leave_as_they_are_complete_and_the_rest_at_the_end() -> None:
     recorder = Recorder()
-    pushes = LayerPushes([chunk("a", 4), chunk("b", 3)], 10, recorder)
+    pushes = LayerPushes([chunk("a", 4, 8, 10), chunk("b", 3, 6, 10)], 10, recorder)
     for layer in range(8):
         pushes.on_layer(layer)
     await asyncio.sleep(0)
@@ -43,7 +41,7 @@ async def test_groups_leave_as_they_are_complete_and_the_rest_at_the_end() -> No
 
 async def test_what_arrives_after_the_end_pushes_nothing_twice() -> None:
     recorder = Recorder()
-    pushes = LayerPushes([chunk("a", 2)], 4, recorder)
+    pushes = LayerPushes([chunk("a", 2, 4)], 4, recorder)
     for layer in range(4):
         pushes.on_layer(layer)
     pushes.finish()
@@ -64,7 +62,7 @@ async def test_a_chunk_that_goes_whole_leaves_at_the_end() -> None:
 
 async def test_pushes_happen_on_the_event_loop_whatever_thread_the_engine_has() -> None:
     recorder = Recorder()
-    pushes = LayerPushes([chunk("a", 1)], 2, recorder)
+    pushes = LayerPushes([chunk("a", 1, 2)], 2, recorder)
     await asyncio.get_running_loop().run_in_executor(None, pushes.on_layer, 0)
     await asyncio.sleep(0)
     pushes.finish()
