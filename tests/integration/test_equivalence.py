@@ -46,7 +46,7 @@ async def test_greedy_output_equals_the_single_engines(
     assert outputs == truth(single_engine, of, params)
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
 async def test_staged_layers_give_the_single_engines_tokens(
     single_engine: TorchEngine, transport: str
 ) -> None:
@@ -65,7 +65,7 @@ async def test_staged_layers_give_the_single_engines_tokens(
     assert outputs == truth(single_engine, of, params)
 
 
-@pytest.mark.parametrize("transport", ["shm", "tcp"])
+@pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
 async def test_forced_preemption_changes_no_token(single_engine: TorchEngine, transport: str) -> None:
     of = prompts((40, 90, 100, 120, 17, 64, 80, 33) * 2, single_engine.limits.vocab_size, seed=7)
     params = [SamplingParams(max_tokens=90, ignore_eos=True)] * len(of)
