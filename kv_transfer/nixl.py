@@ -43,8 +43,8 @@ MAX_MOVES = 16
 """Jobs begun for a peer and not ended."""
 MAX_FRAMES = 64
 """Frames that a peer has not taken from the socket before the next job begins."""
-MAX_EARLY = 4096
-"""Notifications of a peer that came before their announcement."""
+MAX_EXPECTED = 4096
+"""Transfers of a peer that were announced and have not landed; and as many that landed unannounced."""
 SPIN_S = 0.0001
 """So long after the last progress work() runs without a pause; longer would keep the interpreter's lock from
 the event loop, for milliseconds at a time."""
@@ -139,7 +139,7 @@ class NixlMedium:
 
     def heard(self, peer: Peer, fields: Mapping[str, Any]) -> None:
         name = fields["agent"]
-        if not 0 < len(name) <= MAX_NAME or name in self._senders:
+        if not 0 < len(name) <= MAX_NAME or self._senders.get(name, peer) is not peer:
             raise TransferError(f"agent: {name[:MAX_NAME]!r} is no name, or that of another peer")
         peer.inbox = _Inbox(name)
         self._senders[name] = peer
@@ -224,6 +224,8 @@ class NixlMedium:
             return
         if transfer_id <= inbox.newest:
             raise FrameError(f"transfer {transfer_id} is announced after {inbox.newest}")
+        if len(inbox.expected) >= MAX_EXPECTED:
+            raise FrameError(f"{MAX_EXPECTED} transfers are announced and none has landed")
         inbox.newest = transfer_id
         if transfer_id not in inbox.early:
             inbox.expected.add(transfer_id)
@@ -262,7 +264,12 @@ class NixlMedium:
         return list(changed.values())
 
     def close(self) -> None:
+        for peer in self._writing.values():
+            peer.attachment = None  # with the handles of what is in flight, which would keep the agent
+        self._writing.clear()
+        self._expecting.clear()
         self._agent.close()
+        REPORT.tell()
 
     # Inside.
 
@@ -274,7 +281,9 @@ class NixlMedium:
         if moves.failure is not None and peer.down is None:
             peer.failure = moves.failure
         if not len(moves):
-            REPORT.tell()
+            if not moves.told:
+                moves.told = True
+                REPORT.tell()
             del self._writing[peer.incarnation]
             self._part(peer)
         return changed
@@ -291,6 +300,7 @@ class NixlMedium:
         if moves is not None and peer.down is not None and not len(moves):
             peer.attachment = None
             self._agent.leave(moves.name)
+            REPORT.tell()
 
     def _take(self) -> list[Peer]:
         landed = []
@@ -305,7 +315,7 @@ class NixlMedium:
 
     def _landed(self, peer: Peer, transfer_id: int) -> bool:
         inbox: _Inbox = peer.inbox
-        if transfer_id > inbox.newest and len(inbox.early) < MAX_EARLY:
+        if transfer_id > inbox.newest and len(inbox.early) < MAX_EXPECTED:
             inbox.early.add(transfer_id)
         elif transfer_id not in inbox.expected:
             return False

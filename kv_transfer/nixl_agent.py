@@ -145,7 +145,6 @@ class NixlAgent:
                 _log.warning("nixl_deregister_failed name=%s why=%r", self.name, str(error))
         self._registered.clear()
         self._agent = None
-        REPORT.tell()
 
     @contextmanager
     def _mapped(self, what: str) -> Iterator[None]:

@@ -55,6 +55,8 @@ class Moves:
         self.name = name
         self.failure: str | None = None
         """Why nothing goes any more."""
+        self.told = False
+        """Whether the lanes that UCX has chosen were logged."""
         self._agent = agent
         self._here = here
         self._there = there

@@ -49,6 +49,8 @@ def place(region: Region) -> tuple[int, int]:
 
 def coalesce(segments: Segments) -> Segments:
     """Neighbours at both ends become one; empty segments go."""
+    if len(segments) == 1 and segments[0, 4]:
+        return segments
     columns = np.ascontiguousarray(segments.T)
     if len(segments) and not columns[4].all():
         segments = segments[columns[4] > 0]
@@ -68,7 +70,7 @@ def coalesce(segments: Segments) -> Segments:
 def spans(remote: NDArray[np.int64]) -> NDArray[np.int64]:
     """[2, n]: begins and ends of what descriptors without overlaps write, ascending."""
     begins, lengths = remote[:, 0], remote[:, 1]
-    if (begins[1:] < begins[:-1]).any():
+    if len(begins) > 1 and (begins[1:] < begins[:-1]).any():
         order = begins.argsort()
         begins, lengths = begins[order], lengths[order]
     return np.stack((begins, begins + lengths))
@@ -112,6 +114,8 @@ def describe(segments: Segments, here: Bases, there: Bases, max_bytes: int) -> l
 def cut(whole: Slice, max_bytes: int, max_rows: int) -> list[Slice]:
     """Slices of so many bytes and rows at most; no row is longer."""
     filled = whole.local[:, 1].cumsum()
+    if 0 < len(filled) <= max_rows and filled[-1] <= max_bytes:
+        return [whole]
     found, begin, before = [], 0, 0
     while begin < len(filled):
         end = min(int(filled.searchsorted(before + max_bytes, side="right")), begin + max_rows)

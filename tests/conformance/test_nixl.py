@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +22,8 @@ pytest.importorskip("nixl_cu13")
 
 from diphase.kv_transfer import nixl_agent
 from diphase.kv_transfer.base import Done, Failed, Fenced, PeerDown, Region, TransportContext
-from diphase.kv_transfer.nixl import MAX_METADATA, NixlMedium
+from diphase.kv_transfer.framing import FrameError
+from diphase.kv_transfer.nixl import MAX_EXPECTED, MAX_METADATA, NixlMedium
 from diphase.kv_transfer.socket_peer import ID, Peer
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import TransferError
@@ -117,6 +119,18 @@ class TestNothingIsLeft:
         a.until(lambda: a.of(Fenced) == [Fenced("b", True)], b)
         a.until(lambda: rests(a, b), b)
         assert b.tags() == []
+
+    def test_close_ends_the_agent_also_with_transfers_in_flight(self, make: Any) -> None:
+        a, b = joined(make, "nixl")
+        a.write("b", [(0, 0, 8)], b"first")
+        b.until(lambda: b.tags() == [b"first"], a)
+        agent = weakref.ref(medium_of(a)._agent._agent.agent)
+        with held(b):
+            a.write("b", [(0, 0, SIZE)])
+            a.until(lambda: on_thread(a, lambda: bool(medium_of(a)._writing)))
+            a.transport.close()
+            assert agent() is None
+        b.until(lambda: bool(b.of(PeerDown)))
 
 
 class TestFailure:
@@ -245,6 +259,18 @@ class TestHandshake:
         destination.heard(Peer(incarnation="writer"), {"agent": "one"})
         with pytest.raises(TransferError, match="agent: 'one'"):
             destination.heard(Peer(incarnation="other"), {"agent": "one"})
+
+    def test_a_peer_that_announces_without_end_is_cut_off(
+        self, mediums: tuple[NixlMedium, NixlMedium]
+    ) -> None:
+        peer, targets = Peer(incarnation="writer"), np.array([[0, 0, 8]])
+        mediums[1].heard(peer, {"agent": "w"})
+        for i in range(1, MAX_EXPECTED + 1):
+            mediums[1].expect(peer, i, targets)
+        with pytest.raises(FrameError, match="transfers are announced"):
+            mediums[1].expect(peer, MAX_EXPECTED + 1, targets)
+        with pytest.raises(FrameError, match="announced after"):
+            mediums[1].expect(peer, 1, targets)
 
     def test_another_version_or_backend_is_not_reached(
         self, mediums: tuple[NixlMedium, NixlMedium], monkeypatch: pytest.MonkeyPatch
