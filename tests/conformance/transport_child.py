@@ -15,6 +15,15 @@ from .host_gpu import make_transport
 from .region_memory import make_memory
 
 
+_out = threading.Lock()
+
+
+def say(line: dict[str, object]) -> None:
+    """Two threads say something."""
+    with _out:
+        print(json.dumps(line), flush=True)
+
+
 def main(name: str, incarnation: str, size: int, host: str) -> None:
     woken = threading.Event()
     memory = make_memory(name, "child", size)
@@ -29,7 +38,7 @@ def main(name: str, incarnation: str, size: int, host: str) -> None:
     )
     transport = make_transport(name, context)
     transport.register(memory.region)
-    print(json.dumps({"endpoint": base64.b64encode(transport.endpoint()).decode()}), flush=True)
+    say({"endpoint": base64.b64encode(transport.endpoint()).decode()})
 
     def serve() -> None:
         while True:
@@ -38,15 +47,15 @@ def main(name: str, incarnation: str, size: int, host: str) -> None:
             while events := transport.poll():
                 for event in events:
                     if isinstance(event, Notified):
-                        print(json.dumps({"notified": event.tag.decode()}), flush=True)
+                        say({"notified": event.tag.decode()})
                     elif isinstance(event, PeerDown):
-                        print(json.dumps({"down": event.peer}), flush=True)
+                        say({"down": event.peer})
                     elif isinstance(event, Done):
-                        print(json.dumps({"done": event.transfer_id}), flush=True)
+                        say({"done": event.transfer_id})
                     elif isinstance(event, Failed):
-                        print(json.dumps({"failed": event.code}), flush=True)
+                        say({"failed": event.code})
                     elif isinstance(event, Fenced):
-                        print(json.dumps({"fenced": event.ok}), flush=True)
+                        say({"fenced": event.ok})
 
     threading.Thread(target=serve, daemon=True).start()
     for line in sys.stdin:
@@ -67,7 +76,7 @@ def main(name: str, incarnation: str, size: int, host: str) -> None:
             transport.fence(command["fence"], command["s"])
         elif "sums" in command:
             ok = int(memory.bytes.sum(dtype=np.int64))
-        print(json.dumps({"ok": ok}), flush=True)
+        say({"ok": ok})
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -17,6 +18,9 @@ CHILD = "tests.conformance.transport_child"
 ROOT = Path(__file__).resolve().parents[2]
 MIB = 1024 * 1024
 SIZE = 24 * MIB
+needs_nixl = pytest.mark.skipif(
+    importlib.util.find_spec("nixl_cu13") is None, reason="nixl-cu13 is not installed"
+)
 RATE = "400mbit"
 """A transfer of SIZE takes half a second: time to take the link down in the middle."""
 
@@ -67,8 +71,8 @@ def net() -> Iterator[Net]:
 class Child:
     """One end in its namespace."""
 
-    def __init__(self, net: Net, i: int, sockets: int) -> None:
-        end = (f"tcp over {sockets} sockets", f"end{i}", str(SIZE), net.addresses[i])
+    def __init__(self, net: Net, i: int, transport: str) -> None:
+        end = (transport, f"end{i}", str(SIZE), net.addresses[i])
         self.process = subprocess.Popen(
             [
                 *f"ip netns exec {net.names[i]}".split(),
@@ -107,7 +111,10 @@ class Child:
         self.process.communicate()
 
 
-@pytest.fixture(params=[1, 3])
+OVER_TCP = ["tcp over 1 sockets", "tcp over 3 sockets"]
+
+
+@pytest.fixture
 def ends(net: Net, request: pytest.FixtureRequest) -> Iterator[tuple[Child, Child]]:
     children: list[Child] = []
     try:
@@ -122,6 +129,7 @@ def ends(net: Net, request: pytest.FixtureRequest) -> Iterator[tuple[Child, Chil
             child.end()
 
 
+@pytest.mark.parametrize("ends", [*OVER_TCP, pytest.param("nixl", marks=needs_nixl)], indirect=True)
 def test_a_link_that_goes_down_and_comes_back_costs_time_and_nothing_else(
     net: Net, ends: tuple[Child, Child]
 ) -> None:
@@ -141,6 +149,7 @@ def test_a_link_that_goes_down_and_comes_back_costs_time_and_nothing_else(
     assert [line for line in a.said + b.said if "down" in line] == []
 
 
+@pytest.mark.parametrize("ends", OVER_TCP, indirect=True)
 def test_a_link_that_stays_down_fails_transfers_at_their_deadlines_and_the_fence_ends_the_peer(
     net: Net, ends: tuple[Child, Child]
 ) -> None:
