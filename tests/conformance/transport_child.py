@@ -14,7 +14,6 @@ from diphase.proto.clock import MonotonicClock
 from .host_gpu import make_transport
 from .region_memory import make_memory
 
-
 _out = threading.Lock()
 
 

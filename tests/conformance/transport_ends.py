@@ -46,11 +46,20 @@ HOST_MEMORY = ["local", "cuda_ipc", "shm", "nixl", "nccl", "tcp"]
 one more name here."""
 OVER_LANES = "tcp over 3 sockets"
 """The same transport, with stripes so small that almost every transfer has several."""
-CUDA_IPC_ON_GPU = pytest.param(
-    "cuda_ipc" + ON_GPU,
-    marks=[pytest.mark.gpu, pytest.mark.skipif(num_gpus() == 0, reason="no CUDA device is usable here")],
-)
-NAMES = [*(_param(name) for name in TRANSPORTS if name in HOST_MEMORY), OVER_LANES, CUDA_IPC_ON_GPU]
+
+
+def _on_gpu(name: str) -> Any:
+    """The same with memory of a real GPU."""
+    marks = [pytest.mark.gpu, pytest.mark.skipif(num_gpus() == 0, reason="no CUDA device is usable here")]
+    try:
+        load_factory(name)
+    except ConfigError as error:
+        marks.append(pytest.mark.skip(reason=error.message))
+    return pytest.param(name + ON_GPU, marks=marks)
+
+
+NAMES = [*(_param(name) for name in TRANSPORTS if name in HOST_MEMORY), OVER_LANES]
+NAMES += [_on_gpu("cuda_ipc"), _on_gpu("nixl")]
 OVER_SOCKETS = [name for name in NAMES if name != IN_PROCESS]
 PATIENCE_S = 20.0
 SIZE = 1 << 20
