@@ -1,8 +1,8 @@
 """One NIXL agent with the UCX backend, as little of it as transfers need. Knows addresses and names of
 agents; no peers, jobs or regions of the transport.
 
-Metadata is read by NIXL's own C++ code. Of its Python layer, what pickles (get_serialized_descs,
-deserialize_descs) is not used.
+Metadata is read by NIXL's own C++ code. What its Python layer has to put lists into bytes
+(get_serialized_descs, deserialize_descs) would execute what a peer sends, and is not used.
 """
 
 from __future__ import annotations
