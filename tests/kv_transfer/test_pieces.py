@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xxhash
 from diphase.kv_transfer import wire
@@ -229,7 +230,9 @@ def test_tcp_makes_as_many_connections_as_configured() -> None:
     ends = []
     for name in ("a", "b"):
         config = KvTransferConfig(transport="tcp", tcp_sockets=3)
-        ends.append(open_transports(config, incarnation=name, region=region(8 << 20), clock=MonotonicClock()))
+        ends.append(
+            open_transports(config, incarnation=name, pools=[region(8 << 20)], clock=MonotonicClock())
+        )
     source, target = (each["tcp"] for each in ends)
     woken = threading.Event()
     ends[0].listen(woken.set)
