@@ -226,6 +226,7 @@ def test_transports_for_gpus_say_what_is_missing(name: str) -> None:
             KvTransferConfig(transport=name), incarnation="a", pools=[region()], clock=MonotonicClock()
         )
 
+
 def test_tcp_makes_as_many_connections_as_configured() -> None:
     ends = []
     for name in ("a", "b"):
