@@ -202,20 +202,19 @@ class ShmMedium(UnixDoor):
 
     def _copy_slice(self, copy: _Copy, targets: list[NDArray[np.uint8]]) -> bool:
         """Copies some bytes; True when the job has none left. numpy lets go of the interpreter lock."""
-        left = SLICE_BYTES
-        while copy.next_segment < len(copy.segments) and left > 0:
-            region, offset, target, target_offset, length = copy.segments[copy.next_segment]
-            count = min(length - copy.offset, left)
-            begin, target_begin = offset + copy.offset, target_offset + copy.offset
-            targets[target][target_begin : target_begin + count] = self._sources[region][
-                begin : begin + count
-            ]
-            left -= count
-            copy.offset += count
-            if copy.offset == length:
-                copy.next_segment += 1
-                copy.offset = 0
-        return copy.next_segment == len(copy.segments)
+        left, i, done = SLICE_BYTES, copy.next_segment, copy.offset
+        sources, segments = self._sources, copy.segments
+        while i < len(segments) and left > 0:
+            region, begin, target, target_begin, length = segments[i]
+            if done or length > left:
+                begin, target_begin, length = begin + done, target_begin + done, min(length - done, left)
+                done += length
+            targets[target][target_begin : target_begin + length] = sources[region][begin : begin + length]
+            left -= length
+            if done in (0, segments[i][4]):
+                i, done = i + 1, 0
+        copy.next_segment, copy.offset = i, done
+        return i == len(segments)
 
 
 class ShmTransport(SocketTransport):

@@ -28,7 +28,7 @@ from .socket_peer import ID, Fence, Kind, Peer
 from .socket_sinks import ReaderSink, WriterSink
 from .socket_thread import SocketThread
 
-WORK_S = 0.001
+WORK_S = 0.002
 """The medium moves bytes at least so long before sockets and deadlines get their turn."""
 
 _log = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ class SocketPeers:
                 self.jobs.advance(peer)
                 self._hear(peer)
                 self._dirty[peer.incarnation] = peer
+            self.flush()  # the COMMIT of a job need not wait for a part of the next one
             self._worked_at = now = clock.now()
         return None
 

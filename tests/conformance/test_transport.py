@@ -106,6 +106,33 @@ class TestWrites:
         b.until(lambda: len(b.tags()) >= len(a.of(Done)))
         assert len(set(b.tags())) == len(b.tags())
 
+    def test_a_tag_that_comes_speaks_of_bytes_that_are_there_whatever_is_cancelled_around_it(
+        self, make: Any, name: str
+    ) -> None:
+        count, each = 120, 200_000
+        a, b = joined(make, name, size=count * each)
+        rng = np.random.default_rng(3)
+        a.bytes[:] = rng.integers(1, 256, len(a.bytes), dtype=np.uint8)
+        checked = 0
+        for i in range(count):
+            cuts = np.sort(rng.integers(0, each, 3)).tolist()
+            places = zip([0, *cuts], [*cuts, each], strict=True)
+            a.write("b", [(i * each + j, i * each + j, k - j) for j, k in places], b"%d" % i)
+            if rng.random() < 0.6:
+                a.transport.cancel(int(rng.integers(max(1, i - 5), i + 2)))
+            b.poll()
+            for tag in b.tags()[checked:]:
+                place = slice(int(tag) * each, (int(tag) + 1) * each)
+                np.testing.assert_array_equal(b.bytes[place], a.bytes[place])
+                checked += 1
+        a.until(lambda: len(a.terminals()) == count, b)
+        done = {b"%d" % (event.transfer_id - 1) for event in a.of(Done)}
+        assert done <= set(b.tags())
+        for tag in b.tags()[checked:]:
+            place = slice(int(tag) * each, (int(tag) + 1) * each)
+            np.testing.assert_array_equal(b.bytes[place], a.bytes[place])
+        assert b.tags() == sorted(b.tags(), key=int)
+
     def test_who_does_not_poll_holds_the_writer_up_and_loses_nothing(self, make: Any, name: str) -> None:
         a, b = joined(make, name)
         accepted = 0

@@ -12,11 +12,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xxhash
 from diphase.kv_transfer import wire
 from diphase.kv_transfer.admission import REMEMBERED, NewestAttempts, check_reservation
-from diphase.kv_transfer.base import Region, TransportContext
+from diphase.kv_transfer.base import Done, Event, Region, TransportContext
 from diphase.kv_transfer.byte_worker import ByteWorker
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.counters import MAX_PEERS, HandoffCollector, HandoffCounters
@@ -145,6 +146,8 @@ def test_progress_of_layers_never_goes_back() -> None:
         {"host": ""},
         {"host": "0.0.0.0"},
         {"host": "::"},
+        {"tcp_sockets": 0},
+        {"tcp_sockets": 17},
         {"layers_per_push": 0},
         {"layerwise_tokens": -1},
         {"max_push_bytes": 0},
@@ -222,6 +225,32 @@ def test_transports_for_gpus_say_what_is_missing(name: str) -> None:
         open_transports(
             KvTransferConfig(transport=name), incarnation="a", pools=[region()], clock=MonotonicClock()
         )
+
+
+def test_tcp_makes_as_many_connections_as_configured() -> None:
+    ends = []
+    for name in ("a", "b"):
+        config = KvTransferConfig(transport="tcp", tcp_sockets=3)
+        ends.append(
+            open_transports(config, incarnation=name, pools=[region(8 << 20)], clock=MonotonicClock())
+        )
+    source, target = (each["tcp"] for each in ends)
+    woken = threading.Event()
+    ends[0].listen(woken.set)
+    target.admit("a")
+    source.connect(target.endpoint(), 5.0)
+    segments = np.array([[0, 0, 0, 0, 8 << 20]], dtype=np.int64)
+    transfer = source.write("b", segments, b"", 20.0)
+    events: list[Event] = []
+    while not events:
+        assert woken.wait(20.0)
+        woken.clear()
+        events.extend(source.poll())
+    assert events == [Done(transfer)]
+    peer = source._peers._peers["b"]  # type: ignore[attr-defined]
+    assert len(peer.writers) == 3
+    for each in ends:
+        each.close()
 
 
 def test_the_transport_of_one_process_is_tried_only_where_there_is_a_hub(
