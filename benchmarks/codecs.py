@@ -12,7 +12,7 @@ computes a prompt's KV; a codec encodes and decodes it; the engine goes on from 
 - perplexity of the true continuation, and over its positions the divergence KL(untouched || decoded) and
   how often the likeliest token is the same.
 
---variants measures the alternatives that the CacheGen-like codec was chosen over; they are not written.
+--variants measures alternatives around `cachegen-1`; they are printed and not written.
 """
 
 from __future__ import annotations
@@ -287,7 +287,7 @@ def constant(name: str, value: Any) -> Iterator[None]:
 
 def measure_variants(model: Model, untouched: Answers) -> None:
     ones = (1.0, 1.0, 1.0)
-    show(measure(model, CacheGenCodec("medium", EVEN, ones), untouched))
+    show(measure(model, CacheGenCodec("thirds alike", EVEN, ones), untouched))
     with constant("NUM_SHIFTS", 1):
         show(measure(model, CacheGenCodec("no shifts", EVEN, ones), untouched))
     with constant("_ANCHOR_SHIFT", 0):

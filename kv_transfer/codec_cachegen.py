@@ -144,9 +144,9 @@ class CacheGenCodec:
             raise TransferError(f"the payload's escapes are {num_escapes} where {found} are expected")
 
 
-coarse = partial(CacheGenCodec, "cachegen-1", (0.5, 0.5, 0.5), (1.0, 1.0, 1.0))
-medium = partial(CacheGenCodec, "cachegen-2", (0.25, 0.25, 0.25), (0.5, 0.5, 0.5))
-fine = partial(CacheGenCodec, "cachegen-3", (0.125, 0.125, 0.125), (0.25, 0.25, 0.25))
+coarse = partial(CacheGenCodec, "cachegen-1", (0.60, 0.50, 0.40), (1.20, 1.00, 0.80))
+medium = partial(CacheGenCodec, "cachegen-2", (0.30, 0.25, 0.20), (0.60, 0.50, 0.40))
+fine = partial(CacheGenCodec, "cachegen-3", (0.15, 0.125, 0.10), (0.30, 0.25, 0.20))
 """The levels; benchmarks/codecs.py measures what they save and spoil."""
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from diphase.kv_transfer.codec import HEAD_BYTES, KvSpec, load_codec
+from diphase.kv_transfer.codec import HEAD_BYTES, KvSpec, load_codec, write_head
 from diphase.kv_transfer.codec_cachegen import _BODY, CacheGenCodec
 from diphase.kv_transfer.codec_floats import Floats, as_bits, store_floats
+from diphase.kv_transfer.range_coder import NUM_SYMBOLS, RowEncoder, Tables
 from diphase.proto.errors import TransferError
 from diphase.proto.kv_layout import KvLayout
 
@@ -197,3 +198,38 @@ def test_escapes_that_nobody_asked_for_are_refused() -> None:
     _BODY.pack_into(longer, HEAD_BYTES, 0, num_kinds, table_bytes, escapes + 1)
     with pytest.raises(TransferError, match=f"escapes are {escapes + 1} where {escapes} are expected"):
         decoded(load_codec("cachegen-2"), memoryview(longer), spec)
+
+
+def crafted(spec: KvSpec, kind: int, shift: int) -> memoryview:
+    """A well-formed payload of one kind of channels that names `kind` for the first channel and `shift`
+    for the first head of the first token."""
+    num_heads = spec.num_layers * 2 * spec.layout.num_kv_heads
+    num_channels = num_heads * spec.layout.head_dim
+    counts = np.zeros((4, NUM_SYMBOLS), np.int64)
+    counts[0, [0, kind]] = counts[1, [0, shift]] = counts[2:, 128] = 1
+    tables = Tables.fit(counts)
+    kinds = np.zeros(num_channels, np.uint8)
+    kinds[0] = kind
+    row = np.full(num_heads + num_channels, 128, np.uint8)
+    row[:num_heads] = 0
+    encoder = RowEncoder(tables, spec.num_tokens + 1, len(row))
+    for token in reversed(range(spec.num_tokens)):
+        row[0] = 0 if token else shift
+        of_values = np.full(num_channels, 2 if token % 10 else 3)
+        encoder.put(row, np.concatenate([np.full(num_heads, 1), of_values]) * NUM_SYMBOLS)
+    encoder.put(kinds, np.zeros(num_channels, np.intp))
+    head = bytearray(HEAD_BYTES)
+    write_head(memoryview(head), spec, 3, 1)
+    steps = np.ones(num_heads, np.float32).tobytes()
+    body = _BODY.pack(0, 1, len(tables.to_bytes()), 0)
+    return memoryview(bytearray(head + body + steps + b"\0" + tables.to_bytes() + encoder.finish()))
+
+
+def test_kinds_and_shifts_out_of_range_are_refused() -> None:
+    spec = make_spec(20)
+    codec = load_codec("cachegen-2")
+    assert not any(decoded(codec, crafted(spec, 0, 5), spec))
+    with pytest.raises(TransferError, match="kind 1 is none of its 1"):
+        decoded(codec, crafted(spec, 1, 0), spec)
+    with pytest.raises(TransferError, match="shift 6 is out of range"):
+        decoded(codec, crafted(spec, 0, 6), spec)
