@@ -30,6 +30,7 @@ import torch
 SECTIONS: Mapping[str, str] = {
     "cuda_ipc": "diphase.benchmarks.gpu_transports:cuda_ipc",
     "nccl": "diphase.benchmarks.gpu_transports:nccl",
+    "kernels": "diphase.benchmarks.gpu_kernels:section",
 }
 """Name to "module:function"."""
 PACKAGES = ("torch", "triton", "cupy-cuda13x", "nvidia-nccl-cu13", "numpy")

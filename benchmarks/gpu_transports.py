@@ -128,6 +128,7 @@ def measure(make: MakeEnd, size: Size) -> dict[str, Any]:
     near, far = context.Pipe()
     process = context.Process(target=destination, args=(far, make, size.pool_bytes), daemon=True)
     process.start()
+    far.close()  # its end is the other process's alone: when that dies, recv() says so
     source = make("source", size.pool_bytes)
     try:
         source.transport.connect(near.recv(), PATIENCE_S)

@@ -79,6 +79,16 @@ class CudaDevice:
         """Events that may be recorded again."""
         self._mappings: dict[bytes, _Mapping] = {}
 
+    def prepare(self) -> None:
+        from ..kernels import copy_runs_triton
+
+        try:
+            copy_runs_triton.prepare(self._index)
+        except RuntimeError as error:
+            raise TransferError(
+                f"the copy kernel cannot be compiled for cuda:{self._index}: {error}"
+            ) from error
+
     def export(self, region: Region) -> bytes:
         memory = region.device
         if memory is None or memory.device != self._index:

@@ -92,6 +92,7 @@ class CudaIpcMedium(UnixDoor):
     def check(self, region: Region) -> None:
         if self._device is None:
             self._device = self._device_of(region, self._on_passed)
+            self._device.prepare()
         self._handles.append(self._device.export(region))
 
     def describe(self, address: Any) -> dict[str, Any]:
@@ -262,7 +263,7 @@ def _nobody() -> None:
 class CudaIpcTransport(SocketTransport):
     """See base.Transport."""
 
-    needs = ("cupy",)
+    needs = ("cupy", "triton")
 
     def __init__(self, context: TransportContext, *, device_of: DeviceFactory | None = None) -> None:
         """

@@ -50,6 +50,14 @@ class Device(Protocol):
 
     uuid: bytes
 
+    def prepare(self) -> None:
+        """Does now what the first copy would wait for. Blocks.
+
+        Raises:
+            TransferError: the device cannot copy.
+        """
+        ...
+
     def export(self, region: Region) -> bytes:
         """The packed Handle of a region.
 
@@ -109,7 +117,8 @@ def cuda_runtime() -> Any:
 
 
 def device_uuid(runtime: Any, index: int) -> bytes:
-    return bytes(runtime.getDeviceProperties(index)["uuid"])
+    """16 bytes; CuPy leaves out what follows a zero."""
+    return bytes(runtime.getDeviceProperties(index)["uuid"]).ljust(16, b"\0")
 
 
 def index_of(runtime: Any, uuid: bytes) -> int | None:

@@ -32,8 +32,10 @@ def load_nccl() -> Any:
     Raises:
         TransferError: the library is not installed.
     """
-    from cupy.cuda import nccl
-
+    try:
+        from cupy.cuda import nccl
+    except ImportError as error:
+        raise TransferError(f"{error}; pip install diphase[cuda]") from error
     if not nccl.available:
         raise TransferError("CuPy finds no NCCL here; pip install nvidia-nccl-cu13")
     return nccl

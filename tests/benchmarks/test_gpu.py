@@ -75,7 +75,7 @@ def test_without_a_gpu_it_says_so_and_what_it_could_check() -> None:
     assert "no CUDA device here" in done.stderr
     result = json.loads(done.stdout)
     assert result["devices"] == []
-    assert set(result["without_gpu"]) >= {"cuda_ipc", "nccl"}
+    assert set(result["without_gpu"]) >= {"cuda_ipc", "nccl", "kernels"}
     assert result["versions"]["torch"] == torch.__version__
 
 
@@ -89,4 +89,4 @@ def test_an_unknown_section_is_refused_with_those_that_exist() -> None:
         check=False,
     )
     assert done.returncode == 2
-    assert "no sections pigeons; there are cuda_ipc, nccl" in done.stderr
+    assert "no sections pigeons; there are cuda_ipc, nccl, kernels" in done.stderr

@@ -49,6 +49,9 @@ class HostDevice:
         self.may_run.set()
         self.is_broken = False
 
+    def prepare(self) -> None:
+        """There is nothing to compile."""
+
     def export(self, region: Region) -> bytes:
         return export_region(region)
 

@@ -109,6 +109,14 @@ def test_runs_are_copied_and_nothing_else(num_runs: int, run_bytes: int) -> None
     target.close()
 
 
+def test_a_device_is_prepared_without_harm() -> None:
+    device, pool = CudaDevice(0, lambda: None), GpuMemory(MIB)
+    device.prepare()
+    assert not pool.bytes.any()
+    device.close()
+    pool.close()
+
+
 @pytest.mark.parametrize("num_programs", [1, 20, 500])
 def test_the_number_of_programs_changes_nothing(num_programs: int) -> None:
     source = torch.randint(0, 256, (MIB,), dtype=torch.uint8, device="cuda:0")

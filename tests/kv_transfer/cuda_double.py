@@ -10,7 +10,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-DEVICES = [bytes([number] * 16) for number in (1, 2, 3)]
+DEVICES = [bytes([number] * 12 + [0] * 4) for number in (1, 2, 3)]
 
 
 class CUDARuntimeError(RuntimeError):
@@ -52,7 +52,7 @@ class Runtime:
         return self._num_devices
 
     def getDeviceProperties(self, index: int) -> dict[str, Any]:
-        return {"uuid": DEVICES[index]}
+        return {"uuid": DEVICES[index].rstrip(b"\0")}
 
     def deviceCanAccessPeer(self, device: int, peer: int) -> int:
         return int(peer != 2)

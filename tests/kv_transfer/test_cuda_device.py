@@ -160,6 +160,23 @@ def test_many_short_runs_are_one_launch_and_long_ones_a_copy_each(
     device.close()
 
 
+def test_a_kernel_that_cannot_be_compiled_makes_the_device_useless(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton", reason="Triton is not installed (extra `cuda`)")
+    prepared: list[int] = []
+    monkeypatch.setattr("diphase.kernels.copy_runs_triton.prepare", prepared.append)
+    CudaDevice(1, lambda: None).prepare()
+    assert prepared == [1]
+
+    def fail(device: int) -> None:
+        raise RuntimeError("no C compiler")
+
+    monkeypatch.setattr("diphase.kernels.copy_runs_triton.prepare", fail)
+    with pytest.raises(TransferError, match="copy kernel cannot be compiled for cuda:1: no C compiler"):
+        CudaDevice(1, lambda: None).prepare()
+
+
 def test_failures_of_the_device_are_transfer_errors(runtime: Runtime) -> None:
     pool, passed = CudaPool(0, 64), threading.Event()
     device = CudaDevice(0, passed.set)
