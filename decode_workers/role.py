@@ -162,6 +162,14 @@ class DecodeRole:
             await self._receiver.drain()
         await self._idle.wait()
 
+    def evict(self, error: DiphaseError) -> None:
+        if self._receiver is not None:
+            self._receiver.abort_all(error)
+        for job in list(self._jobs.values()):
+            self._scheduler.cancel(job.sequence.key)
+            self._forget(job)
+            self._shell.emit([failed_output(job.sequence.key, job.sequence.num_generated, error)])
+
     async def close(self) -> None:
         if self._receiver is not None:
             await self._receiver.close()

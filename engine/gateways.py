@@ -3,15 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import hmac
 import logging
 from collections.abc import Iterator
 
 from ..proto.clock import Clock
-from ..proto.errors import Cancelled, DiphaseError
-from ..proto.worker_pb2 import WorkerMessage
+from ..proto.errors import Cancelled, ConfigError, DiphaseError, InvalidRequest, Unauthenticated
+from ..proto.ids import PROTOCOL_VERSION
+from ..proto.worker_pb2 import GatewayHello, WorkerMessage
 from .gateway_link import GatewayLink
 
 logger = logging.getLogger(__name__)
+
+
+def check_hello(hello: GatewayHello, cluster_token: str) -> None:
+    """Whether a gateway may attach.
+
+    Raises:
+        Unauthenticated: the cluster token is wrong.
+        ConfigError: the gateway speaks another protocol version.
+        InvalidRequest: it does not say who it is.
+    """
+    if not hmac.compare_digest(hello.cluster_token.encode(), cluster_token.encode()):
+        raise Unauthenticated("the cluster token is missing or wrong; give every process the same one")
+    if hello.protocol_version != PROTOCOL_VERSION:
+        raise ConfigError(
+            f"the gateway speaks protocol {hello.protocol_version}, this worker {PROTOCOL_VERSION}; "
+            "run one version of diphase"
+        )
+    if not hello.gateway_id:
+        raise InvalidRequest("the hello has no gateway_id")
 
 
 class Gateways:

@@ -9,21 +9,17 @@ prefill, decode or hand-offs.
 from __future__ import annotations
 
 import asyncio
-import hmac
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from ..proto.clock import Clock
 from ..proto.errors import (
-    ConfigError,
     DiphaseError,
     Draining,
     InternalError,
-    InvalidRequest,
-    Unauthenticated,
     WorkerLost,
 )
-from ..proto.ids import PROTOCOL_VERSION, HandoffKey
+from ..proto.ids import HandoffKey
 from ..proto.inference_pb2 import TokenLogprobs
 from ..proto.worker_pb2 import (
     Cancel,
@@ -44,9 +40,10 @@ from ..proto.worker_pb2 import (
     WorkerHello,
     WorkerMessage,
 )
+from . import draining
 from .base import LayerHook, StepPlan, StepResult
 from .gateway_link import GatewayLink
-from .gateways import Gateways
+from .gateways import Gateways, check_hello
 from .host_config import HostConfig
 from .host_metrics import HostMetrics
 from .requests import cancelled_output, failed_output, key_of
@@ -88,7 +85,7 @@ class WorkerHost:
         self._gateways = Gateways(clock)
         self._work = asyncio.Event()
         self._broken: asyncio.Future[None]
-        self._draining = False
+        self._draining = self._drained = False
         self._stopped = False
         self._step_started_at: float | None = None
         self._step_predicted_s = 0.0
@@ -121,11 +118,13 @@ class WorkerHost:
                 raise result
 
     async def drain(self) -> None:
-        """Refuses new requests and returns when nothing is left and the gateways have read it, or flush_s has
-        passed. Cancelling it leaves the worker draining."""
+        """Refuses new requests and returns when nothing is left, or was given to other workers after
+        drain_timeout_s, and the gateways have read it, or flush_s has passed. Cancelling it leaves the worker
+        draining."""
         self._draining = True
-        self._gateways.send_all(WorkerMessage(heartbeat=self._heartbeat()))
-        await self._role.drain()
+        await draining.finish(self._role, self._config.drain_timeout_s, self._tell)
+        self._drained = True
+        self._tell()
         await self._gateways.wait_empty(self._config.flush_s)
 
     # gateways
@@ -139,15 +138,7 @@ class WorkerHost:
             InvalidRequest: it does not say who it is.
             Draining: the worker has stopped.
         """
-        if not hmac.compare_digest(hello.cluster_token.encode(), self._config.cluster_token.encode()):
-            raise Unauthenticated("the cluster token is missing or wrong; give every process the same one")
-        if hello.protocol_version != PROTOCOL_VERSION:
-            raise ConfigError(
-                f"the gateway speaks protocol {hello.protocol_version}, this worker {PROTOCOL_VERSION}; "
-                "run one version of diphase"
-            )
-        if not hello.gateway_id:
-            raise InvalidRequest("the hello has no gateway_id")
+        check_hello(hello, self._config.cluster_token)
         if self._stopped:
             raise Draining("the worker has stopped")
         link = GatewayLink(
@@ -365,6 +356,9 @@ class WorkerHost:
             # Blocks may have come out of quarantine or a lease without anyone saying so.
             self._work.set()
 
+    def _tell(self) -> None:
+        self._gateways.send_all(WorkerMessage(heartbeat=self._heartbeat()))
+
     def _heartbeat(self) -> Heartbeat:
         now = self._clock.now()
         started = self._step_started_at
@@ -378,7 +372,7 @@ class WorkerHost:
 
     def _load(self) -> Load:
         load = self._role.load()
-        load.draining = self._draining
+        load.draining, load.drained = self._draining, self._drained
         return load
 
     def _cancel_orphans(self) -> None:

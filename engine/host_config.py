@@ -31,6 +31,9 @@ class HostConfig:
     """Seconds after which requests whose gateway has no stream are cancelled."""
     max_queued_messages: int = 4096
     """Most messages that may wait for a gateway to read; then it is disconnected."""
+    drain_timeout_s: float = 25.0
+    """Seconds that a draining worker has to finish what it runs; then its requests go to other workers. Below
+    the grace that whoever stops processes gives them (Kubernetes: 30)."""
     flush_s: float = 2.0
     """Seconds that a draining worker waits for gateways to read their last messages."""
 
@@ -40,7 +43,9 @@ class HostConfig:
         for name in ("port", "metrics_port"):
             if not 0 <= getattr(self, name) <= 65535:
                 raise ConfigError(f"host.{name} = {getattr(self, name)} is out of range; use 0 to 65535")
-        for name in ("heartbeat_s", "hello_timeout_s", "retain_s", "orphan_s", "flush_s"):
+        for name in (
+            "heartbeat_s", "hello_timeout_s", "retain_s", "orphan_s", "drain_timeout_s", "flush_s",
+        ):  # fmt: skip
             if not 0.0 < getattr(self, name) <= 86_400.0:
                 raise ConfigError(
                     f"host.{name} = {getattr(self, name)} is out of range; use more than 0 and at most 86400"

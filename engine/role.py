@@ -121,6 +121,10 @@ class Role(Protocol):
         nothing."""
         ...
 
+    def evict(self, error: DiphaseError) -> None:
+        """Ends everything that is here: requests with `error`, and hand-offs in whatever state."""
+        ...
+
     async def close(self) -> None:
         """Ends what is left: hand-offs, links, tasks."""
         ...

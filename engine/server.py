@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from functools import partial
+from importlib.metadata import version
 from typing import Protocol
 
 import grpc.aio
@@ -65,7 +66,8 @@ def hello_of(
         layout_hash=engine.layout.fingerprint(),
         protocol_version=PROTOCOL_VERSION,
         transports=transports,
-        tensor_parallel=engine.sharding.tp,
+        kv_sharding=f"tp{engine.sharding.tp} pp{engine.sharding.pp}",
+        package_version=version(__name__.partition(".")[0]),
     )
 
 

@@ -90,6 +90,12 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
             self._post(handoff, k.Ended(k.Fault.of(error)))
             self._settle()
 
+    def abort_all(self, error: DiphaseError) -> None:
+        """Ends every hand-off; the prefill sides are told `error`. No event follows."""
+        for handoff in self._handoffs.values():
+            self._post(handoff, k.Ended(k.Fault.of(error)))
+        self._settle()
+
     @property
     def reserved_blocks(self) -> int:
         """Blocks granted to hand-offs that are not Ready, cached ones included, quarantined ones not."""

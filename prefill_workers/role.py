@@ -159,6 +159,11 @@ class PrefillRole:
         await self._idle.wait()
         await self._sender.drain()
 
+    def evict(self, error: DiphaseError) -> None:
+        for job in list(self._jobs.values()):
+            self._sender.abort(job.sequence.key, error)
+            self._fail(job, error)
+
     async def close(self) -> None:
         await self._sender.close()
 

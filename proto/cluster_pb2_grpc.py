@@ -44,6 +44,11 @@ class ClusterStub:
                 request_serializer=diphase_dot_proto_dot_cluster__pb2.GetTraceRequest.SerializeToString,
                 response_deserializer=diphase_dot_proto_dot_cluster__pb2.GetTraceResponse.FromString,
                 _registered_method=True)
+        self.Change = channel.unary_stream(
+                '/diphase.v1.Cluster/Change',
+                request_serializer=diphase_dot_proto_dot_cluster__pb2.ChangeRequest.SerializeToString,
+                response_deserializer=diphase_dot_proto_dot_cluster__pb2.ChangeProgress.FromString,
+                _registered_method=True)
 
 
 class ClusterServicer:
@@ -62,6 +67,13 @@ class ClusterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Change(self, request, context):
+        """Asks the supervisor, on behalf of whoever reaches this gateway.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_ClusterServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -74,6 +86,11 @@ def add_ClusterServicer_to_server(servicer, server):
                     servicer.GetTrace,
                     request_deserializer=diphase_dot_proto_dot_cluster__pb2.GetTraceRequest.FromString,
                     response_serializer=diphase_dot_proto_dot_cluster__pb2.GetTraceResponse.SerializeToString,
+            ),
+            'Change': grpc.unary_stream_rpc_method_handler(
+                    servicer.Change,
+                    request_deserializer=diphase_dot_proto_dot_cluster__pb2.ChangeRequest.FromString,
+                    response_serializer=diphase_dot_proto_dot_cluster__pb2.ChangeProgress.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -130,6 +147,109 @@ class Cluster:
             '/diphase.v1.Cluster/GetTrace',
             diphase_dot_proto_dot_cluster__pb2.GetTraceRequest.SerializeToString,
             diphase_dot_proto_dot_cluster__pb2.GetTraceResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Change(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/diphase.v1.Cluster/Change',
+            diphase_dot_proto_dot_cluster__pb2.ChangeRequest.SerializeToString,
+            diphase_dot_proto_dot_cluster__pb2.ChangeProgress.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+
+class SupervisorStub:
+    """The supervisor's own service. Only gateways call it, and show the cluster token.
+    """
+
+    def __init__(self, channel):
+        """Constructor.
+
+        Args:
+            channel: A grpc.Channel.
+        """
+        self.Change = channel.unary_stream(
+                '/diphase.v1.Supervisor/Change',
+                request_serializer=diphase_dot_proto_dot_cluster__pb2.ChangeRequest.SerializeToString,
+                response_deserializer=diphase_dot_proto_dot_cluster__pb2.ChangeProgress.FromString,
+                _registered_method=True)
+
+
+class SupervisorServicer:
+    """The supervisor's own service. Only gateways call it, and show the cluster token.
+    """
+
+    def Change(self, request, context):
+        """Ends when the change is complete, or with the reason why it is not. It goes on when its caller leaves.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+
+def add_SupervisorServicer_to_server(servicer, server):
+    rpc_method_handlers = {
+            'Change': grpc.unary_stream_rpc_method_handler(
+                    servicer.Change,
+                    request_deserializer=diphase_dot_proto_dot_cluster__pb2.ChangeRequest.FromString,
+                    response_serializer=diphase_dot_proto_dot_cluster__pb2.ChangeProgress.SerializeToString,
+            ),
+    }
+    generic_handler = grpc.method_handlers_generic_handler(
+            'diphase.v1.Supervisor', rpc_method_handlers)
+    server.add_generic_rpc_handlers((generic_handler,))
+    server.add_registered_method_handlers('diphase.v1.Supervisor', rpc_method_handlers)
+
+
+ # This class is part of an EXPERIMENTAL API.
+class Supervisor:
+    """The supervisor's own service. Only gateways call it, and show the cluster token.
+    """
+
+    @staticmethod
+    def Change(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/diphase.v1.Supervisor/Change',
+            diphase_dot_proto_dot_cluster__pb2.ChangeRequest.SerializeToString,
+            diphase_dot_proto_dot_cluster__pb2.ChangeProgress.FromString,
             options,
             channel_credentials,
             insecure,

@@ -142,7 +142,7 @@ class WorkerMessage(_message.Message):
     def __init__(self, hello: _Optional[_Union[WorkerHello, _Mapping]] = ..., step: _Optional[_Union[StepOutput, _Mapping]] = ..., heartbeat: _Optional[_Union[Heartbeat, _Mapping]] = ..., pong: _Optional[_Union[Pong, _Mapping]] = ..., prefix_delta: _Optional[_Union[PrefixDelta, _Mapping]] = ..., prefix_snapshot: _Optional[_Union[PrefixSnapshot, _Mapping]] = ..., resumed: _Optional[_Union[Resumed, _Mapping]] = ..., moved: _Optional[_Union[Moved, _Mapping]] = ..., inspected: _Optional[_Union[Inspected, _Mapping]] = ...) -> None: ...
 
 class WorkerHello(_message.Message):
-    __slots__ = ("worker_id", "incarnation", "role", "model", "block_size", "num_blocks", "context_length", "max_running", "chunk_budget", "layout_hash", "protocol_version", "transports", "tensor_parallel")
+    __slots__ = ("worker_id", "incarnation", "role", "model", "block_size", "num_blocks", "context_length", "max_running", "chunk_budget", "layout_hash", "protocol_version", "transports", "kv_sharding", "package_version")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     INCARNATION_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
@@ -155,7 +155,8 @@ class WorkerHello(_message.Message):
     LAYOUT_HASH_FIELD_NUMBER: _ClassVar[int]
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     TRANSPORTS_FIELD_NUMBER: _ClassVar[int]
-    TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
+    KV_SHARDING_FIELD_NUMBER: _ClassVar[int]
+    PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     incarnation: str
     role: str
@@ -168,8 +169,9 @@ class WorkerHello(_message.Message):
     layout_hash: str
     protocol_version: int
     transports: _containers.RepeatedScalarFieldContainer[str]
-    tensor_parallel: int
-    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., context_length: _Optional[int] = ..., max_running: _Optional[int] = ..., chunk_budget: _Optional[int] = ..., layout_hash: _Optional[str] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., tensor_parallel: _Optional[int] = ...) -> None: ...
+    kv_sharding: str
+    package_version: str
+    def __init__(self, worker_id: _Optional[str] = ..., incarnation: _Optional[str] = ..., role: _Optional[str] = ..., model: _Optional[str] = ..., block_size: _Optional[int] = ..., num_blocks: _Optional[int] = ..., context_length: _Optional[int] = ..., max_running: _Optional[int] = ..., chunk_budget: _Optional[int] = ..., layout_hash: _Optional[str] = ..., protocol_version: _Optional[int] = ..., transports: _Optional[_Iterable[str]] = ..., kv_sharding: _Optional[str] = ..., package_version: _Optional[str] = ...) -> None: ...
 
 class StepOutput(_message.Message):
     __slots__ = ("outputs", "sample", "load")
@@ -264,7 +266,7 @@ class StepSample(_message.Message):
     def __init__(self, prefill_tokens: _Optional[int] = ..., prefill_context: _Optional[int] = ..., decode_batch: _Optional[int] = ..., decode_context: _Optional[int] = ..., duration_s: _Optional[float] = ..., ended_at: _Optional[float] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("waiting_requests", "waiting_tokens", "running", "running_context", "blocks_total", "blocks_free", "blocks_cached", "blocks_running", "blocks_reserved", "blocks_held", "blocks_quarantined", "handoffs", "preemptions", "draining")
+    __slots__ = ("waiting_requests", "waiting_tokens", "running", "running_context", "blocks_total", "blocks_free", "blocks_cached", "blocks_running", "blocks_reserved", "blocks_held", "blocks_quarantined", "handoffs", "preemptions", "draining", "drained")
     WAITING_REQUESTS_FIELD_NUMBER: _ClassVar[int]
     WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     RUNNING_FIELD_NUMBER: _ClassVar[int]
@@ -279,6 +281,7 @@ class Load(_message.Message):
     HANDOFFS_FIELD_NUMBER: _ClassVar[int]
     PREEMPTIONS_FIELD_NUMBER: _ClassVar[int]
     DRAINING_FIELD_NUMBER: _ClassVar[int]
+    DRAINED_FIELD_NUMBER: _ClassVar[int]
     waiting_requests: int
     waiting_tokens: int
     running: int
@@ -293,7 +296,8 @@ class Load(_message.Message):
     handoffs: int
     preemptions: int
     draining: bool
-    def __init__(self, waiting_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running: _Optional[int] = ..., running_context: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_running: _Optional[int] = ..., blocks_reserved: _Optional[int] = ..., blocks_held: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., handoffs: _Optional[int] = ..., preemptions: _Optional[int] = ..., draining: _Optional[bool] = ...) -> None: ...
+    drained: bool
+    def __init__(self, waiting_requests: _Optional[int] = ..., waiting_tokens: _Optional[int] = ..., running: _Optional[int] = ..., running_context: _Optional[int] = ..., blocks_total: _Optional[int] = ..., blocks_free: _Optional[int] = ..., blocks_cached: _Optional[int] = ..., blocks_running: _Optional[int] = ..., blocks_reserved: _Optional[int] = ..., blocks_held: _Optional[int] = ..., blocks_quarantined: _Optional[int] = ..., handoffs: _Optional[int] = ..., preemptions: _Optional[int] = ..., draining: _Optional[bool] = ..., drained: _Optional[bool] = ...) -> None: ...
 
 class Heartbeat(_message.Message):
     __slots__ = ("sequence", "at", "step_age_s", "step_predicted_s", "load")

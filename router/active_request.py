@@ -41,9 +41,11 @@ class ActiveRequest:
         "finish_reason",
         "finisher",
         "give_up",
+        "moves",
         "prefill",
         "queued",
         "request",
+        "seeded",
         "stream",
         "times",
     )
@@ -56,9 +58,13 @@ class ActiveRequest:
         self.decode: WorkerHandle | None = None
         self.decoding = False
         """The decode worker has sent tokens of this attempt."""
+        self.seeded = False
+        """The prefill worker has sent the first token of this attempt."""
         self.queued = False
         """Counted by admission: it has no token yet."""
         self.failed_workers: set[str] = set()
+        self.moves = 0
+        """Attempts that ended because a worker drained."""
         self.give_up: asyncio.TimerHandle | None = None
         """Ends the wait for a placement."""
         self.finish_reason = 0
@@ -93,7 +99,10 @@ class ActiveRequest:
     @property
     def needs_prefill(self) -> bool:
         """Whether losing the prefill worker ends the attempt: tokens that only it has are missing."""
-        return self.prefill is not None and (not self.decoding or self._order.has_gap)
+        if self.prefill is None or (self.decoding and not self._order.has_gap):
+            return False
+        # Where it drained, decode has verified the hand-off, whether or not it has sent a token yet.
+        return not (self.prefill.parted and self.seeded) or self._order.has_gap
 
     @property
     def workers(self) -> list[WorkerHandle]:
@@ -130,7 +139,7 @@ class ActiveRequest:
         """Leaves its workers; what they sent in order is kept."""
         self.attempt += 1
         self.prefill = self.decode = None
-        self.decoding = False
+        self.decoding = self.seeded = False
         self._terminal = None
         self._order.drop_early()
 

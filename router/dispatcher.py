@@ -195,7 +195,7 @@ class Dispatcher:
             )
 
     def lost(self, worker: WorkerHandle, reason: str) -> None:
-        error = WorkerLost(f"worker {worker.worker_id} was lost: {reason}")
+        error = (Draining if worker.parted else WorkerLost)(f"worker {worker.worker_id} was lost: {reason}")
         self._reattacher.lost(worker)
         for active in list(self._active.values()):
             if active.decode is worker or (active.prefill is worker and active.needs_prefill):
@@ -257,8 +257,7 @@ class Dispatcher:
         if not active.token_ids:
             times.submitted_at = now
         times.attempts = active.attempt + 1
-        times.prefill_worker = placement.first.worker_id
-        times.decode_worker = placement.decode.worker_id
+        times.prefill_worker, times.decode_worker = placement.first.worker_id, placement.decode.worker_id
         self.metrics.placed(placement.prefill is not None)
         self._journalise(active, "placed")
 
@@ -273,6 +272,7 @@ class Dispatcher:
             if output.HasField("decode") and active.observe_handoff(worker, output, now):
                 self._policy.observe_handoff(active.times.handoff_s)
                 self.metrics.handed_off(active.times)
+        active.seeded |= worker is active.prefill
         active.take(output.index, list(output.token_ids), output.logprobs)
         if active.queued and active.token_ids:
             active.queued = False
@@ -291,8 +291,8 @@ class Dispatcher:
         else:
             worker.acknowledge(active.request_id, active.attempt)
             error = from_wire(terminal.error.code, terminal.error.message)
-            # When a hand-off fails, either side may be the reason.
-            blamed = active.workers if isinstance(error, TransferError) else [worker]
+            # When a hand-off fails or is refused, either side may be the reason.
+            blamed = active.workers if isinstance(error, TransferError | Draining) else [worker]
             self._fail_attempt(active, error, retryable=terminal.error.retryable, blamed=blamed)
 
     def _fail_attempt(
@@ -307,9 +307,10 @@ class Dispatcher:
         )  # fmt: skip
         self._cancel_attempt(active)
         active.failed_workers.update(worker.worker_id for worker in blamed)
+        active.moves += isinstance(error, Draining)  # nobody's failure, however many workers drain
         if len(active.token_ids) >= active.request.sampling.max_tokens:
             active.finish(FINISH_REASON_LENGTH)  # only the terminal event was lost
-        elif not retryable or active.attempt + 1 >= self._config.max_attempts:
+        elif not retryable or active.attempt + 1 - active.moves >= self._config.max_attempts:
             self._end_with(active, error)
         else:
             self.metrics.retried(error.code)

@@ -30,6 +30,7 @@ from .metrics import GatewayMetrics
 from .placement import PlacementPolicy
 from .prefix_index import PrefixIndex
 from .services import CLUSTER, INFERENCE, GatewayServices
+from .supervisor_link import SupervisorLink
 from .text import ServedModel, TextProcessor
 from .worker_handle import WorkerState
 from .workers import ROLES, WorkerPool
@@ -128,6 +129,7 @@ class RunningGateway:
             clock=parts.clock,
             client_stall_s=parts.config.client_stall_s,
             client_token="" if is_loopback(parts.config.host) else parts.cluster_token,
+            supervisor=SupervisorLink(lambda: router.pool.supervisor, parts.cluster_token),
         )
         self._health = health.aio.HealthServicer()  # type: ignore[attr-defined]
         self._server = grpc.aio.server(options=server_options(parts.config.max_message_bytes))

@@ -31,20 +31,29 @@ class Member:
 
     worker_id: str
     role: str
-    """prefill, decode, colocated or gateway."""
+    """prefill, decode, colocated, gateway or supervisor."""
     address: str
     """host:port of its gRPC server."""
     incarnation: str
     """Fresh at each process start."""
     metrics_address: str = ""
     """host:port of its /metrics."""
+    draining: bool = False
+    """It finishes what it has; nothing new goes there."""
+    layout_hash: str = ""
+    """Of its model and KV layout: workers hand over only where it is equal. As the next three, of workers
+    only."""
+    protocol_version: int = 0
+    kv_sharding: str = ""
+    package_version: str = ""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Member:
-        return cls(**json.loads(text))
+        """What a newer release has added is passed over."""
+        return cls(**{name: value for name, value in json.loads(text).items() if name in cls.__slots__})
 
 
 class MembershipSource(Protocol):

@@ -133,17 +133,22 @@ class PlacementPolicy:
             (prefills if worker.role == "prefill" else decodes).append(worker)
         if avoid:
             prefills, decodes = _prefer(prefills, avoid), _prefer(decodes, avoid)
+        layouts = dict.fromkeys(worker.layout_hash for worker in prefills)
         sides = [_decode_side(worker, demand.num_tokens, output) for worker in decodes]
         candidates = []
         for side in sides:
             uncached = self._uncached(side.worker, demand)
-            # Both phases on one worker: it is colocated, the prefill pool is dead, or little is to compute.
-            if side.worker.role == "colocated" or not prefills or uncached <= self._local_prefill_tokens:
+            # Both phases on one worker: it is colocated, no prefill worker can hand over to it, or little is
+            # to compute.
+            alone = side.worker.role == "colocated" or side.worker.layout_hash not in layouts
+            if alone or uncached <= self._local_prefill_tokens:
                 candidates.append(self._local(side, uncached, demand, output))
-        for layout in {worker.layout_hash: None for worker in decodes} if prefills else ():
-            first = [worker for worker in prefills if worker.layout_hash == layout]
-            then = [side for side in sides if side.worker.layout_hash == layout]
-            if first:
+        for layout in layouts:
+            then = [
+                side for side in sides if side.worker.role == "decode" and side.worker.layout_hash == layout
+            ]
+            if then:
+                first = [worker for worker in prefills if worker.layout_hash == layout]
                 candidates.append(self._pair(first, then, demand, output))
         if not candidates:
             return None

@@ -27,8 +27,10 @@ from ..proto.errors import (
     Unauthenticated,
 )
 from ..proto.slo import slo_to_proto
+from .compatibility import mismatches
 from .dispatcher import Dispatcher
 from .generation import Generation
+from .supervisor_link import SupervisorLink
 from .text import TextProcessor
 from .traces import MAX_REQUESTS, RecentRequests, time_line
 from .worker_handle import WorkerState
@@ -57,6 +59,7 @@ class GatewayServices:
         clock: Clock,
         client_stall_s: float,
         client_token: str,
+        supervisor: SupervisorLink,
     ) -> None:
         """`client_token`: what every call must bring as `authorization: Bearer …`; empty asks for nothing."""
         self.metrics_address = ""
@@ -67,6 +70,7 @@ class GatewayServices:
         self._clock = clock
         self._client_stall_s = client_stall_s
         self._recent = RecentRequests()
+        self._supervisor = supervisor
         self._writing: dict[asyncio.Task[None], float] = {}
         self._bearer = f"Bearer {client_token}" if client_token else ""
 
@@ -100,6 +104,9 @@ class GatewayServices:
                         "GetTrace": unary(
                             self._answer(cluster_pb2.GetTraceRequest, self._get_trace),
                             response_serializer=cluster_pb2.GetTraceResponse.SerializeToString,
+                        ),
+                        "Change": stream(
+                            self._change, response_serializer=cluster_pb2.ChangeProgress.SerializeToString
                         ),
                     },
                 ),
@@ -170,6 +177,19 @@ class GatewayServices:
             del self._writing[task]
             task.cancel()
 
+    # Change
+
+    async def _change(self, data: bytes, context: Context) -> None:
+        try:
+            self._authenticate(context)
+            request = _parse(cluster_pb2.ChangeRequest, data)
+            async for progress in self._supervisor.change(request):
+                await context.write(progress)
+        except DiphaseError as exc:
+            await _abort(context, exc)
+        except grpc.aio.AioRpcError as exc:
+            await context.abort(exc.code(), exc.details() or "")
+
     # the others
 
     def _answer(
@@ -229,8 +249,16 @@ class GatewayServices:
                     heartbeat_age_s=max(0.0, now - worker.last_frame_at) if worker.attached else 0.0,
                     metrics_address=worker.member.metrics_address,
                     transfers=answers[worker.worker_id].transfers if worker.worker_id in answers else (),
+                    layout_hash=worker.layout_hash,
+                    protocol_version=worker.protocol_version,
+                    kv_sharding=worker.kv_sharding,
+                    package_version=worker.package_version,
                 )
                 for worker in self._pool.handles()
+            ],
+            mismatches=[
+                cluster_pb2.Mismatch(prefill=pair.prefill, decode=pair.decode, reason=pair.reason)
+                for pair in mismatches(self._pool.handles())
             ],
             queued_requests=admission.queued_requests,
             running_requests=dispatcher.open_requests - admission.queued_requests,

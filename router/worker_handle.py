@@ -46,9 +46,16 @@ class WorkerHandle:
         """Why there is no stream to it; empty while there is one, and before the first dial has failed."""
         self.link: Link | None = None
         self.hello: pb.WorkerHello | None = None
-        self.layout_hash = ""
-        """Of its model and KV layout; workers pair only when equal. Said by its hello, as the next three."""
+        self.parted = False
+        """Its last stream ended after it had drained: what it computed is in other workers' hands."""
+        self.layout_hash = member.layout_hash
+        """Of its model and KV layout; workers pair only when equal. Known from the registry before there is a
+        stream, then from its hello, as the next three."""
+        self.protocol_version = member.protocol_version
+        self.kv_sharding = member.kv_sharding
+        self.package_version = member.package_version
         self.block_size = 1
+        """Said by its hello, as the next two."""
         self.chunk_budget = 0
         self.max_running = 0
         self.load = pb.Load()
@@ -96,7 +103,15 @@ class WorkerHandle:
             return False
         self.member = member
         self.retired = False
+        if not self.attached:
+            self._describe(member)
         return True
+
+    def _describe(self, source: Member | pb.WorkerHello) -> None:
+        self.layout_hash = source.layout_hash
+        self.protocol_version = source.protocol_version
+        self.kv_sharding = source.kv_sharding
+        self.package_version = source.package_version
 
     def send(self, message: pb.GatewayMessage) -> None:
         if self.link is not None:
@@ -122,7 +137,8 @@ class WorkerHandle:
     def on_hello(self, hello: pb.WorkerHello) -> None:
         self.hello = hello
         self.incarnation = hello.incarnation
-        self.layout_hash = hello.layout_hash
+        self.parted = False
+        self._describe(hello)
         self.block_size = max(1, hello.block_size)
         self.chunk_budget = hello.chunk_budget
         self.max_running = hello.max_running
@@ -148,6 +164,7 @@ class WorkerHandle:
 
     def detached(self, state: WorkerState) -> None:
         """Its stream is gone, and with it what was promised to it."""
+        self.parted = self.load.drained
         self.state = state
         self.hello = None
         self.link = None
@@ -164,7 +181,7 @@ class WorkerHandle:
         """The state that an attached worker is in."""
         if hangs:
             return WorkerState.HUNG
-        if self.load.draining or self.retired:
+        if self.load.draining or self.retired or self.member.draining:
             return WorkerState.DRAINING
         return WorkerState.READY if self.clock.known else WorkerState.CONNECTING
 

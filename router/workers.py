@@ -76,6 +76,8 @@ class WorkerPool:
         self._listener: PoolListener | None = None
         self._handles: dict[str, WorkerHandle] = {}
         self._tasks: dict[str, asyncio.Task[None]] = {}
+        self.supervisor = ""
+        """host:port of the supervisor's service; empty while it is not known."""
         self._role_models = {role: LatencyModel() for role in ROLES}
         self.prefixes = prefixes
         self.inspector = Inspector()
@@ -112,12 +114,15 @@ class WorkerPool:
 
     def _update(self, group: asyncio.TaskGroup, members: list[Member]) -> None:
         wanted = {member.worker_id: member for member in members if member.role in ROLES}
+        self.supervisor = next((member.address for member in members if member.role == "supervisor"), "")
         for worker_id, handle in list(self._handles.items()):
             member = wanted.get(worker_id)
             if member is None:
                 self._retire(handle)
             elif member != handle.member and not handle.adopt(member):
                 self._drop(handle, "another process took its place")
+            else:
+                self._judge(handle, self._clock.now())
         for worker_id in sorted(wanted):
             if worker_id not in self._handles:
                 self._add(group, wanted[worker_id])

@@ -75,6 +75,11 @@ async def test_the_last_known_members_stay_while_the_store_is_away_or_empty() ->
                     assert await following == [member("b")]
 
 
+def test_what_a_newer_release_says_of_a_member_is_passed_over() -> None:
+    text = member("a").to_json()
+    assert Member.from_json(text[:-1] + ', "rack": "r7"}') == member("a")
+
+
 async def test_fixed_members_are_told_once() -> None:
     found = [members async for members in FixedMembership([member("a")]).watch()]
     assert found == [[member("a")]]

@@ -196,6 +196,18 @@ def test_workers_of_different_layouts_never_pair() -> None:
     assert names(place(workers)) == ("p1", "d0")
 
 
+def test_a_decode_worker_that_nobody_can_hand_over_to_computes_the_prompt() -> None:
+    old, new = worker("p0", "prefill", layout="old"), worker("d0", "decode", layout="new")
+    assert names(place([old, new])) == ("-", "d0")
+
+
+def test_a_colocated_worker_takes_no_hand_off() -> None:
+    workers = [worker("p0", "prefill"), worker("c0", "colocated")]
+    assert names(place(workers)) == ("-", "c0")
+    busy = worker("d0", "decode", running=15, running_context=14_000)
+    assert names(place([workers[0], busy])) == ("p0", "d0")
+
+
 def test_workers_to_avoid_are_used_only_without_others() -> None:
     workers = [worker("p0", "prefill"), worker("p1", "prefill"), worker("d0", "decode")]
     placement = policy().place(demand(), workers, {"p0", "d0"})

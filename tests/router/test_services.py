@@ -13,6 +13,7 @@ from diphase.proto import cluster_pb2
 from diphase.proto import inference_pb2 as pb
 from diphase.router.gateway import Router
 from diphase.router.services import GatewayServices
+from diphase.router.supervisor_link import SupervisorLink
 from diphase.router.text import TextProcessor, TextStream
 
 from ..simulation.virtual_loop import run_virtually
@@ -54,6 +55,7 @@ def services_of(router: Router, client_stall_s: float) -> GatewayServices:
         clock=LoopClock(),
         client_stall_s=client_stall_s,
         client_token="",
+        supervisor=SupervisorLink(lambda: router.pool.supervisor, ""),
     )
 
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from diphase.proto.errors import WorkerLost
+from diphase.proto.ids import PROTOCOL_VERSION
 from diphase.router.gateway import Router
 from diphase.router.latency_model import StepShape
 from diphase.router.links import FrameSink, Link
+from diphase.router.membership import Member
 from diphase.router.worker_handle import WorkerHandle, WorkerState
 
 from ..simulation.virtual_loop import run_virtually
-from .fake_workers import BLOCK_SIZE
+from .fake_workers import BLOCK_SIZE, LAYOUT
 from .fakes import FakeCluster, Members, fake_cluster, generate, token_request, until
 
 PROMPT = list(range(100))
@@ -110,6 +113,46 @@ def test_a_draining_worker_gets_nothing_new() -> None:
                     await generate(router, token_request(PROMPT, 2))
             assert not cluster.workers["d0"].submits
             assert len(cluster.workers["d1"].submits) == 4
+
+    run_virtually(main())
+
+
+def test_a_worker_that_drains_by_the_registry_gets_nothing_new_before_it_says_so_itself() -> None:
+    async def main() -> None:
+        with fake_cluster(prefill=0, decode=2) as cluster:
+            here = [worker.member for worker in cluster.workers.values()]
+            members = Members(here)
+            async with cluster.router(membership=members) as router:
+                assert handle_of(router, "d0").state is WorkerState.READY
+                members.set([replace(here[0], draining=True), here[1]])
+                await asyncio.sleep(0.01)
+                assert handle_of(router, "d0").state is WorkerState.DRAINING
+                for _ in range(4):
+                    await generate(router, token_request(PROMPT, 2))
+                assert not cluster.workers["d0"].submits
+                members.set(here)
+                await asyncio.sleep(0.01)
+                assert handle_of(router, "d0").state is WorkerState.READY
+
+    run_virtually(main())
+
+
+def test_the_registry_says_a_workers_layout_before_there_is_a_stream_and_its_hello_is_right_in_the_end() -> (
+    None
+):
+    async def main() -> None:
+        with fake_cluster(prefill=0, decode=1) as cluster:
+            told = replace(
+                cluster.workers["d0"].member, layout_hash="told", protocol_version=7, package_version="9.9"
+            )
+            away = Member(worker_id="d9", role="decode", address="nobody:1", incarnation="1", layout_hash="x")
+            supervisor = Member(worker_id="supervisor", role="supervisor", address="s:1", incarnation="1")
+            async with cluster.router(membership=Members([told, away, supervisor])) as router:
+                assert handle_of(router, "d0").layout_hash == LAYOUT
+                assert handle_of(router, "d0").protocol_version == PROTOCOL_VERSION
+                assert handle_of(router, "d9").layout_hash == "x"
+                assert router.pool.supervisor == "s:1"
+                assert len(router.pool.handles()) == 2
 
     run_virtually(main())
 
