@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 from ..proto.errors import ConfigError, DiphaseError, InternalError
-from . import processes, roles
+from . import processes, roles, sigterm
 from .roles import Assignment, Started, StartFailed, StartProgress
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,9 @@ class RoleActor:
         self._import = asyncio.get_running_loop().run_in_executor(None, importlib.import_module, self.module)
         self._running: roles.Running | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
+        loop = asyncio.get_running_loop()
+        sigterm.listen(lambda: loop.call_soon_threadsafe(self._leave))
         self._progress = StartProgress(stage="starting", share=0.0)
 
     async def start(self, assignment: Assignment) -> Started | StartFailed:
@@ -77,6 +80,23 @@ class RoleActor:
         running, self._running = self._running, None
         if running is not None:
             await running.close()
+
+    def _leave(self) -> None:
+        """SIGTERM, from whoever stops single processes or nodes: the first has it finish what it has; there
+        is nothing to finish before it serves, and no more patience at the second."""
+        if self._running is None or self._leaving is not None:
+            os._exit(1)
+        self._leaving = asyncio.create_task(self._exit_when_drained(self._running))
+
+    async def _exit_when_drained(self, running: roles.Running) -> None:
+        logger.info("sigterm_received drains=yes")
+        try:
+            await running.drain()
+            await running.close()
+        except Exception:  # the top of this process's end
+            logger.exception("drain_failed")
+        finally:
+            os._exit(0)
 
     async def _exit_when_broken(self, running: roles.Running) -> None:
         try:
@@ -132,6 +152,7 @@ def _describe(assignment: Assignment, running: roles.Running) -> Started:
         pid=pid,
         ticks=processes.started_at(pid) or 0,
         node_id=ray.get_runtime_context().get_node_id(),
+        traits=running.traits,
     )
 
 
@@ -190,3 +211,7 @@ def _cores_there() -> set[int]:
         return os.sched_getaffinity(0)
     finally:
         os.sched_setaffinity(0, before)
+
+
+if sigterm.in_actor_process():
+    sigterm.take_over()

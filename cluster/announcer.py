@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from dataclasses import asdict, replace
 
 from redis.exceptions import RedisError
 
@@ -28,14 +29,26 @@ class Announcer:
 
     def publish(self, started: Started) -> None:
         """The process serves."""
-        self._members[started.worker_id] = Member(
-            worker_id=started.worker_id,
-            role=started.role,
-            address=started.address,
-            incarnation=started.incarnation,
-            metrics_address=started.metrics_address,
+        self.add(
+            Member(
+                worker_id=started.worker_id,
+                role=started.role,
+                address=started.address,
+                incarnation=started.incarnation,
+                metrics_address=started.metrics_address,
+                **asdict(started.traits),
+            )
         )
+
+    def add(self, member: Member) -> None:
+        """It is there, started by whomever."""
+        self._members[member.worker_id] = member
         self._changed.set()
+
+    def drains(self, started: Started) -> None:
+        """The process takes its leave: it finishes what it has."""
+        if member := self._members.get(started.worker_id):
+            self.add(replace(member, draining=True))
 
     def remove(self, started: Started) -> None:
         """The process has ended."""

@@ -20,7 +20,7 @@ from rich.console import Console
 from ..proto.clock import system_rng
 from ..proto.errors import CheckpointError, ConfigError, DiphaseError, InvalidRequest, NotFound
 from ..proto.rpc import host_port
-from . import generate, status, trace
+from . import generate, scale, status, trace
 from .config import GIVEN, ClusterConfig, load
 from .config_writer import to_toml
 from .endpoint import WILDCARDS
@@ -32,7 +32,7 @@ DEMO_SETTINGS = (
     "router.local_prefill_tokens=0",
 )
 
-COMMANDS = ("serve", "generate", "status", "trace", "bench", "config", "demo")
+COMMANDS = ("serve", "generate", "status", "trace", "scale", "restart", "bench", "config", "demo")
 
 _USER_CAN_CHANGE = (ConfigError, CheckpointError, InvalidRequest, NotFound)
 
@@ -106,6 +106,8 @@ def _parser() -> _Parser:
     generate.add_arguments(add("generate", "send one prompt and stream the answer"))
     status.add_arguments(add("status", "show pools, load, KV use and hand-offs in flight"))
     trace.add_arguments(add("trace", "show one request's way through gateway and workers"))
+    scale.add_scale_arguments(add("scale", "give a pool another number of workers while it serves"))
+    scale.add_restart_arguments(add("restart", "replace workers one after the other while they serve"))
     bench.add_arguments(add("bench", "measure latency, attainment and goodput under load"))
     add("config", "print the resolved configuration, with what every key means")
     add("demo", "start a cluster, send it three prompts, print answers and timings, stop")
@@ -139,6 +141,8 @@ def _ask(args: argparse.Namespace, config: ClusterConfig) -> int:
         "generate": generate.run,
         "status": status.run,
         "trace": trace.run,
+        "scale": scale.run_scale,
+        "restart": scale.run_restart,
         "bench": bench.run,
     }
     # Unless it was configured the token is a drawn one, which only a gateway on loopback overlooks.

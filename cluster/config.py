@@ -205,6 +205,8 @@ class SupervisorConfig:
     gateway_hang_s: float = 0.8
     """A gateway that takes longer than this for two answers in a row is killed and started anew, some two
     seconds after it stopped; seconds."""
+    change_timeout_s: float = 1800.0
+    """How long a scale or a rolling restart may take unless it says so itself, seconds."""
     restart_pause_s: float = 5.0
     """Longest pause before a process that keeps failing is started again; it doubles from 0.1, seconds."""
 
@@ -213,7 +215,9 @@ class SupervisorConfig:
     private Ray takes along when it ends."""
 
     def __post_init__(self) -> None:
-        for name in ("start_timeout_s", "hang_grace_s", "gateway_hang_s", "restart_pause_s"):
+        for name in (
+            "start_timeout_s", "hang_grace_s", "gateway_hang_s", "change_timeout_s", "restart_pause_s",
+        ):  # fmt: skip
             if not 0.0 < getattr(self, name) <= 86_400.0:
                 raise ConfigError(
                     f"supervisor.{name} = {getattr(self, name)} is out of range; use up to 86400"
@@ -253,6 +257,11 @@ GIVEN = (
 cores are the pool's, every process has the cluster's token, and each takes ports of its own."""
 
 
+def given(model: ModelConfig, token: str) -> dict[str, object]:
+    """The values of GIVEN, by path."""
+    return dict(zip(GIVEN, (model.name, model.dtype, 1, (), token, 0, 0), strict=True))
+
+
 def load(file: Path | None, settings: Iterable[str], rng: Rng) -> ClusterConfig:
     """The configuration of `file` (or of nothing but defaults), changed by `settings` ("section.key=value").
 
@@ -268,7 +277,7 @@ def load(file: Path | None, settings: Iterable[str], rng: Rng) -> ClusterConfig:
     security = section(SecurityConfig, table, "security", source)
     model = section(ModelConfig, table, "model", source)
     token = security.cluster_token or Drawn(f"{rng.getrandbits(256):064x}")
-    source.given = dict(zip(GIVEN, (model.name, model.dtype, 1, (), token, 0, 0), strict=True))
+    source.given = given(model, token)
     config = build(ClusterConfig, table, source)
     if not is_loopback(config.gateway.host) and not security.cluster_token:
         raise ConfigError(

@@ -183,7 +183,7 @@ async def _linked(client: StatusClient, address: str) -> set[str]:
     """Workers that the gateway sees as ready."""
     try:
         view = await client.ask(address, LINK_S)
-    except WorkerLost:
+    except (WorkerLost, ConfigError):  # it is being restarted; what lasts is told at the end
         return set()
     return {worker.worker_id for worker in view.workers if worker.state == "ready"}
 

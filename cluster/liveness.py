@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 from ..proto import cluster_pb2 as pb
@@ -64,9 +64,10 @@ class LivenessWatch:
     """Kills what hangs, so that it is started anew."""
 
     def __init__(
-        self, slots: Iterable[Slot], ask: StatusSource, clock: Clock, config: SupervisorConfig
+        self, slots: Collection[Slot], ask: StatusSource, clock: Clock, config: SupervisorConfig
     ) -> None:
-        self._slots = list(slots)
+        """`slots` may change: who is in it at a look is looked at."""
+        self._slots = slots
         self._ask = ask
         self._clock = clock
         self._config = config

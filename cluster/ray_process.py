@@ -143,13 +143,13 @@ def _last_line(exc: RayError) -> str:
     return lines[-1] if lines else type(exc).__name__
 
 
-async def reserve(role: str, placement: PlacementConfig, timeout_s: float) -> PlacementGroup:
-    """A placement group with one bundle a worker of the pool.
+async def reserve(role: str, placement: PlacementConfig, workers: int, timeout_s: float) -> PlacementGroup:
+    """A placement group with one bundle for each of `workers` workers of the pool.
 
     Raises:
         ConfigError: no nodes with that much room within `timeout_s`.
     """
-    bundles = [placement.bundle() for _ in range(placement.workers)]
+    bundles = [placement.bundle() for _ in range(workers)]
     group = ray.util.placement_group(bundles, strategy=placement.strategy)
     try:
         async with asyncio.timeout(timeout_s):
@@ -158,24 +158,28 @@ async def reserve(role: str, placement: PlacementConfig, timeout_s: float) -> Pl
         ray.util.remove_placement_group(group)
         has = {name: amount for name, amount in ray.cluster_resources().items() if ":" not in name}
         raise ConfigError(
-            f"pools.{role}: no room for {placement.workers} workers of {bundles[0]} with strategy "
+            f"pools.{role}: no room for {workers} workers of {bundles[0]} with strategy "
             f"{placement.strategy} within {timeout_s:.0f} s; the Ray cluster has {has} in all"
         ) from None
+    except BaseException:
+        ray.util.remove_placement_group(group)
+        raise
     return group
 
 
 def create_worker(
     role: str, placement: PlacementConfig, bundle: tuple[PlacementGroup, int], mark: str, threads: int
 ) -> Any:
-    """The actor of a pool's worker, in that bundle of the pool's placement group."""
+    """The actor of a pool's worker, in that bundle of a placement group."""
     group, index = bundle
     return _create(
         role,
         mark,
         threads,
-        num_cpus=placement.cpus,
+        # The bundle has reserved them. An actor that takes none leaves room for its successor beside it; but
+        # GPUs are given to processes by name.
+        num_cpus=0,
         num_gpus=placement.gpus,
-        resources={name: amount for name, amount in placement.resources.items() if amount > 0},
         scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index),
     )
 

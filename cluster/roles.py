@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import importlib
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from types import ModuleType
 
 from ..checkpoints import lookup
@@ -15,6 +15,7 @@ from ..prefill_workers.config import PrefillWorkerConfig
 from ..proto.clock import system_rng
 from ..proto.ids import draw_id
 from ..proto.rpc import host_port
+from ..proto.worker_pb2 import WorkerHello
 from .config import ClusterConfig
 
 _PACKAGE = __name__.split(".", maxsplit=1)[0]
@@ -58,6 +59,16 @@ class Assignment:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Traits:
+    """What decides with whom a worker hands over, as `membership.Member` has it. A gateway has none."""
+
+    layout_hash: str = ""
+    protocol_version: int = 0
+    kv_sharding: str = ""
+    package_version: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Started:
     """A process that serves."""
 
@@ -73,6 +84,7 @@ class Started:
     """When the process started, see processes.started_at."""
     node_id: str
     """Of Ray."""
+    traits: Traits = Traits()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +116,7 @@ class Running:
     """Returns when the role was closed, and raises when it cannot go on: the process should then end."""
     drain: Callable[[], Awaitable[None]]
     close: Callable[[], Awaitable[None]]
+    traits: Traits = Traits()
 
 
 async def start(assignment: Assignment, node_ip: str, progress: Progress) -> Running:
@@ -123,8 +136,8 @@ async def start(assignment: Assignment, node_ip: str, progress: Progress) -> Run
         running = await _start_worker(module, assignment, node_ip, progress)
     return replace(
         running,
-        address=_reachable(running.address, node_ip),
-        metrics_address=_reachable(running.metrics_address, node_ip),
+        address=reachable(running.address, node_ip),
+        metrics_address=reachable(running.metrics_address, node_ip),
     )
 
 
@@ -168,7 +181,13 @@ async def _start_worker(
         wait=worker.wait_closed,
         drain=worker.drain,
         close=worker.close,
+        traits=traits_of(worker.hello),
     )
+
+
+def traits_of(hello: WorkerHello) -> Traits:
+    """What the registry says of a worker that says this of itself."""
+    return Traits(**{item.name: getattr(hello, item.name) for item in fields(Traits)})
 
 
 def _worker_config(assignment: Assignment, node_ip: str) -> PrefillWorkerConfig | DecodeWorkerConfig:
@@ -195,6 +214,7 @@ def _worker_config(assignment: Assignment, node_ip: str) -> PrefillWorkerConfig 
     )
 
 
-def _reachable(address: str, node_ip: str) -> str:
+def reachable(address: str, node_ip: str) -> str:
+    """What others dial to reach a listener at `address` on the node `node_ip`."""
     host, _colon, port = address.rpartition(":")
     return host_port(node_ip, int(port)) if host.strip("[]") in WILDCARDS else address

@@ -72,14 +72,18 @@ class Slot:
         *,
         publish: Callable[[Started], None],
         remove: Callable[[Started], None],
+        drains: Callable[[Started], None],
         config: SupervisorConfig,
     ) -> None:
-        """`publish` and `remove` tell the rest of the cluster who is there."""
+        """`publish`, `drains` and `remove` tell the rest of the cluster who is there."""
         self.assignment = assignment
         self.process = process
         self.started: Started | None = None
+        self.retiring = False
+        """Its process ends for good."""
         self._publish = publish
         self._remove = remove
+        self._drains = drains
         self._config = config
         self._first: asyncio.Future[Started] = asyncio.get_running_loop().create_future()
 
@@ -92,7 +96,8 @@ class Slot:
         return await asyncio.shield(self._first)
 
     async def run(self) -> None:
-        """Until cancelled. The first failure to start is final, later ones are tried again.
+        """Until cancelled, or the process of a slot that retires has ended. The first failure to start is
+        final, later ones are tried again.
 
         Raises:
             ProcessGone: it ended and will never come back.
@@ -107,10 +112,33 @@ class Slot:
         while True:
             self._publish(self.started)
             await self.process.ended(self.started)
-            ended, self.started = self.started, None
-            logger.warning("process_ended worker_id=%s pid=%d", ended.worker_id, ended.pid)
-            self._remove(ended)
+            self._take_off()
+            if self.retiring:
+                return
             self.started = await self._restart()
+
+    async def retire(self, drain_s: float) -> None:
+        """Has the process finish what it has, for `drain_s` at most, and ends it for good. The slot is of no
+        more use, also when this is cancelled."""
+        self.retiring = True
+        if (started := self.started) is not None:
+            logger.info("process_drains worker_id=%s pid=%d", started.worker_id, started.pid)
+            self._drains(started)
+            try:
+                async with asyncio.timeout(drain_s):
+                    await self.process.drain()
+            except TimeoutError:
+                logger.warning("drain_incomplete worker_id=%s after_s=%g", started.worker_id, drain_s)
+        await self.process.close()
+        self._take_off()
+
+    def _take_off(self) -> None:
+        """Its process has ended. Nothing happens when that is known."""
+        ended, self.started = self.started, None
+        if ended is not None:
+            level = logging.INFO if self.retiring else logging.WARNING
+            logger.log(level, "process_ended worker_id=%s pid=%d", ended.worker_id, ended.pid)
+            self._remove(ended)
 
     async def _start(self) -> Started:
         timeout_s = self._config.start_timeout_s

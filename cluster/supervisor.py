@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import socket
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Set
 from typing import Any, TypeVar
 
 import ray
@@ -21,15 +21,20 @@ from ..kv_transfer.registry import load_factory
 from ..proto.clock import MonotonicClock, system_rng
 from ..proto.errors import ConfigError, InternalError
 from ..proto.ids import draw_id
-from ..router.membership import RedisMembership
+from ..router.config import is_loopback
+from ..router.membership import Member, RedisMembership
 from . import name_lease, ray_process, store
 from .announcer import Announcer
-from .config import ClusterConfig
+from .changes import Changes
+from .config import ClusterConfig, PlacementConfig
+from .control import Control
 from .endpoint import StatusClient, wait_linked
+from .fleet import POOLS, Fleet
 from .foundation import Foundation, foundation
 from .liveness import LivenessWatch
+from .places import Place, Places
 from .ray_process import NodeAgents, RayProcess
-from .roles import Assignment
+from .roles import Assignment, reachable
 from .slot import ProcessGone, Slot
 
 logger = logging.getLogger(__name__)
@@ -127,17 +132,30 @@ class Cluster:
 
     def __init__(self, config: ClusterConfig, base: Foundation, report: Report, hurry: asyncio.Event) -> None:
         self.config = config
-        self.slots: list[Slot] = []
         self._base = base
         self._report = report
         self._hurry = hurry
         self._agents = NodeAgents(base.folder.name)
-        self._groups: list[Any] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._status = StatusClient(config.security.cluster_token)
         self._redis = base.store.client()
         self._members = RedisMembership(self._redis, config.name)
         self._announcer = Announcer(self._members)
+        self._places = Places(self._reserve, ray.util.remove_placement_group)
+        self._fleet = Fleet(
+            config,
+            places=self._places,
+            announcer=self._announcer,
+            create=self._create,
+            linked=self._linked,
+            store_url=base.store.url,
+        )
+        self._control = Control(Changes(self._fleet, config), config.security.cluster_token)
+
+    @property
+    def slots(self) -> list[Slot]:
+        """Of every process that runs or starts."""
+        return self._fleet.slots
 
     @property
     def addresses(self) -> list[str]:
@@ -148,25 +166,16 @@ class Cluster:
 
     async def start(self) -> None:
         """Returns once every process serves."""
-        mark = self._base.folder.name
-        for role, placement in self.config.pools.placements().items():
-            if not placement.workers:
-                continue
-            group = await ray_process.reserve(role, placement, self.config.ray.placement_timeout_s)
-            self._groups.append(group)
-            for index in range(placement.workers):
-                actor = ray_process.create_worker(
-                    role, placement, (group, index), mark, self.config.engine.threads
-                )
-                self._add(self._assignment(role, index), actor)
-        node_id = None if self.config.store.url else self._base.runtime.node_id
-        for index in range(self.config.gateway.replicas):
-            actor = ray_process.create_gateway(node_id, mark)
-            self._add(self._assignment("gateway", index), actor)
+        await self._fleet.open()
+        self._own(self._fleet.run())
         self._own(self._watch_ray())
         self._own(self._announcer.run())
         await self._all_started()
-        await self._all_linked()
+        # Before that a decode worker would compute prompts, as it does when the prefill pool is dead.
+        await self._linked(
+            {slot.assignment.worker_id for slot in self.slots if slot.assignment.role in POOLS}
+        )
+        await self._listen()
         self._own(store.keep_running(self._restart_store))
         self._own(LivenessWatch(self.slots, self._status.ask, MonotonicClock(), self.config.supervisor).run())
 
@@ -210,42 +219,48 @@ class Cluster:
                 slot.process.abandon()
         self._agents.close()
         if not self._base.runtime.private:  # with a private Ray they end, and a dead one would not answer
-            for group in self._groups:
-                ray.util.remove_placement_group(group)
-        self._groups.clear()
+            self._places.clear()
         await self._status.close()
         await self._redis.aclose()
 
     async def _take_leave(self) -> None:
         """What takes long when a process or the store does not answer."""
+        await self._control.close()
         await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._fleet.close()
         await asyncio.gather(*(slot.process.close() for slot in self.slots))
         with contextlib.suppress(RedisError, OSError):
-            await self._members_gone()
+            await self._members.publish([])
 
-    def _assignment(self, role: str, index: int) -> Assignment:
-        gateway = self.config.gateway
-        placement = self.config.pools.placements().get(role)
-        return Assignment(
-            worker_id=f"{role}-{index}",
-            role=role,
-            config=self.config,
-            store_url=self._base.store.url if role == "gateway" else "",
-            port=gateway.port + index if role == "gateway" and gateway.port else 0,
-            metrics_port=gateway.metrics_port + index if role == "gateway" and gateway.metrics_port else 0,
-            cores=placement.cores_of(index) if placement is not None else [],
-        )
+    async def _reserve(self, role: str, placement: PlacementConfig, workers: int) -> Any:
+        return await ray_process.reserve(role, placement, workers, self.config.ray.placement_timeout_s)
 
-    def _add(self, assignment: Assignment, actor: Any) -> None:
-        slot = Slot(
-            assignment,
-            RayProcess(actor, self._agents),
-            publish=self._announcer.publish,
-            remove=self._announcer.remove,
-            config=self.config.supervisor,
+    def _create(self, assignment: Assignment, place: Place | None) -> RayProcess:
+        mark = self._base.folder.name
+        if place is None:
+            node_id = None if self.config.store.url else self._base.runtime.node_id
+            return RayProcess(ray_process.create_gateway(node_id, mark), self._agents)
+        actor = ray_process.create_worker(
+            assignment.role,
+            assignment.config.pools.placements()[assignment.role],
+            (place.group, place.index),
+            mark,
+            assignment.config.engine.threads,
         )
-        self.slots.append(slot)
-        self._own(slot.run())
+        return RayProcess(actor, self._agents)
+
+    async def _listen(self) -> None:
+        """Operators' changes come from now on, by way of the gateways."""
+        beyond = not is_loopback(self.config.host.host)
+        address = await self._control.open("0.0.0.0" if beyond else self.config.host.host)
+        self._announcer.add(
+            Member(
+                worker_id="supervisor",
+                role="supervisor",
+                address=reachable(address, ray.util.get_node_ip_address()),
+                incarnation=draw_id(system_rng()),
+            )
+        )
 
     def _own(self, work: Coroutine[Any, Any, None]) -> None:
         self._tasks.append(asyncio.get_running_loop().create_task(work))
@@ -259,10 +274,8 @@ class Cluster:
                 show.cancel()
             await asyncio.gather(*shows, return_exceptions=True)
 
-    async def _all_linked(self) -> None:
-        """Until every gateway has a stream to every worker. Before that a decode worker would compute
-        prompts, as it does when the prefill pool is dead."""
-        workers = {slot.assignment.worker_id for slot in self.slots if slot.assignment.role != "gateway"}
+    async def _linked(self, workers: Set[str]) -> None:
+        """Until every gateway has a stream to each of `workers`."""
         for address in self.addresses:
             await wait_linked(self._status, address, workers)
 
@@ -272,10 +285,6 @@ class Cluster:
                 self._report(slot.assignment.worker_id, progress.stage, progress.share)
             await asyncio.sleep(PROGRESS_S)
         self._report(slot.assignment.worker_id, "ready", 1.0)
-
-    async def _members_gone(self) -> None:
-        for slot in self.slots:
-            await self._members.remove(slot.assignment.worker_id)
 
     async def _watch_ray(self) -> None:
         while True:

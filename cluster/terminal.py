@@ -12,6 +12,7 @@ from rich.text import Text
 
 from ..proto import cluster_pb2
 from ..proto import inference_pb2 as pb
+from .status_notes import notes
 
 
 class StartDisplay:
@@ -59,6 +60,8 @@ def status_table(status: cluster_pb2.GetStatusResponse, not_ready: str) -> Table
     caption = f"requests since start: {verdicts or 'none'}\nseen by {status.gateway_id}"
     if status.metrics_address:
         caption += f" · its metrics: http://{status.metrics_address}/metrics"
+    for note in notes(status):
+        caption += f"\n{note}"
     if not_ready:
         caption += f"\n{not_ready}"
     table = Table(

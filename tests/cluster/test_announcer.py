@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 
 from diphase.cluster.announcer import REPEAT_S, Announcer
-from diphase.cluster.roles import Started
+from diphase.cluster.roles import Started, Traits
 from diphase.router.membership import Member, RedisMembership
 from redis.exceptions import ConnectionError as StoreAway
 
@@ -98,5 +99,33 @@ def test_a_cancellation_that_the_stores_error_hides_ends_it_all_the_same() -> No
         running.cancel()
         done, _ = await asyncio.wait((running,), timeout=10.0)
         assert done
+
+    run_virtually(main())
+
+
+def test_a_member_that_drains_stays_with_what_it_is_and_the_supervisor_is_one_too() -> None:
+    async def main() -> None:
+        seen: list[Member] = []
+
+        class Recording(Store):
+            async def publish(self, members: Sequence[Member]) -> None:
+                seen[:] = members
+
+        announcer = Announcer(Recording())
+        running = asyncio.create_task(announcer.run())
+        announcer.add(Member(worker_id="supervisor", role="supervisor", address="s:1", incarnation="1"))
+        worker = replace(started("a", "a-1"), traits=Traits(layout_hash="L", protocol_version=1))
+        announcer.publish(worker)
+        announcer.drains(worker)
+        announcer.drains(started("nobody", "x"))
+        await asyncio.sleep(0.1)
+        supervisor, drains = seen
+        assert (supervisor.role, supervisor.draining) == ("supervisor", False)
+        assert (drains.worker_id, drains.layout_hash, drains.draining) == ("a", "L", True)
+        announcer.publish(worker)
+        await asyncio.sleep(0.1)
+        assert not seen[1].draining
+        running.cancel()
+        await asyncio.wait((running,))
 
     run_virtually(main())

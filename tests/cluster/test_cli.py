@@ -227,7 +227,11 @@ def test_a_configuration_file_is_named_in_its_mistakes(
         ),
         (["config", "engine"], "usage: diphase config ", "config takes options only, not engine"),
         (["stauts"], "usage: diphase ", "unknown command stauts; did you mean status?"),
-        (["x"], "usage: diphase ", "known are serve, generate, status, trace, bench, config, demo"),
+        (
+            ["x"],
+            "usage: diphase ",
+            "known are serve, generate, status, trace, scale, restart, bench, config, demo",
+        ),
     ],
 )
 def test_a_slip_of_the_keyboard_is_answered_with_what_was_meant(

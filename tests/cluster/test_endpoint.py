@@ -61,6 +61,20 @@ def test_linking_ends_when_the_gateway_has_every_worker() -> None:
     assert 3.0 <= run_virtually(main()) < 4.0
 
 
+def test_a_gateway_that_is_being_restarted_is_waited_for() -> None:
+    class Restarting(FakeClient):
+        async def ask(self, address: str, timeout_s: float) -> cluster_pb2.GetStatusResponse:
+            if asyncio.get_running_loop().time() < 2.0:
+                raise ConfigError("no gateway answers")
+            return await super().ask(address, timeout_s)
+
+    async def main() -> float:
+        await wait_linked(Restarting(WORKERS), "g:1", WORKERS)
+        return asyncio.get_running_loop().time()
+
+    assert 2.0 <= run_virtually(main()) < 3.0
+
+
 def test_giving_up_on_a_link_tells_which_worker_and_why() -> None:
     client = FakeClient({"prefill-0"})
     with pytest.raises(WorkerLost) as caught:

@@ -21,6 +21,8 @@ class FakeProcess:
         self.failures: list[StartFailed | Exception] = []
         self.gone = asyncio.Event()
         self.starts_at_all = True
+        self.drained = asyncio.Event()
+        self.closed = False
 
     async def start(self, assignment: Assignment) -> Started | StartFailed:
         self.assignments.append(assignment)
@@ -53,9 +55,12 @@ class FakeProcess:
     async def kill(self, started: Started) -> None:
         self.gone.set()
 
-    async def drain(self) -> None: ...
+    async def drain(self) -> None:
+        await self.drained.wait()
 
-    async def close(self) -> None: ...
+    async def close(self) -> None:
+        self.closed = True
+        self.gone.set()
 
     def abandon(self) -> None: ...
 
@@ -71,7 +76,14 @@ class Stage:
         assignment = Assignment(
             worker_id="decode-0", role="decode", config=load(None, (), system_rng()), store_url=""
         )
-        self.slot = Slot(assignment, self.process, publish=self._publish, remove=self._remove, config=config)
+        self.slot = Slot(
+            assignment,
+            self.process,
+            publish=self._publish,
+            remove=self._remove,
+            drains=lambda started: self._note(f"~{started.incarnation}"),
+            config=config,
+        )
         self.task = asyncio.get_running_loop().create_task(self.slot.run())
 
     def _publish(self, started: Started) -> None:
@@ -126,6 +138,44 @@ async def test_a_restarted_process_is_given_the_ports_it_had() -> None:
     assert (first.port, first.metrics_port) == (0, 0)
     assert second == replace(first, port=7000, metrics_port=7001)
     await stage.close()
+
+
+async def test_a_slot_that_retires_drains_its_process_and_ends_with_it() -> None:
+    stage = Stage()
+    await stage.slot.first_start()
+    await stage.changes(1)
+    retiring = asyncio.create_task(stage.slot.retire(30.0))
+    assert await stage.changes(2) == ["+life-1", "~life-1"]
+    assert not stage.process.closed
+    stage.process.drained.set()
+    await retiring
+    await stage.task
+    assert (await stage.changes(3))[2] == "-life-1"
+    assert stage.members == {}
+    assert len(stage.process.assignments) == 1
+
+
+async def test_a_process_that_dies_while_it_drains_is_not_started_again() -> None:
+    stage = Stage()
+    await stage.slot.first_start()
+    await stage.changes(1)
+    retiring = asyncio.create_task(stage.slot.retire(30.0))
+    await stage.changes(2)
+    stage.process.gone.set()
+    await stage.task
+    assert (await stage.changes(3))[2] == "-life-1"
+    assert len(stage.process.assignments) == 1
+    stage.process.drained.set()
+    await retiring
+
+
+async def test_a_drain_that_takes_too_long_ends_with_the_process() -> None:
+    stage = Stage()
+    await stage.slot.first_start()
+    await stage.changes(1)
+    await stage.slot.retire(0.01)
+    assert stage.process.closed
+    await stage.task
 
 
 async def test_the_first_failure_to_start_is_final_and_keeps_its_kind() -> None:

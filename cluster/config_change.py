@@ -1,0 +1,47 @@
+"""What may change in a running cluster's configuration: how its workers compute and hand over, nothing that
+gateways, places or other clusters know of."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+from ..proto.errors import ConfigError
+from .config import GIVEN, ClusterConfig, PoolsConfig, given
+from .config_reader import Source, apply_overrides, build
+from .config_writer import to_toml
+
+WORKERS_OWN = ("engine", "host", "kv_transfer", "pools")
+KEPT = ("name", "store.url", "security.cluster_token")
+"""Not written down again: drawn, or secret."""
+
+
+def changed(config: ClusterConfig, settings: Sequence[str]) -> ClusterConfig:
+    """`config` with `settings` ("section.key=value") of workers' sections.
+
+    Raises:
+        ConfigError: a setting is wrong, or not one that new workers beside old ones may have.
+    """
+    if not settings:
+        return config
+    source = Source("the running configuration")
+    table: dict[str, Any] = tomllib.loads(to_toml(config, hidden=(*GIVEN, *KEPT)))
+    apply_overrides(table, settings, source)
+    source.given = given(config.model, config.security.cluster_token)
+    new = build(ClusterConfig, table, source)
+    new = replace(new, name=config.name, store=config.store, security=config.security)
+    for item in fields(ClusterConfig):
+        if item.name not in WORKERS_OWN and getattr(new, item.name) != getattr(config, item.name):
+            raise ConfigError(
+                f"{item.name}: a restart changes workers only, by settings of "
+                f"{', '.join(WORKERS_OWN)}; for others start the cluster again"
+            )
+    for pool in fields(PoolsConfig):
+        if getattr(new.pools, pool.name).placement != getattr(config.pools, pool.name).placement:
+            raise ConfigError(
+                f"pools.{pool.name}: a restart leaves how many workers there are, and what each takes, as it "
+                "is; `diphase scale` changes how many"
+            )
+    return new
