@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import secrets
@@ -106,7 +107,19 @@ async def test_pools_are_placed_on_nodes_by_resource_and_only_what_was_started_i
             last = (await complete(cluster.addresses[0], prompt_request(range(100), 5))).last
             assert last is not None
             assert last.stages.handoff_bytes > 0
-            assert set(client.hkeys("diphase:guest:members")) == {b"prefill-0", b"decode-0", b"gateway-0"}
+            assert set(client.hkeys("diphase:guest:members")) == {
+                b"prefill-0", b"decode-0", b"gateway-0", b"supervisor",
+            }  # fmt: skip
+            for words in (("scale", "decode", "2"), ("restart", "prefill")):
+                done = await asyncio.to_thread(run, *words, "--address", cluster.addresses[0])
+                assert done.returncode == 0, done.stderr
+            # Beside its predecessor, where there was one more of the resource.
+            assert (
+                cluster.wait_line(r"process_started worker_id=prefill-1 .* node=(\w+)")[1] == nodes["prefill"]
+            )
+            last = (await complete(cluster.addresses[0], prompt_request(range(100, 200), 5))).last
+            assert last is not None
+            assert last.stages.prefill_worker == "prefill-1"
         assert client.hkeys("diphase:guest:members") == []
         assert client.get("theirs") == b"1"
     after = two_nodes.look()

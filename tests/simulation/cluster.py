@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
 from diphase.decode_workers.role import DecodeRole
 from diphase.decode_workers.scheduler import DecodeScheduler
 from diphase.engine.block_manager import BlockManager
 from diphase.engine.block_tables import BlockTables
-from diphase.engine.fake import FakeEngine, StepCost
+from diphase.engine.fake import FAKE_LAYOUT, FakeEngine, StepCost
 from diphase.engine.gateway_link import GatewayLink
 from diphase.engine.host import WorkerHost
 from diphase.engine.host_config import HostConfig
@@ -137,11 +137,14 @@ class SimWorker:
         host: HostConfig | None = None,
         transfer: KvTransferConfig | None = None,
         cost: StepCost = COST,
+        block_size: int = FAKE_LAYOUT.block_size,
+        address: str = "",
     ) -> None:
         self.name = name
-        self.address = name  # in memory, names are addresses
+        self.address = address or name
         self.incarnation = f"{name}-{world.clock.now():.6f}"
-        self.engine = FakeEngine(num_blocks=num_blocks, cost=cost)
+        layout = replace(FAKE_LAYOUT, block_size=block_size)
+        self.engine = FakeEngine(num_blocks=num_blocks, cost=cost, layout=layout)
         self.blocks = BlockManager(num_blocks, self.engine.layout.block_size)
         self._world = world
         self._transfer = transfer or KvTransferConfig(layerwise_tokens=48, layers_per_push=1)
@@ -195,6 +198,11 @@ class SimWorker:
         self._world.workers.kill(self.address)
         self._transport.close()
         await self.stop()
+
+    async def leave(self) -> None:
+        """The process ends in good order: what it has sent arrives."""
+        await asyncio.sleep(2 * self._world.faults.max_delay_s)
+        await self.kill()
 
     async def stop(self) -> None:
         self._running.cancel()

@@ -21,7 +21,7 @@ from diphase.proto.errors import DiphaseError
 from diphase.proto.sampling import sampling_from_proto
 from diphase.router.config import GatewayConfig, RouterConfig, SloConfig
 from diphase.router.gateway import GatewayParts, Router
-from diphase.router.membership import Member
+from diphase.router.membership import Member, MembershipSource
 from diphase.router.text import ServedModel
 
 from ..router.fakes import Members, MemoryJournal, Outcome, generate, read, start_generation
@@ -41,6 +41,31 @@ MODEL = ServedModel(
     chat_template=ChatTemplate(None, model="fake"),
 )
 POOLS = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
+
+
+def router_of(
+    gateway_id: str,
+    world: World,
+    membership: MembershipSource,
+    journal: MemoryJournal,
+    start: int,
+    **options: int,
+) -> Router:
+    """A gateway of the simulated world; `start` makes its ids other than those of its predecessors."""
+    return Router(
+        GatewayParts(
+            gateway_id=gateway_id,
+            model=MODEL,
+            membership=membership,
+            journal=journal,
+            config=GatewayConfig(),
+            router=RouterConfig(**options),  # type: ignore[arg-type]
+            slo=SloConfig(),
+            link_factory=world.gateways.link,
+            clock=world.clock,
+            rng=random.Random(f"{gateway_id}/{start}"),
+        )
+    )
 
 
 class Cluster:
@@ -72,20 +97,7 @@ class Cluster:
 
     @asynccontextmanager
     async def router(self, gateway_id: str = "g0", **options: int) -> AsyncIterator[Router]:
-        router = Router(
-            GatewayParts(
-                gateway_id=gateway_id,
-                model=MODEL,
-                membership=self.members,
-                journal=self.journal,
-                config=GatewayConfig(),
-                router=RouterConfig(**options),  # type: ignore[arg-type]
-                slo=SloConfig(),
-                link_factory=self.world.gateways.link,
-                clock=self.world.clock,
-                rng=random.Random(f"{gateway_id}/{next(self._starts)}"),
-            )
-        )
+        router = router_of(gateway_id, self.world, self.members, self.journal, next(self._starts), **options)
         running = asyncio.create_task(router.pool.run())
         try:
             await asyncio.sleep(0.2)
