@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import WHOLE, generate
+from diphase.kv_transfer.codec_choice import Choice, LinkEstimate
+from diphase.kv_transfer.coders import Coders
 from diphase.proto.sampling import SamplingParams
 
 from .pair import run_pair
@@ -63,6 +66,26 @@ async def test_staged_layers_give_the_single_engines_tokens(
         layers_per_push=1,
     )
     assert outputs == truth(single_engine, of, params)
+
+
+async def test_prompts_that_are_quicker_computed_again_than_sent_change_no_token(
+    single_engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen: list[str] = []
+
+    def choose(self: Coders, *args: Any) -> Choice:
+        choice = choose_truly(self, *args)
+        chosen.append(choice.codec)
+        return choice
+
+    choose_truly = Coders.choose
+    monkeypatch.setattr(Coders, "choose", choose)
+    monkeypatch.setattr(LinkEstimate, "bytes_per_s", lambda self, now: 1e3)
+    of = prompts(LENGTHS[:13:2], single_engine.limits.vocab_size, seed=11)
+    params = [SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)] * len(of)
+    outputs, _ = await run_pair(of, params, transport="tcp", chunk_budget=512, batch=1)
+    assert outputs == truth(single_engine, of, params)
+    assert chosen.count("recompute") >= len(of) - 1, "before the first prompt nobody knows how long one takes"
 
 
 @pytest.mark.parametrize("transport", ["shm", "tcp", "nixl"])
