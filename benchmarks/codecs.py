@@ -37,9 +37,9 @@ from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.kv_pool import TORCH_DTYPES
 from diphase.engine.sequence import Sequence
-from diphase.kv_transfer import delta_groups
-from diphase.kv_transfer.codec import CODECS, RAW, Codec, KvSpec, load_codec
-from diphase.kv_transfer.codec_cachegen import CacheGenCodec
+from diphase.kv_transfer.codecs import delta_groups
+from diphase.kv_transfer.codecs.codec import CODECS, RAW, Codec, KvSpec, load_codec
+from diphase.kv_transfer.codecs.codec_cachegen import CacheGenCodec
 from diphase.proto.ids import HandoffKey
 from diphase.proto.sampling import SamplingParams
 from diphase.proto.slo import Slo

@@ -76,8 +76,8 @@ def checks_without_gpu() -> dict[str, str]:
 
 def unique_id_of_an_owner() -> str:
     """Whether the process that owns a communicator starts, finds NCCL and names one."""
-    from diphase.kv_transfer.nccl import COMMUNICATOR
-    from diphase.kv_transfer.nccl_process import OwnerProcess
+    from diphase.kv_transfer.transports.nccl import COMMUNICATOR
+    from diphase.kv_transfer.transports.nccl_process import OwnerProcess
     from diphase.proto.errors import DiphaseError
 
     owner = OwnerProcess(COMMUNICATOR)

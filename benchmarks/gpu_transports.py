@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from diphase.kernels.copy_runs_triton import copy_runs_triton
 from diphase.kv_transfer.base import Done, Failed, Region, Segments, Transport, TransportContext
-from diphase.kv_transfer.cuda_ipc import CudaIpcTransport
-from diphase.kv_transfer.cuda_memory import CudaPool
-from diphase.kv_transfer.nccl import NcclTransport
+from diphase.kv_transfer.transports.cuda_ipc import CudaIpcTransport
+from diphase.kv_transfer.transports.cuda_memory import CudaPool
+from diphase.kv_transfer.transports.nccl import NcclTransport
 from diphase.proto.clock import MonotonicClock
 
 KIB, MIB = 1024, 1024 * 1024

@@ -7,9 +7,9 @@ from collections.abc import Collection, Iterable
 from ..proto.clock import Clock
 from ..proto.errors import TransferError
 from ..proto.kv_layout import KvLayout
-from .codec import RAW, Codec, load_codecs
-from .codec_calibration import calibrate
-from .codec_choice import Choice, CodecEstimate, LinkEstimate, Rate, choose
+from .codecs.codec import RAW, Codec, load_codecs
+from .codecs.codec_calibration import calibrate
+from .codecs.codec_choice import Choice, CodecEstimate, LinkEstimate, Rate, choose
 
 FORGET_TOKENS = 65_536
 """Prompt tokens later, how quick they were computed weighs 1/e of its first weight."""

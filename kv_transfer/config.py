@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..proto.errors import ConfigError
-from .codec import load_codecs
+from .codecs.codec import load_codecs
 
 MIB = 1024 * 1024
 MAX_TCP_SOCKETS = 16

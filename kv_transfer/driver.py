@@ -25,7 +25,7 @@ from ..proto.worker_pb2 import Inspect, Inspected
 from . import machine as k
 from .base import Event as TransportEvent
 from .base import Fenced, PeerDown, Transport
-from .codec_choice import LinkEstimate
+from .codecs.codec_choice import LinkEstimate
 from .counters import HandoffCounters, PeerCounters
 from .handoff_traces import TraceBook
 from .link import ControlLink

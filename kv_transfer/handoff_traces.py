@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from ..proto.ids import HandoffKey
 from ..proto.worker_pb2 import TraceEvent
 from . import machine as k
-from .codec_choice import Choice
+from .codecs.codec_choice import Choice
 
 MAX_HANDOFFS = 256
 MAX_ENTRIES = 400

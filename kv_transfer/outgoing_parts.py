@@ -25,8 +25,8 @@ from .arena import Arena
 from .base import Done, Failed, Segments
 from .base import Event as TransportEvent
 from .byte_worker import Job
-from .codec import RAW, Codec, KvSpec
-from .codec_choice import RECOMPUTE, Choice
+from .codecs.codec import RAW, Codec, KvSpec
+from .codecs.codec_choice import RECOMPUTE, Choice
 from .driver import Session
 from .prefill_side import Prefill
 from .reshard import reshard_segments

@@ -11,7 +11,7 @@ import xxhash
 
 from ..kernels.kv_gather_cpu import Bytes, blocks_of, gather_blocks, scatter_blocks
 from ..proto.kv_layout import KvLayout, Sharding
-from .codec import KvSpec
+from .codecs.codec import KvSpec
 from .reshard import canonical_runs
 
 

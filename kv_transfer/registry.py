@@ -19,12 +19,12 @@ from .byte_worker import ByteWorker
 from .config import IN_PROCESS, KvTransferConfig
 
 TRANSPORTS: Mapping[str, str] = {
-    IN_PROCESS: "diphase.kv_transfer.local:LocalTransport",
-    "cuda_ipc": "diphase.kv_transfer.cuda_ipc:CudaIpcTransport",
-    "shm": "diphase.kv_transfer.shm:ShmTransport",
-    "nixl": "diphase.kv_transfer.nixl:NixlTransport",
-    "nccl": "diphase.kv_transfer.nccl:NcclTransport",
-    "tcp": "diphase.kv_transfer.tcp:TcpTransport",
+    IN_PROCESS: "diphase.kv_transfer.transports.local:LocalTransport",
+    "cuda_ipc": "diphase.kv_transfer.transports.cuda_ipc:CudaIpcTransport",
+    "shm": "diphase.kv_transfer.transports.shm:ShmTransport",
+    "nixl": "diphase.kv_transfer.transports.nixl:NixlTransport",
+    "nccl": "diphase.kv_transfer.transports.nccl:NcclTransport",
+    "tcp": "diphase.kv_transfer.transports.tcp:TcpTransport",
 }
 """Name to "module:Class", best first: the order in which `auto` prefers them."""
 

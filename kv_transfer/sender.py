@@ -15,7 +15,7 @@ from ..proto.worker_pb2 import PeerAddress, Submit
 from . import machine as k
 from . import wire
 from .base import Event as TransportEvent
-from .codec_choice import Choice
+from .codecs.codec_choice import Choice
 from .driver import HandoffDriver, Session
 from .events import SenderEvent, SendFailed, Sent
 from .link import ControlLink, Dialer, check_hello, sharding_of

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from diphase.kv_transfer.local import LocalHub
+from diphase.kv_transfer.transports.local import LocalHub
 
 from .transport_ends import End
 

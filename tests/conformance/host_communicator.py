@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from diphase.kv_transfer.nccl_owner import UNIQUE_ID_BYTES
+from diphase.kv_transfer.transports.nccl_owner import UNIQUE_ID_BYTES
 from diphase.proto.errors import PeerLost, TransferError
 
 HANDLE = struct.Struct("<qq")

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import numpy as np
 from diphase.kv_transfer.base import Region, Transport, TransportContext
-from diphase.kv_transfer.cuda_ipc import CudaIpcTransport
-from diphase.kv_transfer.cuda_memory import Runs
-from diphase.kv_transfer.nccl import NcclTransport
 from diphase.kv_transfer.registry import load_factory
+from diphase.kv_transfer.transports.cuda_ipc import CudaIpcTransport
+from diphase.kv_transfer.transports.cuda_memory import Runs
+from diphase.kv_transfer.transports.nccl import NcclTransport
 from diphase.proto.errors import TransferError
 
 from .host_communicator import HANDLE, map_region

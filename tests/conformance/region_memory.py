@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import numpy as np
 from diphase.kv_transfer.base import Region
-from diphase.kv_transfer.cuda_memory import CudaPool, cuda_runtime, num_devices
+from diphase.kv_transfer.transports.cuda_memory import CudaPool, cuda_runtime, num_devices
 from diphase.proto.errors import TransferError
 from numpy.typing import NDArray
 

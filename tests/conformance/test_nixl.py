@@ -20,11 +20,11 @@ import pytest
 
 pytest.importorskip("nixl_cu13")
 
-from diphase.kv_transfer import nixl_agent
 from diphase.kv_transfer.base import Done, Failed, Fenced, PeerDown, Region, TransportContext
-from diphase.kv_transfer.framing import FrameError
-from diphase.kv_transfer.nixl import MAX_EXPECTED, MAX_METADATA, NixlMedium
-from diphase.kv_transfer.socket_peer import ID, Peer
+from diphase.kv_transfer.transports import nixl_agent
+from diphase.kv_transfer.transports.framing import FrameError
+from diphase.kv_transfer.transports.nixl import MAX_EXPECTED, MAX_METADATA, NixlMedium
+from diphase.kv_transfer.transports.socket_peer import ID, Peer
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import TransferError
 
@@ -328,7 +328,7 @@ import logging, mmap, os, sys, threading
 import numpy as np
 logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
 from diphase.kv_transfer.base import Done, Region, TransportContext
-from diphase.kv_transfer.nixl import NixlTransport
+from diphase.kv_transfer.transports.nixl import NixlTransport
 from diphase.proto.clock import MonotonicClock
 woken = threading.Event()
 ends = []

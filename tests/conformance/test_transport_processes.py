@@ -18,9 +18,9 @@ from diphase.kv_transfer.base import (
     Fenced,
     PeerDown,
 )
-from diphase.kv_transfer.framing import HEADER
-from diphase.kv_transfer.socket_medium import Medium
-from diphase.kv_transfer.socket_peer import Kind
+from diphase.kv_transfer.transports.framing import HEADER
+from diphase.kv_transfer.transports.socket_medium import Medium
+from diphase.kv_transfer.transports.socket_peer import Kind
 from diphase.proto.errors import InternalError, TransferError
 
 from .host_gpu import ROOT

@@ -20,10 +20,10 @@ from diphase.kv_transfer.base import (
     TransportContext,
 )
 from diphase.kv_transfer.config import IN_PROCESS
-from diphase.kv_transfer.local import LocalHub
 from diphase.kv_transfer.registry import TRANSPORTS, load_factory
-from diphase.kv_transfer.socket_transport import SocketTransport
-from diphase.kv_transfer.tcp import TcpMedium
+from diphase.kv_transfer.transports.local import LocalHub
+from diphase.kv_transfer.transports.socket_transport import SocketTransport
+from diphase.kv_transfer.transports.tcp import TcpMedium
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import ConfigError
 

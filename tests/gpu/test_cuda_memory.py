@@ -13,8 +13,8 @@ import pytest
 import torch
 from diphase.kernels.copy_runs_triton import copy_runs_triton
 from diphase.kv_transfer.base import DeviceMemory, Region
-from diphase.kv_transfer.cuda_device import CudaDevice
-from diphase.kv_transfer.cuda_memory import CudaPool, Handle
+from diphase.kv_transfer.transports.cuda_device import CudaDevice
+from diphase.kv_transfer.transports.cuda_memory import CudaPool, Handle
 from diphase.proto.errors import ConfigError, TransferError
 
 from ..conformance.region_memory import GpuMemory, num_gpus
@@ -62,7 +62,7 @@ def test_memory_of_expandable_segments_is_refused_with_what_to_use() -> None:
     script = (
         "import torch\n"
         "from diphase.kv_transfer.base import DeviceMemory, Region\n"
-        "from diphase.kv_transfer.cuda_device import CudaDevice\n"
+        "from diphase.kv_transfer.transports.cuda_device import CudaDevice\n"
         "tensor = torch.zeros(1 << 22, dtype=torch.uint8, device='cuda:0')\n"
         "memory = DeviceMemory(device=0, pointer=tensor.data_ptr(), num_bytes=1 << 22)\n"
         "CudaDevice(0, lambda: None).export(Region(buffer=None, device=memory))\n"

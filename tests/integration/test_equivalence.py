@@ -10,7 +10,7 @@ import pytest
 from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import WHOLE, generate
-from diphase.kv_transfer.codec_choice import Choice, LinkEstimate
+from diphase.kv_transfer.codecs.codec_choice import Choice, LinkEstimate
 from diphase.kv_transfer.coders import Coders
 from diphase.proto.sampling import SamplingParams
 

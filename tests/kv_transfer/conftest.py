@@ -16,13 +16,13 @@ from diphase.kv_transfer.base import Region, TransportContext
 from diphase.kv_transfer.coders import Coders
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.link import LinkIdentity
-from diphase.kv_transfer.local import LocalHub, LocalTransport
 from diphase.kv_transfer.memory_link import LinkNetwork, MemoryDialer
 from diphase.kv_transfer.pool_bytes import PoolBytes
 from diphase.kv_transfer.receiver import HandoffReceiver, ReceiverEvent
 from diphase.kv_transfer.registry import TransportSet
 from diphase.kv_transfer.sender import HandoffSender, SenderEvent
 from diphase.kv_transfer.side import HandoffSide
+from diphase.kv_transfer.transports.local import LocalHub, LocalTransport
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.ids import HandoffKey
 from diphase.proto.kv_layout import UNSHARDED, KvLayout, Sharding

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from diphase.kv_transfer.codec import HEAD_BYTES, KvSpec, load_codec, write_head
-from diphase.kv_transfer.codec_cachegen import _BODY, CacheGenCodec
-from diphase.kv_transfer.codec_floats import Floats, as_bits, store_floats
-from diphase.kv_transfer.range_coder import NUM_SYMBOLS, RowEncoder, Tables
+from diphase.kv_transfer.codecs.codec import HEAD_BYTES, KvSpec, load_codec, write_head
+from diphase.kv_transfer.codecs.codec_cachegen import _BODY, CacheGenCodec
+from diphase.kv_transfer.codecs.codec_floats import Floats, as_bits, store_floats
+from diphase.kv_transfer.codecs.range_coder import NUM_SYMBOLS, RowEncoder, Tables
 from diphase.proto.errors import TransferError
 from diphase.proto.kv_layout import KvLayout
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from diphase.kv_transfer.codec import RAW, Codec, load_codecs
-from diphase.kv_transfer.codec_calibration import calibrate
-from diphase.kv_transfer.codec_choice import (
+from diphase.kv_transfer.codecs.codec import RAW, Codec, load_codecs
+from diphase.kv_transfer.codecs.codec_calibration import calibrate
+from diphase.kv_transfer.codecs.codec_choice import (
     RECOMPUTE,
     SMALLEST_BURST_BYTES,
     STALE_AFTER_S,

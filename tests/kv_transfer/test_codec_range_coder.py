@@ -6,7 +6,14 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from diphase.kv_transfer.range_coder import NUM_SYMBOLS, TOTAL, RowDecoder, RowEncoder, Tables, num_lanes
+from diphase.kv_transfer.codecs.range_coder import (
+    NUM_SYMBOLS,
+    TOTAL,
+    RowDecoder,
+    RowEncoder,
+    Tables,
+    num_lanes,
+)
 from diphase.proto.errors import TransferError
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -8,9 +8,9 @@ from contextlib import suppress
 import numpy as np
 import pytest
 import torch
-from diphase.kv_transfer.codec import CODECS, RAW, Codec, KvSpec, load_codec, load_codecs
-from diphase.kv_transfer.codec_floats import Bits, as_bits, store_floats, to_floats
-from diphase.kv_transfer.codec_fp8 import Fp8Codec
+from diphase.kv_transfer.codecs.codec import CODECS, RAW, Codec, KvSpec, load_codec, load_codecs
+from diphase.kv_transfer.codecs.codec_floats import Bits, as_bits, store_floats, to_floats
+from diphase.kv_transfer.codecs.codec_fp8 import Fp8Codec
 from diphase.proto.errors import ConfigError, TransferError
 from diphase.proto.kv_layout import ITEM_BYTES, KvLayout
 from hypothesis import given, settings

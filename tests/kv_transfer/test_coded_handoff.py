@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diphase.kv_transfer.codec_choice import LinkEstimate
+from diphase.kv_transfer.codecs.codec_choice import LinkEstimate
 from diphase.proto.handoff_pb2 import Pushed, Staged
 from diphase.proto.ids import HandoffKey
 from numpy.typing import NDArray

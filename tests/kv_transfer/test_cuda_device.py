@@ -8,11 +8,11 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
-from diphase.kv_transfer import cuda_device, cuda_memory, nccl_communicator
 from diphase.kv_transfer.base import DeviceMemory, Region
-from diphase.kv_transfer.cuda_device import CudaDevice, cuda_device_of
-from diphase.kv_transfer.cuda_memory import CudaPool, Handle
-from diphase.kv_transfer.nccl_communicator import MAX_GROUP, CupyCommunicator
+from diphase.kv_transfer.transports import cuda_device, cuda_memory, nccl_communicator
+from diphase.kv_transfer.transports.cuda_device import CudaDevice, cuda_device_of
+from diphase.kv_transfer.transports.cuda_memory import CudaPool, Handle
+from diphase.kv_transfer.transports.nccl_communicator import MAX_GROUP, CupyCommunicator
 from diphase.proto.errors import ConfigError, InternalError, PeerLost, TransferError
 
 from .cuda_double import DEVICES, Nccl, Runtime

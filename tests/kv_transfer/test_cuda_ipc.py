@@ -15,11 +15,11 @@ from functools import partial
 import numpy as np
 import pytest
 from diphase.kv_transfer.base import DeviceMemory, Done, Failed, Fenced, PeerDown, Region
-from diphase.kv_transfer.cuda_device import cuda_device_of
-from diphase.kv_transfer.cuda_ipc import CudaIpcTransport
-from diphase.kv_transfer.cuda_memory import Handle
-from diphase.kv_transfer.peer_process import PeerProcess
-from diphase.kv_transfer.regions import coalesce
+from diphase.kv_transfer.transports.cuda_device import cuda_device_of
+from diphase.kv_transfer.transports.cuda_ipc import CudaIpcTransport
+from diphase.kv_transfer.transports.cuda_memory import Handle
+from diphase.kv_transfer.transports.peer_process import PeerProcess
+from diphase.kv_transfer.transports.regions import coalesce
 from diphase.proto.errors import TransferError
 
 from ..conformance.host_gpu import ROOT, HostDevice

@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import pytest
 from diphase.kv_transfer.base import Done, Failed, Fenced, PeerDown
-from diphase.kv_transfer.nccl import NcclTransport
-from diphase.kv_transfer.nccl_communicator import from_nccl
-from diphase.kv_transfer.nccl_owner import UNIQUE_ID_BYTES, Word
-from diphase.kv_transfer.nccl_process import Named, OwnerProcess
+from diphase.kv_transfer.transports.nccl import NcclTransport
+from diphase.kv_transfer.transports.nccl_communicator import from_nccl
+from diphase.kv_transfer.transports.nccl_owner import UNIQUE_ID_BYTES, Word
+from diphase.kv_transfer.transports.nccl_process import Named, OwnerProcess
 from diphase.proto.errors import DiphaseError, InternalError, PeerLost, TransferError
 
 from ..conformance.host_gpu import HOST_COMMUNICATOR, ROOT, HostDevice
@@ -196,7 +196,7 @@ class TestOwnersThatEnd:
     def test_they_die_with_the_process_that_started_them(self, make: MakeEnd) -> None:
         script = (
             "import time\n"
-            "from diphase.kv_transfer.nccl_process import OwnerProcess\n"
+            "from diphase.kv_transfer.transports.nccl_process import OwnerProcess\n"
             f"owner = OwnerProcess({MODULE + ':HangsInOpen'!r})\n"
             "owner.open(1, [])\n"
             "while not owner.read():\n"
@@ -299,7 +299,7 @@ def test_one_gpu_is_not_taken_twice(make: MakeEnd) -> None:
 
 def test_the_real_library_makes_unique_ids_without_a_gpu() -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed (extra `cuda`)")
-    from diphase.kv_transfer.nccl_communicator import CupyCommunicator
+    from diphase.kv_transfer.transports.nccl_communicator import CupyCommunicator
 
     first, second = CupyCommunicator().name(), CupyCommunicator().name()
     assert len(first) == len(second) == UNIQUE_ID_BYTES
@@ -308,7 +308,7 @@ def test_the_real_library_makes_unique_ids_without_a_gpu() -> None:
 
 def test_the_real_library_in_a_real_owner_makes_a_unique_id() -> None:
     pytest.importorskip("cupy", reason="CuPy is not installed (extra `cuda`)")
-    owner = OwnerProcess("diphase.kv_transfer.nccl_communicator:CupyCommunicator")
+    owner = OwnerProcess("diphase.kv_transfer.transports.nccl_communicator:CupyCommunicator")
     try:
         owner.open(1, [])
         (named,) = ask(owner)

@@ -11,9 +11,9 @@ import pytest
 
 pytest.importorskip("nixl_cu13")
 
-from diphase.kv_transfer.nixl_moves import MAX_SLICES, SLICE_BYTES, Moves
-from diphase.kv_transfer.nixl_slices import Bases
-from diphase.kv_transfer.socket_peer import ID, Job
+from diphase.kv_transfer.transports.nixl_moves import MAX_SLICES, SLICE_BYTES, Moves
+from diphase.kv_transfer.transports.nixl_slices import Bases
+from diphase.kv_transfer.transports.socket_peer import ID, Job
 from diphase.proto.errors import TransferError
 
 BASES = Bases(np.array([1 << 40]), np.array([-1]))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 pytest.importorskip("nixl_cu13")
 
 from diphase.kv_transfer.base import DeviceMemory, Region, Segments
-from diphase.kv_transfer.nixl_slices import (
+from diphase.kv_transfer.transports.nixl_slices import (
     DEVICE,
     HOST,
     Bases,

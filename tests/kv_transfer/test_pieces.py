@@ -21,10 +21,10 @@ from diphase.kv_transfer.base import Done, Event, Region, TransportContext
 from diphase.kv_transfer.byte_worker import ByteWorker
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.counters import MAX_PEERS, HandoffCollector, HandoffCounters
-from diphase.kv_transfer.local import LocalHub, LocalTransport
 from diphase.kv_transfer.pool_bytes import PoolBytes
 from diphase.kv_transfer.push_plan import advance, pieces, push_stops
 from diphase.kv_transfer.registry import TRANSPORTS, TransportSet, load_factory, open_transports
+from diphase.kv_transfer.transports.local import LocalHub, LocalTransport
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import (
     ConfigError,

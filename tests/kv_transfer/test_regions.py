@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from diphase.kv_transfer.base import Segments
-from diphase.kv_transfer.regions import FEW, check_segments, cut_segments
+from diphase.kv_transfer.transports.regions import FEW, check_segments, cut_segments
 from diphase.proto.errors import TransferError
 from hypothesis import given, settings
 from hypothesis import strategies as st

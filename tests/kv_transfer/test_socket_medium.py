@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 from diphase.kv_transfer.base import Event, Failed, Fenced, Notified, PeerDown, Region, TransportContext
-from diphase.kv_transfer.socket_medium import Targets
-from diphase.kv_transfer.socket_peer import Job, Peer, announce, commit
-from diphase.kv_transfer.socket_transport import SocketTransport
-from diphase.kv_transfer.tcp import TcpMedium
+from diphase.kv_transfer.transports.socket_medium import Targets
+from diphase.kv_transfer.transports.socket_peer import Job, Peer, announce, commit
+from diphase.kv_transfer.transports.socket_transport import SocketTransport
+from diphase.kv_transfer.transports.tcp import TcpMedium
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import TransferError
 

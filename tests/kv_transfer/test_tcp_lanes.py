@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 from diphase.kv_transfer.base import Event, Failed, Region, TransportContext
-from diphase.kv_transfer.endpoint import VERSION
-from diphase.kv_transfer.framing import HEADER
-from diphase.kv_transfer.socket_peer import ID, WRITE_HEAD, Kind
-from diphase.kv_transfer.socket_transport import SocketTransport
-from diphase.kv_transfer.tcp import TcpMedium
+from diphase.kv_transfer.transports.endpoint import VERSION
+from diphase.kv_transfer.transports.framing import HEADER
+from diphase.kv_transfer.transports.socket_peer import ID, WRITE_HEAD, Kind
+from diphase.kv_transfer.transports.socket_transport import SocketTransport
+from diphase.kv_transfer.transports.tcp import TcpMedium
 from diphase.proto.clock import MonotonicClock
 
 SIZE = 32 << 20

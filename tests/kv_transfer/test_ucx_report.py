@@ -6,7 +6,7 @@ import logging
 import os
 
 import pytest
-from diphase.kv_transfer.ucx_report import UcxReport
+from diphase.kv_transfer.transports.ucx_report import UcxReport
 
 LOG = """\
 [1795292169.46] [vm:16398:0]   +--------+-------------+-----------------------------------+
@@ -60,7 +60,7 @@ def test_each_choice_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch:
 def test_the_environment_is_as_before_and_somebody_elses_log_stays_his(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("diphase.kv_transfer.ucx_report._ucx_is_loaded", lambda: False)
+    monkeypatch.setattr("diphase.kv_transfer.transports.ucx_report._ucx_is_loaded", lambda: False)
     for name in ("UCX_LOG_FILE", "UCX_PROTO_INFO"):
         monkeypatch.delenv(name, raising=False)
     with UcxReport().listening():

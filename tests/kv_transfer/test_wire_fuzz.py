@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 from diphase.kv_transfer.base import Notified
-from diphase.kv_transfer.endpoint import VERSION, check_fields, read_endpoint, read_sizes
-from diphase.kv_transfer.framing import HEADER, MAX_BODY
-from diphase.kv_transfer.socket_peer import ID, WRITE_HEAD, Kind
+from diphase.kv_transfer.transports.endpoint import VERSION, check_fields, read_endpoint, read_sizes
+from diphase.kv_transfer.transports.framing import HEADER, MAX_BODY
+from diphase.kv_transfer.transports.socket_peer import ID, WRITE_HEAD, Kind
 from diphase.proto.errors import TransferError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -316,7 +316,7 @@ def test_nothing_that_comes_is_unpickled(ends: tuple[End, End], capsys: pytest.C
             "grep",
             "-lE",
             r"(import|from) (c?[pP]ickle|marshal)|\beval\(|\bexec\(|pickle\.load|serialize_descs\(",
-            *modules.glob("*.py"),
+            *modules.rglob("*.py"),
         ],
         capture_output=True,
         text=True,

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 from diphase.kv_transfer.base import Done, Event, Notified, PeerDown, Region, TransportContext
-from diphase.kv_transfer.endpoint import VERSION
-from diphase.kv_transfer.framing import HEADER
 from diphase.kv_transfer.registry import load_factory
-from diphase.kv_transfer.socket_peer import ID, WRITE_HEAD, Kind
+from diphase.kv_transfer.transports.endpoint import VERSION
+from diphase.kv_transfer.transports.framing import HEADER
+from diphase.kv_transfer.transports.socket_peer import ID, WRITE_HEAD, Kind
 from diphase.proto.clock import MonotonicClock
 
 PATIENCE_S = 20.0

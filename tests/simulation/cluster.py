@@ -25,12 +25,12 @@ from diphase.kv_transfer.base import Region, TransportContext
 from diphase.kv_transfer.coders import Coders
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.kv_transfer.link import LinkIdentity
-from diphase.kv_transfer.local import LocalHub, LocalTransport
 from diphase.kv_transfer.memory_link import LinkNetwork, MemoryDialer
 from diphase.kv_transfer.receiver import HandoffReceiver
 from diphase.kv_transfer.registry import TransportSet
 from diphase.kv_transfer.sender import HandoffSender
 from diphase.kv_transfer.side import HandoffSide
+from diphase.kv_transfer.transports.local import LocalHub, LocalTransport
 from diphase.prefill_workers.config import PrefillSchedulerConfig
 from diphase.prefill_workers.role import PrefillRole
 from diphase.prefill_workers.scheduler import PrefillScheduler
