@@ -88,7 +88,9 @@ class NcclMedium:
     """See socket_medium.Medium."""
 
     name = "nccl"
-    capabilities = Capabilities(name="nccl", device_memory=True, same_host=False, cancel=CancelKind.KILL)
+    capabilities = Capabilities(
+        name="nccl", device_memory=True, same_host=False, cancel=CancelKind.KILL, stage_below_bytes=64 * 1024
+    )
     fields: Mapping[str, type] = MappingProxyType({**TcpMedium.fields, "device": bytes})
     hello_fields: Mapping[str, type] = MappingProxyType({})
     welcome_fields: Mapping[str, type] = MappingProxyType({"unique_id": bytes})

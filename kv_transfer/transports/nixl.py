@@ -74,7 +74,9 @@ class NixlMedium:
     """See socket_medium.Medium."""
 
     name = "nixl"
-    capabilities = Capabilities(name="nixl", device_memory=True, same_host=False, cancel=CancelKind.FENCE)
+    capabilities = Capabilities(
+        name="nixl", device_memory=True, same_host=False, cancel=CancelKind.FENCE, stage_below_bytes=64 * 1024
+    )
     fields: Mapping[str, type] = MappingProxyType({"host": str, "port": int, "nixl": str, "backend": str})
     hello_fields: Mapping[str, type] = MappingProxyType({"agent": str})
     welcome_fields: Mapping[str, type] = MappingProxyType(

@@ -3,18 +3,21 @@ are cut differently."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
 from diphase.kv_transfer.arena import Arena
 from diphase.kv_transfer.reshard import canonical_runs
 from diphase.kv_transfer.staging import Credits, Window
+from diphase.kv_transfer.transports.local import LocalTransport
 from diphase.proto.errors import Cancelled
 from diphase.proto.ids import HandoffKey
 from diphase.proto.kv_layout import Sharding
 
+from .conftest import LAYOUT
 from .handoff_checks import error_codes, idle
-from .test_handoff import KEY, send
+from .test_handoff import KEY, OTHER, send
 
 
 def nothing_is_staged(pair: Any) -> bool:
@@ -63,6 +66,40 @@ async def test_what_the_window_cannot_hold_goes_directly(make_pair: Any) -> None
     assert pair.read(pair.d, ready.block_ids) == pair.read(pair.p, blocks)
     assert not pair.d.staging.any()
     assert idle(pair)
+
+
+async def test_by_itself_it_stages_runs_shorter_than_the_transport_likes(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    likes = dataclasses.replace(LocalTransport.capabilities, stage_below_bytes=2 * LAYOUT.layer_bytes)
+    monkeypatch.setattr(LocalTransport, "capabilities", likes)
+    pair = make_pair(layerwise_tokens=0, layers_per_push=1)
+    blocks = pair.begin(KEY, 10)
+    for first, count in ((0, 1), (1, 3)):
+        pair.pump()
+        pair.sender.computed(KEY, blocks, 10, first, count)
+    pair.sender.seeded(KEY, 42, 3.0)
+    pair.p.pool.release(blocks)
+    pair.pump()
+    [ready] = pair.received()
+    assert pair.read(pair.d, ready.block_ids) == pair.read(pair.p, blocks)
+    assert ready.num_segments == 1 + 3, "one layer in one piece, three layers of each block directly"
+    assert idle(pair)
+
+
+async def test_above_the_high_watermark_lossless_parts_go_directly(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    likes = dataclasses.replace(LocalTransport.capabilities, stage_below_bytes=1 << 30)
+    monkeypatch.setattr(LocalTransport, "capabilities", likes)
+    pair = make_pair()
+    send(pair)
+    pair.pump()
+    [session] = pair.sender._sessions.values()
+    session.credits.take(int(0.8 * (1 << 20)))
+    send(pair, OTHER)
+    pair.pump()
+    assert [ready.num_segments for ready in pair.received()] == [1, 3]
 
 
 async def test_a_piece_that_changed_on_the_way_never_reaches_a_block(make_pair: Any) -> None:
