@@ -69,7 +69,7 @@ class Decode:
 
 def start_decode(*, num_blocks: int, num_layers: int, timing: k.Timing, now: float) -> Decode:
     """A reservation that has no room yet; RoomFound or a Tick (which sends Queued) follows at once."""
-    return Decode(num_blocks=num_blocks, num_layers=num_layers, timing=timing, moved_at=now, send_at=now)
+    return Decode(num_blocks=num_blocks, num_layers=num_layers, timing=timing, send_at=now)
 
 
 def step_decode(m: Decode, event: k.Event, now: float) -> tuple[Decode, k.Actions]:
@@ -89,15 +89,15 @@ def _report(fault: k.Fault) -> tuple[k.Action, ...]:
     return () if fault.code == k.CANCELLED else (k.Report(fault),)
 
 
-def _quarantine(m: Decode, fault: k.Fault, now: float, *, tell: bool) -> Result:
+def _quarantine(m: Decode, fault: k.Fault, now: float) -> Result:
     """The writes may still run: keep the blocks, and ask for them to be cancelled until someone says so."""
-    send_at = now + m.timing.progress_timeout_s / 2 if tell else math.inf
+    send_at = now + m.timing.progress_timeout_s / 2
     m = replace(m, state=S.QUARANTINED, send_at=send_at, fault=fault)
-    return m, (k.Quarantine(), k.SendAbort(fault)) if tell else (k.Quarantine(),)
+    return m, (k.Quarantine(), k.SendAbort(fault))
 
 
 def _fail(m: Decode, fault: k.Fault, now: float) -> Result:
-    m, actions = _quarantine(m, fault, now, tell=True)
+    m, actions = _quarantine(m, fault, now)
     return m, (*actions, k.Report(fault))
 
 
@@ -201,7 +201,7 @@ def _end_waiting(m: Decode, event: k.Ended, now: float) -> Result:
 
 
 def _end(m: Decode, event: k.Ended, now: float) -> Result:
-    return _quarantine(m, event.fault, now, tell=True)
+    return _quarantine(m, event.fault, now)
 
 
 def _aborted_waiting(m: Decode, event: k.PeerAborted, now: float) -> Result:
@@ -209,7 +209,7 @@ def _aborted_waiting(m: Decode, event: k.PeerAborted, now: float) -> Result:
 
 
 def _aborted(m: Decode, event: k.PeerAborted, now: float) -> Result:
-    m = replace(m, state=S.FENCING, send_at=math.inf, fault=event.fault)
+    m = replace(m, state=S.FENCING, fault=event.fault)
     return m, (k.Quarantine(), k.StartFence(), *_report(event.fault))
 
 
@@ -226,12 +226,7 @@ def _lost_waiting(m: Decode, event: k.LinkLost | k.PeerGone, now: float) -> Resu
 
 
 def _lost(m: Decode, event: k.LinkLost, now: float) -> Result:
-    m, actions = _quarantine(m, event.fault, now, tell=False)
-    return m, (*actions, k.Report(event.fault))
-
-
-def _lost_again(m: Decode, event: k.LinkLost, now: float) -> Result:
-    return replace(m, send_at=math.inf), ()
+    return _fail(m, event.fault, now)
 
 
 def _gone(m: Decode, event: k.PeerGone, now: float) -> Result:
@@ -330,7 +325,7 @@ DECODE_TABLE: k.Table = {
         **_FAILED,
         PeerAborted=_acknowledged,
         FenceEnded=k.STRAY,
-        LinkLost=_lost_again,
+        LinkLost=k.IDLE,
         PeerGone=_lift,
         Tick=_tick_quarantined,
     ),

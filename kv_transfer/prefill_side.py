@@ -57,9 +57,9 @@ class Prefill:
     live: frozenset[int] = frozenset()
     """Parts whose write is not terminal."""
     torn: bool = False
-    """Some write was cancelled or failed."""
+    """Some write did not end well: cancelled, or failed."""
     moved_at: float = 0.0
-    """When this state began or a write ended last."""
+    """When a write ended last, or the first of those that are live began."""
     keepalive_at: float = math.inf
     give_up_at: float = math.inf
     """End of the wait for an answer, of the lease, or of the tail."""
@@ -99,7 +99,6 @@ def start_prefill(
         timing=timing,
         ready=(0,) * num_layers,
         pushed=(0,) * num_layers,
-        moved_at=now,
         give_up_at=now + timing.reserve_timeout_s,
     )
 
@@ -117,20 +116,19 @@ def _over(m: Prefill) -> Prefill:
     return replace(m, state=S.OVER, live=frozenset(), give_up_at=math.inf)
 
 
-def _fail(m: Prefill, fault: k.Fault, *, tell: bool, report: bool) -> Result:
-    """Ends in failure: cancel first, so that the Abort tells the truth."""
-    actions: list[k.Action] = []
+def _fail(m: Prefill, fault: k.Fault) -> Result:
+    """Ends in failure, and says so to both sides."""
+    m, said, rest = _stop(m, fault)
+    return m, (*said, k.Report(fault), *rest)
+
+
+def _stop(m: Prefill, fault: k.Fault) -> tuple[Prefill, k.Actions, k.Actions]:
+    """Cancels first, so that the Abort tells the truth; the last actions let the blocks go."""
     if m.live:
-        m = replace(m, state=S.SETTLING, torn=True, give_up_at=math.inf)
-        actions.append(k.CancelWrites())
-    if tell:
-        actions.append(k.SendAbort(fault))
-    if report:
-        actions.append(k.Report(fault))
-    if m.live:
-        return m, tuple(actions)
+        m = replace(m, state=S.SETTLING, give_up_at=math.inf)
+        return m, (k.CancelWrites(), k.SendAbort(fault)), ()
     m, rest = _settle(m)
-    return m, (*actions, *rest)
+    return m, (k.SendAbort(fault),), rest
 
 
 def _settle(m: Prefill) -> Result:
@@ -167,7 +165,7 @@ def _push(m: Prefill, now: float) -> tuple[Prefill, list[k.Action]]:
 
 
 def _complete(m: Prefill, now: float) -> tuple[Prefill, list[k.Action]]:
-    m = replace(m, state=S.SENT, moved_at=now, give_up_at=now + m.timing.tail_timeout_s)
+    m = replace(m, state=S.SENT, give_up_at=now + m.timing.tail_timeout_s)
     return m, [k.SendComplete(m.num_parts)]
 
 
@@ -179,7 +177,6 @@ def _push_computed(m: Prefill, event: k.Computed, now: float) -> Result:
     before = m.computed_tokens
     m, actions = _push(_advance(m, event), now)
     if m.computed_tokens > before:
-        m = replace(m, keepalive_at=now + m.timing.progress_timeout_s / 4)
         actions.append(k.SendProgress(m.computed_tokens))
     return m, tuple(actions)
 
@@ -188,7 +185,7 @@ def _unready(m: Prefill) -> Result | None:
     if min(m.ready) == m.num_blocks:
         return None
     fault = k.Fault("internal", f"the first token came before {m.num_tokens} tokens of KV were computed")
-    return _fail(m, fault, tell=True, report=True)
+    return _fail(m, fault)
 
 
 def _keep_seeded(m: Prefill, event: k.Seeded, now: float) -> Result:
@@ -204,7 +201,8 @@ def _complete_seeded(m: Prefill, event: k.Seeded, now: float) -> Result:
 
 
 def _end(m: Prefill, event: k.Ended, now: float) -> Result:
-    return _fail(m, event.fault, tell=True, report=False)
+    m, said, rest = _stop(m, event.fault)
+    return m, (*said, *rest)
 
 
 def _granted(m: Prefill, event: k.PeerGranted, now: float) -> Result:
@@ -214,12 +212,11 @@ def _granted(m: Prefill, event: k.PeerGranted, now: float) -> Result:
             f"room for {event.num_blocks} blocks from block {event.first_block} on was granted "
             f"for a prompt of {m.num_blocks} blocks",
         )
-        return _fail(m, fault, tell=True, report=True)
+        return _fail(m, fault)
     m = replace(
         m,
         state=S.SENDING,
         pushed=(event.first_block,) * m.num_layers,
-        moved_at=now,
         give_up_at=math.inf,
         keepalive_at=now + m.timing.progress_timeout_s / 4,
     )
@@ -231,12 +228,11 @@ def _granted(m: Prefill, event: k.PeerGranted, now: float) -> Result:
 
 
 def _queued(m: Prefill, event: k.PeerQueued, now: float) -> Result:
-    lease_s = event.lease_s if event.lease_s > 0 else m.timing.lease_s
-    return replace(m, state=S.HELD, give_up_at=now + min(lease_s, m.timing.lease_s)), ()
+    return replace(m, state=S.HELD, give_up_at=now + min(event.lease_s, m.timing.lease_s)), ()
 
 
 def _refused(m: Prefill, event: k.PeerRefused, now: float) -> Result:
-    return _fail(m, event.fault, tell=False, report=True)
+    return _fail(m, event.fault)
 
 
 def _verified(m: Prefill, event: k.PeerVerified, now: float) -> Result:
@@ -248,29 +244,21 @@ def _verified(m: Prefill, event: k.PeerVerified, now: float) -> Result:
 
 def _aborted(m: Prefill, event: k.PeerAborted, now: float) -> Result:
     # Told back at once: the answer means that the writes are cancelled, and the decode side waits for it.
-    return _fail(m, event.fault, tell=True, report=True)
+    return _fail(m, event.fault)
 
 
 def _acknowledge_abort(m: Prefill, event: k.PeerAborted, now: float) -> Result:
-    cancel: k.Actions = (k.CancelWrites(),) if m.live else ()
-    return replace(m, torn=m.torn or bool(m.live)), (
-        *cancel,
-        k.SendAbort(k.Fault(k.CANCELLED, "nothing is sent any more")),
-    )
+    return m, (k.CancelWrites(), k.SendAbort(k.Fault(k.CANCELLED, "nothing is sent any more")))
 
 
 def _written(m: Prefill, event: k.WriteEnded, now: float) -> Result:
-    if event.part not in m.live:
-        return m, ()
     m = replace(m, live=m.live - {event.part}, moved_at=now)
     if event.fault is not None:
-        return _fail(replace(m, torn=True), event.fault, tell=True, report=True)
+        return _fail(replace(m, torn=True), event.fault)
     return m, ()
 
 
 def _settled(m: Prefill, event: k.WriteEnded, now: float) -> Result:
-    if event.part not in m.live:
-        return m, ()
     m = replace(m, live=m.live - {event.part}, torn=m.torn or event.fault is not None)
     return (m, ()) if m.live else _settle(m)
 
@@ -280,7 +268,7 @@ def _fenced(m: Prefill, event: k.FenceEnded, now: float) -> Result:
 
 
 def _link_lost(m: Prefill, event: k.LinkLost, now: float) -> Result:
-    return _fail(m, event.fault, tell=False, report=True)
+    return _fail(m, event.fault)
 
 
 def _gone(m: Prefill, event: k.PeerGone, now: float) -> Result:
@@ -292,7 +280,7 @@ def _gone_quietly(m: Prefill, event: k.PeerGone, now: float) -> Result:
 
 
 def _expire(m: Prefill, what: str) -> Result:
-    return _fail(m, k.Fault("deadline_exceeded", what), tell=True, report=True)
+    return _fail(m, k.Fault("deadline_exceeded", what))
 
 
 def _tick_waiting(m: Prefill, event: k.Tick, now: float) -> Result:

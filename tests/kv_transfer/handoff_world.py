@@ -1,360 +1,311 @@
-"""Both machines of one hand-off, a model of what their drivers do, and an adversarial network between
-them."""
+"""Everything that may happen between prefill and decode processes when nothing goes wrong, as moves.
+
+Every machine has a clock of its own, and messages take any time: a deadline may pass before or after anything
+else. What goes wrong is in handoff_faults.py, what must hold in handoff_invariants.py.
+"""
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
 from typing import Any
 
 from diphase.kv_transfer import machine as k
-from diphase.kv_transfer.decode_side import Decode, DecodeState, start_decode, step_decode
-from diphase.kv_transfer.prefill_side import Prefill, PrefillState, start_prefill, step_prefill
+from diphase.proto.errors import DiphaseError
 
-TIMING = k.Timing(reserve_timeout_s=5.0, lease_s=30.0, progress_timeout_s=2.0, tail_timeout_s=10.0)
-LAYERS = 4
-BLOCK = 4
-LIVE, CANCELLED, BUFFERED = "live", "cancelled", "buffered"
-"""Of a write: runs; ended at the writer but may still read and land; may still land."""
+from .handoff_drivers import Drivers, Move
+from .handoff_parts import BLOCK_SIZE, ENDED, GONE, NOW_S, TIMING, Session, Transfer
 
 
-class HandoffWorld:
-    """One hand-off between a prefill process `p` and a decode process `d`."""
+class World(Drivers):
+    """See the module's paragraph."""
 
-    def __init__(self, tokens: int, layerwise: bool, cached: int) -> None:
-        self.now = 0.0
-        self.tokens = tokens
-        self.blocks = -(-tokens // BLOCK)
-        self.cached = min(cached, tokens // BLOCK)
-        self.p: Prefill | None = start_prefill(
-            num_tokens=tokens,
-            block_size=BLOCK,
-            num_layers=LAYERS,
-            layerwise=layerwise,
-            max_push_runs=2 * LAYERS,
+    def make(self, move: Move) -> None:
+        """Makes one move; then whoever waits for room gets it, as after every turn of the loop."""
+        getattr(self, move[0])(*move[1:])
+        for at, process in enumerate(self.processes):
+            if process.waiting:
+                self.give_room(at)
+        self.tidy()
+
+
+    def moves(self) -> Iterator[Move]:
+        for at, process in enumerate(self.processes):
+            if not process.alive:
+                yield ("restart", at)
+        for number, session in enumerate(self.sessions):
+            yield from self._session_moves(number, session)
+        for index, t in enumerate(self.transfers):
+            yield from self._transfer_moves(index, t)
+        for report in self.reports:
+            yield ("hear", *report)
+        for cancel in self.cancels:
+            yield ("cancel", *cancel)
+        yield from self.slow_moves()
+
+    def slow_moves(self) -> Iterator[Move]:
+        """What owners do when they like."""
+        for number, request in enumerate(self.requests):
+            if not request.outcome and request.transfer < 0:
+                for p, d in self.live_pairs():
+                    yield ("start", number, p, d)
+                break  # names are given in the order of the starts: which is which does not matter
+        for index, t in enumerate(self.transfers):
+            if t.p is not None and t.p_blocks:
+                yield ("seed", index) if t.computed == self.scenario.steps else ("compute", index)
+            if t.d_holds == "ready":
+                yield ("finish", index)
+
+    def live_pairs(self) -> Iterator[tuple[int, int]]:
+        for p, one in enumerate(self.processes):
+            for d, other in enumerate(self.processes):
+                if one.role == "p" and other.role == "d" and one.alive and other.alive:
+                    yield p, d
+
+    def _session_moves(self, number: int, session: Any) -> Iterator[Move]:
+        if session.to_p:
+            yield ("deliver_p", number)
+        if session.to_d:
+            yield ("deliver_d", number)
+        for side in ("p", "d"):
+            if session.cut and getattr(session, f"{side}_side") == "up":
+                yield ("take_down", number, side)
+            if getattr(session, f"{side}_side") == "closing":
+                yield ("bury", number, side)
+        if session.p_fences:
+            yield ("fence_p", number, True)
+        if session.d_fences:
+            yield ("fence_d", number, True)
+
+    def _transfer_moves(self, index: int, t: Any) -> Iterator[Move]:
+        for write in t.writes:
+            if write.live and write.lands:
+                yield ("land", index, write.push.part)
+        if t.endings:
+            yield ("end_write", index)
+        for notice in t.notices:
+            yield ("notice", index, notice)
+        for part in t.checks:
+            yield ("digest", index, part)
+
+    def deliver_p(self, number: int, keep: bool = False) -> None:
+        session = self.sessions[number]
+        index, event = session.to_p[0]
+        session.to_p = session.to_p if keep else session.to_p[1:]
+        t = self.transfers[index]
+        if t.p is not None and t.p.state != "over":
+            self.step_p(index, event)
+        elif isinstance(event, k.PeerAborted | k.PeerGranted):
+            self.send(session, "d", index, k.PeerAborted(ENDED))
+
+    def deliver_d(self, number: int, keep: bool = False) -> None:
+        session = self.sessions[number]
+        index, event = session.to_d[0]
+        session.to_d = session.to_d if keep else session.to_d[1:]
+        t = self.transfers[index]
+        if t.d is not None and t.d.state != "over":
+            self.step_d(index, event)
+        elif isinstance(event, k.PeerReserved):
+            self.reserve(session, index)
+        elif isinstance(event, k.PeerCompleted) and self.attempts(session.d_at, "was_ready", t):
+            self.send(session, "p", index, k.PeerVerified())
+
+
+    # Owners and the router.
+
+    def start(self, number: int, p_at: int, d_at: int) -> None:
+        """The router places an attempt, and the prefill worker schedules its first chunk."""
+        blocks = self.pool(p_at, "allocate", self.scenario.requests[number])
+        if isinstance(blocks, DiphaseError):
+            return
+        request = self.requests[number]
+        index = request.transfer = len(self.transfers)
+        session, refused = self.dial(p_at, d_at)
+        machine = self.scenario.protocol.start_prefill(
+            num_tokens=BLOCK_SIZE * self.scenario.requests[number],
+            block_size=BLOCK_SIZE,
+            num_layers=self.scenario.layers,
+            layerwise=self.scenario.layerwise,
+            max_push_runs=self.scenario.max_push_runs,
             timing=TIMING,
-            now=0.0,
+            now=NOW_S,
         )
-        self.d: Decode | None = start_decode(
-            num_blocks=self.blocks, num_layers=LAYERS, timing=TIMING, now=0.0
-        )
-        self.to_p: deque[k.Event] = deque()
-        self.to_d: deque[k.Event] = deque()
-        self.notices: deque[k.PartArrived] = deque()
-        self.checks: deque[int] = deque()
-        self.endings: deque[k.WriteEnded] = deque()
-        self.writes: dict[int, tuple[str, k.Push]] = {}
-        self.damaged: set[int] = set()
-        self.landed: list[k.Push] = []
-        self.p_fence = self.d_fence = False
-        self.linked = True
-        self.computed = 0
-        self.seeded = False
-        self.p_holds = True
-        self.d_blocks = "none"  # none, granted, quarantined, ready, free
-        self.p_reports: list[k.Fault | None] = []
-        self.d_reports: list[k.Fault | None] = []
-        self.p_told_off = self.d_told_off = False  # by its own owner
+        t = Transfer.of((None,) * len(Transfer.__slots__))
+        t.request, t.attempt, t.session = number, request.attempt, session
+        t.p, t.p_blocks, t.p_held = self._seat("p", machine), blocks, ()
+        t.d_blocks = t.d_cached = t.writes = t.landed = t.endings = t.notices = t.checks = ()
+        t.d_holds, t.damaged, t.computed, t.seeded = "none", frozenset(), 0, False
+        t.p_reported = t.d_reported = ""
+        t.p_ended = t.d_ended = False
+        self.transfers.append(t)
+        if refused:
+            self.step_p(index, k.PeerGone(GONE))
+        else:
+            self.send(self.sessions[session], "d", index, k.PeerReserved())
 
-    # What the drivers do.
+    def dial(self, p_at: int, d_at: int) -> tuple[int, bool]:
+        """The session to use, and whether it is refused: while the last one is not forgotten."""
+        refused = False
+        for number, old in enumerate(self.sessions):
+            if (old.p_at, old.d_at) != (p_at, d_at):
+                continue
+            if not old.lost and old.p_side != "gone":
+                return number, old.p_side == "closing"
+            refused = refused or (not old.lost and old.d_side != "gone")
+            for side in ("p", "d"):  # the dialled or the dialling worker is another one by now
+                if side not in old.lost and getattr(old, f"{side}_side") == "up":
+                    self.take_down(number, side)
+        side = "gone" if refused else "up"
+        self.sessions.append(Session.of((refused, d_at, (), side, "", p_at, (), side, (), ())))
+        return len(self.sessions) - 1, refused
 
-    def step_p(self, event: k.Event) -> None:
-        if self.p is None or (self.p.state is PrefillState.OVER and not isinstance(event, k.PeerAborted)):
+    def compute(self, index: int) -> None:
+        t = self.transfers[index]
+        t.computed += 1
+        blocks = len(t.p_blocks) * t.computed // self.scenario.steps
+        new = t.p_blocks[len(t.p_held) : blocks]
+        step = 1 if self.scenario.layerwise else self.scenario.layers
+        for layer in range(0, self.scenario.layers, step):
+            if t.p.state not in ("settling", "fencing", "over"):
+                self.pool(self.sessions[t.session].p_at, "acquire", new)
+                t.p_held, new = t.p_held + new, ()
+                self.step_p(index, k.Computed(blocks * BLOCK_SIZE, layer, step))
+
+    def seed(self, index: int) -> None:
+        """The first token is sampled; the scheduler lets go of the prompt."""
+        t = self.transfers[index]
+        t.seeded = True
+        if t.p.state != "over":
+            self.step_p(index, k.Seeded())
+        self.free_scheduler(t)
+
+    def finish(self, index: int) -> None:
+        """The taker has generated everything."""
+        self.free_taker(self.transfers[index])
+        self.reports += ((index, "done"),)
+
+    def hear(self, index: int, what: str) -> None:
+        """The router hears of an attempt: that it is done, that it failed, or that its worker was lost."""
+        at = self.reports.index((index, what))
+        self.reports = self.reports[:at] + self.reports[at + 1 :]
+        t = self.transfers[index]
+        request = self.requests[t.request]
+        if request.transfer != index or request.outcome:
             return
-        self.p, actions = step_prefill(self.p, event, self.now)
-        for action in actions:
-            self.act_p(action)
-
-    def act_p(self, action: k.Action) -> None:
-        match action:
-            case k.SendProgress(tokens):
-                self.send_d(k.PeerProgressed(tokens))
-            case k.SendComplete(parts):
-                self.send_d(k.PeerCompleted(parts))
-            case k.SendAbort(fault):
-                self.send_d(k.PeerAborted(fault))
-            case k.Push():
-                self.writes[action.part] = (LIVE, action)
-            case k.CancelWrites():
-                for part, (state, push) in list(self.writes.items()):
-                    if state == LIVE:
-                        self.writes[part] = (CANCELLED, push)
-                        self.endings.append(k.WriteEnded(part, k.Fault(k.CANCELLED, "cancelled")))
-            case k.StartFence():
-                self.p_fence = True
-            case k.Disconnect():
-                self.break_link()
-            case k.Release():
-                assert self.p_holds, "released twice"
-                assert not any(state != BUFFERED for state, _ in self.writes.values()), "still read"
-                self.p_holds = False
-            case k.Report(fault):
-                assert not self.p_told_off, "reported to an owner who ended it himself"
-                self.p_reports.append(fault)
-
-    def step_d(self, event: k.Event) -> None:
-        if self.d is None or self.d.state is DecodeState.OVER:
+        if what == "done":
+            request.outcome = "done"
             return
-        self.d, actions = step_decode(self.d, event, self.now)
-        for action in actions:
-            self.act_d(action)
-
-    def act_d(self, action: k.Action) -> None:
-        match action:
-            case k.SendGranted():
-                self.send_p(k.PeerGranted(self.cached, self.blocks - self.cached))
-            case k.SendQueued():
-                self.send_p(k.PeerQueued(TIMING.lease_s))
-            case k.SendVerified():
-                self.send_p(k.PeerVerified())
-            case k.SendAbort(fault):
-                self.send_p(k.PeerAborted(fault))
-            case k.Check(part):
-                self.checks.append(part)
-            case k.StartFence():
-                self.d_fence = True
-            case k.Quarantine():
-                assert self.d_blocks == "granted"
-                self.d_blocks = "quarantined"
-            case k.Lift():
-                assert self.d_blocks == "quarantined"
-                self.d_blocks = "free"
-            case k.Release():
-                assert self.d_blocks == "granted"
-                self.d_blocks = "free"
-            case k.Report(None):
-                assert self.d_blocks == "granted"
-                self.d_blocks = "ready"
-                self.d_reports.append(None)
-                self.check_bytes()
-            case k.Report(fault):
-                assert not self.d_told_off
-                self.d_reports.append(fault)
-
-    def check_bytes(self) -> None:
-        """A hand-off that becomes ready has every byte of every block, undamaged, exactly once."""
-        assert not self.damaged
-        assert not self.writes, "ready while a write may still land"
-        want = {(b, layer) for b in range(self.cached, self.blocks) for layer in range(LAYERS)}
-        have = [
-            (b, layer)
-            for push in self.landed
-            for b in range(push.first_block, push.first_block + push.num_blocks)
-            for layer in range(push.first_layer, push.first_layer + push.num_layers)
-        ]
-        assert sorted(have) == sorted(want)
-
-    def send_p(self, event: k.Event) -> None:
-        if self.linked:
-            self.to_p.append(event)
-
-    def send_d(self, event: k.Event) -> None:
-        if self.linked:
-            self.to_d.append(event)
-
-    def break_link(self) -> None:
-        self.linked = False
-        self.to_p.clear()
-        self.to_d.clear()
-
-    # What may happen next, when nothing goes wrong.
-
-    def natural(self) -> list[Callable[[], None]]:
-        """Each is the next event of one actor."""
-        found: list[tuple[object, Callable[[], None]]] = [
-            (self.p and self.computed < self.tokens, self.compute),
-            (self.p and self.computed == self.tokens and not self.seeded, self.seed),
-            (self.d and self.d.state is DecodeState.WAITING and self.linked, self.find_room),
-            (self.to_p, lambda: self.step_p(self.to_p.popleft())),
-            (self.to_d, lambda: self.step_d(self.to_d.popleft())),
-            (self.notices, lambda: self.step_d(self.notices.popleft())),
-            (self.checks, self.digest),
-            (self.endings, lambda: self.step_p(self.endings.popleft())),
-            (self.p_fence, lambda: self.answer_p(True)),
-            (self.d_fence, lambda: self.answer_d(True)),
-        ]
-        found.extend((True, partial(self.land, part)) for part in sorted(self.writes))
-        return [action for enabled, action in found if enabled]
-
-    def compute(self) -> None:
-        self.computed = min(self.tokens, self.computed + 7)
-        for layer in range(0, LAYERS, 2):
-            self.step_p(k.Computed(self.computed, layer, 2))
-
-    def seed(self) -> None:
-        self.seeded = True
-        self.step_p(k.Seeded())
-
-    def find_room(self) -> None:
-        self.d_blocks = "granted"
-        self.step_d(k.RoomFound(self.cached))
-
-    def digest(self) -> None:
-        part = self.checks.popleft()
-        self.step_d(k.PartChecked(part, part not in self.damaged))
-
-    def land(self, part: int) -> None:
-        """The bytes of a write arrive. Of a cancelled one they may, too, and then nobody says so."""
-        state, push = self.writes.pop(part)
-        if state != BUFFERED:
-            assert self.p_holds, "read from blocks that were given back"
-        assert self.d is None or self.d_blocks in ("granted", "quarantined"), "written into others' blocks"
-        if state != LIVE:
+        if what == "lost p" and t.d_reported == "well":
             return
-        self.landed.append(push)
-        self.endings.append(k.WriteEnded(part, None))
-        self.notices.append(
-            k.PartArrived(part, push.first_block, push.num_blocks, push.first_layer, push.num_layers)
+        self.cancel_both(index)
+        request.attempt, request.transfer = request.attempt + 1, -1
+        if request.attempt == self.scenario.max_attempts:
+            request.outcome = "failed"
+
+    def cancel_both(self, index: int) -> None:
+        t = self.transfers[index]
+        for side in ("p", "d"):
+            if self.lives(t, side):
+                self.cancels += ((index, side),)
+
+    def lives(self, t: Any, side: str) -> bool:
+        """Whether a Cancel from the router could still do anything there."""
+        seat = getattr(t, side)
+        if seat is None:  # its Reserve may be on its way
+            return side == "d" and not self.sessions[t.session].cut
+        return seat.state != "over" or bool(t.p_blocks if side == "p" else t.d_holds == "ready")
+
+    def tidy(self) -> None:
+        """Leaves out what has no consequence any more."""
+        self.cancels = tuple(c for c in self.cancels if self.lives(self.transfers[c[0]], c[1]))
+        self.reports = tuple(
+            (index, what)
+            for index, what in self.reports
+            if self.requests[self.transfers[index].request].transfer == index
+            and not self.requests[self.transfers[index].request].outcome
         )
 
-    def answer_p(self, ok: bool) -> None:
-        self.p_fence = False
+    def cancel(self, index: int, side: str) -> None:
+        """The router's Cancel reaches a worker."""
+        self.cancels = tuple(c for c in self.cancels if c != (index, side))
+        (self.end_p if side == "p" else self.end_d)(index)
+
+    def end_p(self, index: int, fault: k.Fault = ENDED) -> None:
+        t = self.transfers[index]
+        if t.p is not None:
+            t.p_ended = True
+            if t.p.state != "over":
+                self.step_p(index, k.Ended(fault))
+            self.free_scheduler(t)
+
+    # Bytes and fences.
+
+    def land(self, index: int, part: int, intact: bool = True) -> None:
+        """A write ends well: its bytes are there, and both sides will hear of it."""
+        t = self.transfers[index]
+        [write] = [w for w in t.writes if w.push.part == part]
+        t.writes = tuple(w for w in t.writes if w is not write)
+        push = write.push
+        t.endings = (*t.endings, k.WriteEnded(part, None))
+        if t.d_holds == "granted":
+            t.landed = (*t.landed, push)
+            t.damaged = t.damaged if intact else t.damaged | {part}
+        if t.d is not None and t.d.state != "over":
+            notice = k.PartArrived(part, push.first_block, push.num_blocks, push.first_layer, push.num_layers)
+            t.notices = (*t.notices, notice)
+
+    def end_write(self, index: int) -> None:
+        t = self.transfers[index]
+        event, t.endings = t.endings[0], t.endings[1:]
+        self.step_p(index, event)
+
+    def notice(self, index: int, event: k.PartArrived, keep: bool = False) -> None:
+        t = self.transfers[index]
+        if not keep:
+            t.notices = tuple(n for n in t.notices if n != event)
+        self.step_d(index, event)
+
+    def digest(self, index: int, part: int) -> None:
+        t = self.transfers[index]
+        t.checks = tuple(p for p in t.checks if p != part)
+        intact = part not in t.damaged and any(push.part == part for push in t.landed)
+        self.step_d(index, k.PartChecked(part, intact))
+
+    def fence_p(self, number: int, ok: bool) -> None:
+        session = self.sessions[number]
+        (index, parts), session.p_fences = session.p_fences[0], session.p_fences[1:]
         if ok:
-            for part, (state, push) in self.writes.items():
-                if state == CANCELLED:
-                    self.writes[part] = (BUFFERED, push)
-        self.step_p(k.FenceEnded(ok))
+            self.hold(parts, reads=False)
+        if self.transfers[index].p.state != "over":
+            self.step_p(index, k.FenceEnded(ok))
 
-    def answer_d(self, ok: bool) -> None:
-        self.d_fence = False
-        if ok:  # of what the writer had cancelled; a live write lives on
-            self.writes = {p: w for p, w in self.writes.items() if w[0] == LIVE}
-        self.step_d(k.FenceEnded(ok))
+    def fence_d(self, number: int, ok: bool) -> None:
+        session = self.sessions[number]
+        (index, parts), session.d_fences = session.d_fences[0], session.d_fences[1:]
+        if ok:
+            self.hold(parts, lands=False)
+        if self.transfers[index].d.state != "over":
+            self.step_d(index, k.FenceEnded(ok))
 
-    # What goes wrong.
+    def hold(self, parts: frozenset[tuple[int, int]], **changes: bool) -> None:
+        """A fence holds for these writes."""
+        for index, t in enumerate(self.transfers):
+            self.touch(t, frozenset(part for at, part in parts if at == index), **changes)
 
-    def message_is_repeated_or_lost(self, choice: int, twice: bool) -> None:
-        queues: list[tuple[deque[Any], Any]] = [(self.to_p, self.step_p), (self.to_d, self.step_d)]
-        if twice:
-            queues.append((self.notices, self.step_d))
-        queue, step = queues[choice % len(queues)]
-        if queue and twice:
-            step(queue[0])
-        elif queue:
-            queue.popleft()
+    # Sessions and processes.
 
-    def write_goes_wrong(self, choice: int, damaged: bool) -> None:
-        live = sorted(part for part, (state, _) in self.writes.items() if state == LIVE)
-        if not live:
-            return
-        part = live[choice % len(live)]
-        if damaged:
-            self.damaged.add(part)
-            self.land(part)
-        else:
-            self.writes[part] = (CANCELLED, self.writes[part][1])
-            self.endings.append(k.WriteEnded(part, k.Fault("transfer", "failed")))
+    def bury(self, number: int, side: str) -> None:
+        """The transport says PeerDown: what went over this connection touches this side no more."""
+        session = self.sessions[number]
+        setattr(session, f"{side}_side", "gone")
+        for t in self.transfers:
+            if t.session == number and side == "p":
+                t.endings = ()
+                self.touch(t, None, live=False, reads=False)
+            elif t.session == number:
+                t.notices = ()
+                self.touch(t, None, lands=False)
+        self.tell(number, side, k.PeerGone(GONE))
 
-    def fence_does_not_hold_in_time(self) -> None:
-        if self.p_fence:
-            self.answer_p(False)
-        if self.d_fence:
-            self.answer_d(False)
-
-    def owner_ends_it(self, side: str, needed: bool) -> None:
-        fault = k.Fault("transfer" if needed else k.CANCELLED, "ended")
-        if (
-            side == "p"
-            and self.p is not None
-            and self.p.state is not PrefillState.OVER
-            and not self.p_reports
-        ):
-            self.p_told_off = True
-            self.step_p(k.Ended(fault))
-        if side == "d" and self.d is not None and self.d.state is not DecodeState.OVER and not self.d_reports:
-            self.d_told_off = True
-            self.step_d(k.Ended(fault))
-
-    def pass_time(self, seconds: float) -> None:
-        self.now += seconds
-        for side, step in (("p", self.step_p), ("d", self.step_d)):
-            machine = getattr(self, side)
-            if machine is not None and machine.due <= self.now:
-                step(k.Tick())
-
-    def process_or_link_breaks(self, luck: int, what: str) -> None:
-        lost = k.LinkLost(k.Fault("peer_lost", "the link broke"))
-        if what == "cut" and luck == 0:
-            self.break_link()
-        elif what.startswith("crash") and luck == 0:
-            self.crash(what[-1])
-        elif what.startswith("seen") and not self.linked:
-            (self.step_p if what[-1] == "p" else self.step_d)(lost)
-        elif what == "end" and not self.linked:  # each side takes its connection down after the link
-            self.gone()
-
-    def crash(self, who: str) -> None:
-        self.break_link()
-        if who == "p":
-            self.p = None
-        else:
-            self.d = None
-            self.checks.clear()
-        self.gone()
-
-    def gone(self) -> None:
-        self.writes.clear()
-        self.notices.clear()
-        fault = k.Fault("peer_lost", "gone")
-        self.step_p(k.PeerGone(fault))
-        self.step_d(k.PeerGone(fault))
-        self.endings.clear()
-        self.p_fence = self.d_fence = False
-
-    # What always holds.
-
-    def check(self) -> None:
-        assert len(self.p_reports) <= 1
-        assert len(self.d_reports) <= 1
-        if self.p_reports == [None]:
-            assert self.d is None or self.d_reports == [None]
-        if self.p is not None:
-            assert self.p_holds == (self.p.state is not PrefillState.OVER)
-        if self.d is not None:
-            held = {
-                DecodeState.WAITING: {"none"},
-                DecodeState.RESERVED: {"granted"},
-                DecodeState.FILLING: {"granted"},
-                DecodeState.VERIFYING: {"granted"},
-                DecodeState.QUARANTINED: {"quarantined"},
-                DecodeState.FENCING: {"quarantined"},
-                DecodeState.OVER: {"none", "ready", "free"},
-            }
-            assert self.d_blocks in held[self.d.state]
-
-    def end(self) -> None:
-        """Faults stop and owners go on: within the longest deadlines both sides are idle."""
-        for _ in range(200):
-            self.pass_time(0.25)
-            if not self.linked:
-                self.gone()
-            if self.p is not None and self.p.state is not PrefillState.OVER and not self.seeded:
-                while self.computed < self.tokens:
-                    self.compute()
-                self.seed()
-            if self.d is not None and self.d.state is DecodeState.WAITING:
-                self.find_room()
-            self.settle()
-            self.check()
-        assert self.p is None or self.p.state is PrefillState.OVER, self.p
-        assert self.d is None or self.d.state is DecodeState.OVER, self.d
-
-    def settle(self) -> None:
-        """Everything that is on its way arrives."""
-        for part in [part for part, (state, _) in self.writes.items() if state == LIVE]:
-            self.land(part)
-        for queue, step in (
-            (self.endings, self.step_p),
-            (self.to_p, self.step_p),
-            (self.to_d, self.step_d),
-            (self.notices, self.step_d),
-        ):
-            while queue:
-                step(queue.popleft())
-        while self.checks:
-            self.digest()
-        if self.p_fence:
-            self.answer_p(True)
-        if self.d_fence:
-            self.answer_d(True)
+    def restart(self, at: int) -> None:
+        """A new incarnation under the same address; its pool is fresh."""
+        self.processes[at] = self._process(self.processes[at].role)
