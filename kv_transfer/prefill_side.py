@@ -152,8 +152,6 @@ def _push(m: Prefill, now: float) -> tuple[Prefill, list[k.Action]]:
     pushes = [
         k.Push(m.num_parts + i, *piece) for i, piece in enumerate(pieces(ready, m.pushed, m.max_push_runs))
     ]
-    if not pushes:
-        return m, []
     m = replace(
         m,
         pushed=tuple(map(max, m.pushed, ready)),
@@ -174,10 +172,7 @@ def _keep_computed(m: Prefill, event: k.Computed, now: float) -> Result:
 
 
 def _push_computed(m: Prefill, event: k.Computed, now: float) -> Result:
-    before = m.computed_tokens
     m, actions = _push(_advance(m, event), now)
-    if m.computed_tokens > before:
-        actions.append(k.SendProgress(m.computed_tokens))
     return m, tuple(actions)
 
 
@@ -206,7 +201,7 @@ def _end(m: Prefill, event: k.Ended, now: float) -> Result:
 
 
 def _granted(m: Prefill, event: k.PeerGranted, now: float) -> Result:
-    if event.first_block > m.num_blocks or event.num_blocks != m.num_blocks - event.first_block:
+    if event.first_block + event.num_blocks != m.num_blocks:
         fault = k.Fault(
             "transfer",
             f"room for {event.num_blocks} blocks from block {event.first_block} on was granted "

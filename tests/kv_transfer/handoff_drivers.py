@@ -123,8 +123,8 @@ class Drivers:
         session = self.sessions[t.session]
         match action:
             case k.SendProgress(tokens):
-                if tokens != self.tokens_computed(t):
-                    raise Violation(f"3: Progress says {tokens} of {self.tokens_computed(t)} tokens")
+                if tokens != self.tokens(t, t.computed):
+                    raise Violation(f"3: Progress says that {tokens} tokens are computed")
                 self.send(session, "d", index, k.PeerProgressed(tokens))
             case k.SendComplete(parts):
                 if t.computed < self.scenario.steps or not t.seeded:
@@ -133,6 +133,7 @@ class Drivers:
             case k.SendAbort(fault):
                 self.send(session, "d", index, k.PeerAborted(fault))
             case k.Push():
+                self.check_push(t, action)
                 t.writes = (*t.writes, Write(action, live=True, reads=True, lands=session.d_side != "gone"))
             case k.CancelWrites():
                 for write in t.writes:
@@ -153,9 +154,16 @@ class Drivers:
             case k.Report(fault):
                 self.report(index, "p", fault)
 
-    def tokens_computed(self, t: Any) -> int:
+    def tokens(self, t: Any, steps: int) -> int:
+        """Of the prompt, computed in so many steps; its last block is not full."""
         blocks: int = self.scenario.requests[t.request]
-        return blocks * t.computed // self.scenario.steps * BLOCK_SIZE
+        return min(BLOCK_SIZE * blocks - 1, BLOCK_SIZE * (blocks * steps // self.scenario.steps))
+
+    def check_push(self, t: Any, push: k.Push) -> None:
+        if push.first_block + push.num_blocks > len(t.p_held):
+            raise Violation("3: blocks are pushed that are not computed")
+        if not self.scenario.layerwise and push.num_layers != self.scenario.layers:
+            raise Violation("3: a short prompt is pushed layer by layer")
 
     def step_d(self, index: int, event: k.Event) -> None:
         t = self.transfers[index]
@@ -354,8 +362,16 @@ def check_step(before: Seat, event: k.Event, after: Seat, actions: k.Actions) ->
     old, new = before.machine, after.machine
     if after.state == "over" and after.due < math.inf:
         raise Violation("4: what is over wants a Tick")
-    if isinstance(event, k.Computed | k.Seeded) and old.live and new.moved_at > old.moved_at:
-        raise Violation("4: a push puts the deadline of the writes before it off")
+    if k.Disconnect() in actions and event != k.FenceEnded(False):
+        raise Violation("4: a connection is taken down though its fence holds")
+    if after.state in ("sending", "sent") and new.live:
+        first = not getattr(old, "live", ())
+        if first and new.moved_at != NOW_S:
+            raise Violation("4: a write does not get its whole time")
+        if not first and isinstance(event, k.Computed | k.Seeded) and new.moved_at > old.moved_at:
+            raise Violation("4: a push puts the deadline of the writes before it off")
+        if after.due > new.moved_at + TIMING.progress_timeout_s - NOW_S:
+            raise Violation("4: a write is waited for too long")
     news = {
         k.WriteEnded: ("sending", "sent"),
         k.PeerProgressed: ("filling",),

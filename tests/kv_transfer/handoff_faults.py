@@ -111,7 +111,7 @@ class FaultyWorld(World):
         for index, t in enumerate(self.transfers):
             if t.p is not None and t.p.state in ("reserving", "held") and t.d_holds == "granted":
                 blocks = self.scenario.requests[t.request]
-                for first, count in ((0, 0), (0, 1 + blocks), (1 + blocks, -1), (blocks - 1, blocks)):
+                for first, count in ((0, 0), (0, 1 + blocks), (1 + blocks, 0), (blocks - 1, blocks)):
                     yield ("say", index, "p", k.PeerGranted(first, count))
 
     def _wrong_parts(self) -> Iterator[Move]:
@@ -238,7 +238,7 @@ class FaultyWorld(World):
         blocks = self.scenario.requests[t.request]
         whole = (0, blocks, 0, self.scenario.layers)
         found: dict[type, tuple[k.Event, ...]] = {
-            k.Computed: (k.Computed(blocks * BLOCK_SIZE, 0, self.scenario.layers),),
+            k.Computed: (k.Computed(blocks * BLOCK_SIZE - 1, 0, self.scenario.layers),),
             k.Ended: (k.Ended(FAILED),),
             k.PeerGranted: (k.PeerGranted(0, blocks),),
             k.PeerQueued: (k.PeerQueued(30.0),),

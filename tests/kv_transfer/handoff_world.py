@@ -13,7 +13,7 @@ from diphase.kv_transfer import machine as k
 from diphase.proto.errors import DiphaseError
 
 from .handoff_drivers import Drivers, Move
-from .handoff_parts import BLOCK_SIZE, ENDED, GONE, NOW_S, TIMING, Session, Transfer
+from .handoff_parts import BLOCK_SIZE, ENDED, GONE, NOW_S, TIMING, Session, Transfer, Violation
 
 
 class World(Drivers):
@@ -121,7 +121,7 @@ class World(Drivers):
         index = request.transfer = len(self.transfers)
         session, refused = self.dial(p_at, d_at)
         machine = self.scenario.protocol.start_prefill(
-            num_tokens=BLOCK_SIZE * self.scenario.requests[number],
+            num_tokens=BLOCK_SIZE * self.scenario.requests[number] - 1,
             block_size=BLOCK_SIZE,
             num_layers=self.scenario.layers,
             layerwise=self.scenario.layerwise,
@@ -159,16 +159,18 @@ class World(Drivers):
         return len(self.sessions) - 1, refused
 
     def compute(self, index: int) -> None:
+        """One step of the prompt, told layer by layer."""
         t = self.transfers[index]
-        t.computed += 1
-        blocks = len(t.p_blocks) * t.computed // self.scenario.steps
-        new = t.p_blocks[len(t.p_held) : blocks]
-        step = 1 if self.scenario.layerwise else self.scenario.layers
-        for layer in range(0, self.scenario.layers, step):
+        tokens = self.tokens(t, t.computed + 1)
+        new = t.p_blocks[len(t.p_held) : -(-tokens // BLOCK_SIZE)]
+        for layer in range(self.scenario.layers):
+            t.computed += layer == self.scenario.layers - 1
             if t.p.state not in ("settling", "fencing", "over"):
                 self.pool(self.sessions[t.session].p_at, "acquire", new)
-                t.p_held, new = t.p_held + new, ()
-                self.step_p(index, k.Computed(blocks * BLOCK_SIZE, layer, step))
+                t.p_held, new, before = t.p_held + new, (), len(t.writes)
+                self.step_p(index, k.Computed(tokens, layer, 1))
+                if t.p.state == "sending" and self.scenario.layerwise and len(t.writes) == before:
+                    raise Violation("3: a layer of a long prompt is computed and not pushed")
 
     def seed(self, index: int) -> None:
         """The first token is sampled; the scheduler lets go of the prompt."""

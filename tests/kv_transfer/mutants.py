@@ -34,6 +34,11 @@ class Mutant(NamedTuple):
     stray: tuple[str, str, type] | None
     """The cell (side, state, event) that it fills."""
 
+    @property
+    def place(self) -> str:
+        """The function or table that it is in."""
+        return self.name.partition(":")[0]
+
     def protocol(self) -> Protocol:
         """Both machines, one of them this one."""
         tree = parsed(self.module)
@@ -100,11 +105,17 @@ def changes(node: ast.AST) -> Iterator[tuple[str, Any]]:
             yield f"`{test}` is {value}", lambda n, v=value: setattr(n, "test", ast.Constant(v))
         if isinstance(node.test, ast.BoolOp):
             for at, operand in enumerate(node.test.values):
-                yield f"`{test}` without `{ast.unparse(operand)}`", lambda n, a=at: n.test.values.pop(a)
+                yield f"`{test}` without `{ast.unparse(operand)}`", partial(drop_operand, at)
     if isinstance(node, ast.Call):
         for at, keyword in enumerate(node.keywords):
             if keyword.arg and keyword.arg.endswith("_at"):
                 yield f"no `{ast.unparse(keyword)}`", lambda n, a=at: n.keywords.pop(a)
+
+
+def drop_operand(at: int, node: Any) -> None:
+    del node.test.values[at]
+    if len(node.test.values) == 1:
+        node.test = node.test.values[0]
 
 
 def of_table(module: ModuleType, side: str, name: str) -> Iterator[Mutant]:

@@ -202,7 +202,7 @@ class TestPrefillSide:
         m, actions = play(prefill(), GRANT, k.Computed(10, 0, 2))
         assert [a for a in actions if isinstance(a, k.Push)] == []
         m, actions = play(m, k.Computed(10, 2, 2), k.Seeded())
-        assert actions == [k.Push(0, 0, 3, 0, 4), k.SendProgress(10), k.SendComplete(1)]
+        assert actions == [k.Push(0, 0, 3, 0, 4), k.SendComplete(1)]
         assert m.state is PrefillState.SENT
 
     def test_a_long_prompt_goes_chunk_of_layers_by_chunk_of_layers(self) -> None:

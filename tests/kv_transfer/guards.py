@@ -1,0 +1,52 @@
+"""Which small world shows what each guard of the machines is for.
+
+    .venv/bin/python -P -m diphase.tests.kv_transfer.guards      # finds it anew; writes guards.json, some minutes
+
+guards.json: the mutant of mutants.py without the guard -> the name of the first small world (small_worlds.py)
+in which an invariant breaks. EQUIVALENT: mutants that break none, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from .exploration import Explored, explore
+from .mutants import Mutant, mutants
+from .small_worlds import WORLDS
+
+TABLE = Path(__file__).with_name("guards.json")
+
+EQUIVALENT: dict[str, str] = {}
+
+
+def try_out(mutant: Mutant, world: str) -> Explored:
+    """Explores the mutant up to the first violation. Where it fills a cell that refused, the event may come out of
+    nowhere."""
+    strays = () if mutant.stray is None else (mutant.stray,)
+    return explore(replace(WORLDS[world], protocol=mutant.protocol(), strays=strays))
+
+
+def kept() -> dict[str, str]:
+    table: dict[str, str] = json.loads(TABLE.read_text(encoding="utf-8"))
+    return table
+
+
+def search() -> None:
+    """Writes the table; says which mutants break nothing."""
+    table: dict[str, str] = {}
+    for mutant in mutants():
+        if mutant.name in EQUIVALENT:
+            continue
+        for world in WORLDS:
+            found = try_out(mutant, world)
+            if found.violation:
+                table[mutant.name] = world
+                break
+        print(f"{mutant.line:4} {mutant.name}: {table.get(mutant.name, 'NOTHING BREAKS')}", flush=True)
+    TABLE.write_text(json.dumps(table, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    search()
