@@ -115,7 +115,7 @@ def _room_found(m: Decode, event: k.RoomFound, now: float) -> Result:
 
 
 def _queue_again(m: Decode, event: k.PeerReserved, now: float) -> Result:
-    return replace(m, send_at=now + m.timing.lease_s / 3), (k.SendQueued(),)
+    return m, (k.SendQueued(),)
 
 
 def _grant_again(m: Decode, event: k.PeerReserved, now: float) -> Result:
@@ -180,7 +180,7 @@ def _wrong_range(m: Decode, event: k.PartArrived) -> str | None:
 
 
 def _checked(m: Decode, event: k.PartChecked, now: float) -> Result:
-    if event.part not in m.arrived or event.part in m.checked:
+    if event.part not in m.arrived:
         return m, (k.Refuse(k.REPEATED.reason),)
     if not event.intact:
         return _fail(m, k.Fault("digest_mismatch", f"the bytes of part {event.part} are not those sent"), now)
@@ -238,8 +238,6 @@ def _lift(m: Decode, event: k.PeerGone, now: float) -> Result:
 
 
 def _tick_waiting(m: Decode, event: k.Tick, now: float) -> Result:
-    if now < m.send_at:
-        return m, ()
     return replace(m, send_at=now + m.timing.lease_s / 3), (k.SendQueued(),)
 
 
@@ -254,8 +252,6 @@ def _tick_granted(m: Decode, event: k.Tick, now: float) -> Result:
 
 
 def _tick_quarantined(m: Decode, event: k.Tick, now: float) -> Result:
-    if now < m.send_at:
-        return m, ()
     m = replace(m, send_at=now + m.timing.progress_timeout_s / 2)
     return m, (k.SendAbort(m.fault or k.Fault(k.CANCELLED, "this hand-off is over")),)
 

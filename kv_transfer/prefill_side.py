@@ -47,7 +47,6 @@ class Prefill:
     """Most layers times blocks in one push."""
     timing: k.Timing
     state: PrefillState = S.RESERVING
-    computed_tokens: int = 0
     ready: tuple[int, ...] = ()
     """Leading blocks whose KV is there, for each layer."""
     pushed: tuple[int, ...] = ()
@@ -67,6 +66,11 @@ class Prefill:
     @property
     def num_blocks(self) -> int:
         return -(-self.num_tokens // self.block_size)
+
+    @property
+    def computed_tokens(self) -> int:
+        """Tokens whose KV is there in every layer; those of a block that is not full do not count."""
+        return min(self.num_tokens, min(self.ready) * self.block_size)
 
     @property
     def due(self) -> float:
@@ -140,11 +144,7 @@ def _settle(m: Prefill) -> Result:
 
 def _advance(m: Prefill, event: k.Computed) -> Prefill:
     blocks = m.num_blocks if event.num_tokens >= m.num_tokens else event.num_tokens // m.block_size
-    tokens = m.computed_tokens
-    if event.first_layer + event.num_layers == m.num_layers:
-        tokens = max(tokens, min(event.num_tokens, m.num_tokens))
-    ready = advance(m.ready, blocks, event.first_layer, event.num_layers)
-    return replace(m, ready=ready, computed_tokens=tokens)
+    return replace(m, ready=advance(m.ready, blocks, event.first_layer, event.num_layers))
 
 
 def _push(m: Prefill, now: float) -> tuple[Prefill, list[k.Action]]:
@@ -289,8 +289,6 @@ def _tick_waiting(m: Prefill, event: k.Tick, now: float) -> Result:
 def _tick_sending(m: Prefill, event: k.Tick, now: float) -> Result:
     if m.live and now >= m.moved_at + m.timing.progress_timeout_s:
         return _expire(m, f"no write ended within {m.timing.progress_timeout_s:g} s")
-    if now < m.keepalive_at:
-        return m, ()
     m = replace(m, keepalive_at=now + m.timing.progress_timeout_s / 4)
     return m, (k.SendProgress(m.computed_tokens),)
 

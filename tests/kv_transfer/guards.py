@@ -18,7 +18,13 @@ from .small_worlds import WORLDS
 
 TABLE = Path(__file__).with_name("guards.json")
 
-EQUIVALENT: dict[str, str] = {}
+WORDS = "it only chooses the words of a fault"
+EQUIVALENT = {
+    "prefill_side.tick_waiting: `m.state is S.HELD` is False": WORDS,
+    "prefill_side.tick_waiting: `m.state is S.HELD` is True": WORDS,
+    "decode_side.tick_granted: `now >= m.completed_at + m.timing.tail_timeout_s` is False": WORDS,
+    "decode_side.tick_granted: `now >= m.completed_at + m.timing.tail_timeout_s` is True": WORDS,
+}
 
 
 def try_out(mutant: Mutant, world: str) -> Explored:

@@ -314,10 +314,14 @@ class Drivers:
 
     def reserve(self, session: Any, index: int) -> None:
         t = self.transfers[index]
+        here = [o for o in self.transfers if o.request == t.request and o.d is not None]
+        here = [o for o in here if self.sessions[o.session].d_at == session.d_at]
         overtaken = self.attempts(session.d_at, "begin", t)
         if isinstance(overtaken, DiphaseError):
             self.send(session, "p", index, k.PeerRefused(FAILED))
             return
+        if any(other.attempt >= t.attempt for other in here):
+            raise Violation("3: a stale attempt is taken")
         for older, other in enumerate(self.transfers):
             if overtaken == HandoffKey(f"r{other.request}", other.attempt) and other.d is not None:
                 if other.d.state != "over" and self.sessions[other.session].d_at == session.d_at:
@@ -360,8 +364,19 @@ class Drivers:
 def check_step(before: Seat, event: k.Event, after: Seat, actions: k.Actions) -> None:
     """What docs/handoff.md says of deadlines, where one step shows it."""
     old, new = before.machine, after.machine
-    if after.state == "over" and after.due < math.inf:
-        raise Violation("4: what is over wants a Tick")
+    if after.state in ("settling", "fencing", "over") and after.due < math.inf:
+        raise Violation(f"4: what is {after.state} wants a Tick")
+    if after.state in ("reserved", "filling", "verifying"):
+        if after.due > TIMING.progress_timeout_s or (after.state == "verifying") > (new.completed_at < math.inf):
+            raise Violation("4: decode waits for too long")
+    if isinstance(event, k.PartArrived) and event.part in getattr(old, "arrived", ()) and new is not old:
+        raise Violation("3: a repeated part does something")
+    if isinstance(event, k.PeerAborted) and event.fault.code != k.CANCELLED:
+        if before.state in ("waiting", "reserved", "filling", "verifying") and k.Report(FAILED) not in actions:
+            raise Violation("4: decode keeps a failure to itself")
+    if isinstance(event, k.PeerGranted) and before.state != after.state and after.state in ("sending", "sent"):
+        if event.first_block + event.num_blocks != new.num_blocks:
+            raise Violation("3: blocks are pushed for which there is no room")
     if k.Disconnect() in actions and event != k.FenceEnded(False):
         raise Violation("4: a connection is taken down though its fence holds")
     if after.state in ("sending", "sent") and new.live:
@@ -373,6 +388,7 @@ def check_step(before: Seat, event: k.Event, after: Seat, actions: k.Actions) ->
         if after.due > new.moved_at + TIMING.progress_timeout_s - NOW_S:
             raise Violation("4: a write is waited for too long")
     news = {
+        k.RoomFound: ("reserved",),
         k.WriteEnded: ("sending", "sent"),
         k.PeerProgressed: ("filling",),
         k.PeerCompleted: ("verifying",),

@@ -13,6 +13,7 @@ from .handoff_drivers import Move
 from .handoff_parts import BLOCK_SIZE, ENDED, FAILED, GONE, Violation, Write
 from .handoff_world import World
 
+AGE_S = 0.1
 LONG_S = 100.0
 """Longer than any deadline."""
 
@@ -31,6 +32,7 @@ class FaultyWorld(World):
             ("fence", self._fence_faults),
             ("late", self._late_ticks),
             ("early", self._early_ticks),
+            ("age", self._ageing),
             ("owner", self._owner_faults),
             ("grant", self._wrong_grants),
             ("part", self._wrong_parts),
@@ -95,6 +97,14 @@ class FaultyWorld(World):
                 seat = getattr(t, side)
                 if seat is not None and seat.state != "over" and seat.due > 0.0:
                     yield ("say", index, side, k.Tick())
+
+    def _ageing(self) -> Iterator[Move]:
+        """A little time passes for one machine; no deadline ends."""
+        for index, t in enumerate(self.transfers):
+            for side in ("p", "d"):
+                seat = getattr(t, side)
+                if seat is not None and seat.state != "over" and seat.due > AGE_S:
+                    yield ("age", index, side)
 
     def _owner_faults(self) -> Iterator[Move]:
         for number, request in enumerate(self.requests):
@@ -189,6 +199,10 @@ class FaultyWorld(World):
         t = self.transfers[index]
         setattr(t, side, getattr(t, side).later(seconds))
         self.tick(index, side)
+
+    def age(self, index: int, side: str) -> None:
+        t = self.transfers[index]
+        setattr(t, side, getattr(t, side).later(AGE_S))
 
     def tick(self, index: int, side: str) -> None:
         before = getattr(self.transfers[index], side)

@@ -163,13 +163,14 @@ class World(Drivers):
         t = self.transfers[index]
         tokens = self.tokens(t, t.computed + 1)
         new = t.p_blocks[len(t.p_held) : -(-tokens // BLOCK_SIZE)]
+        pushes = self.scenario.layerwise and bool(new)
         for layer in range(self.scenario.layers):
             t.computed += layer == self.scenario.layers - 1
             if t.p.state not in ("settling", "fencing", "over"):
                 self.pool(self.sessions[t.session].p_at, "acquire", new)
                 t.p_held, new, before = t.p_held + new, (), len(t.writes)
                 self.step_p(index, k.Computed(tokens, layer, 1))
-                if t.p.state == "sending" and self.scenario.layerwise and len(t.writes) == before:
+                if t.p.state == "sending" and pushes and len(t.writes) == before:
                     raise Violation("3: a layer of a long prompt is computed and not pushed")
 
     def seed(self, index: int) -> None:
