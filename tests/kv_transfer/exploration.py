@@ -8,7 +8,7 @@ from typing import Any
 from .handoff_drivers import Frozen, Move
 from .handoff_faults import FaultyWorld
 from .handoff_invariants import check, drain, next_deadline, pass_time
-from .handoff_parts import Scenario, Violation
+from .handoff_parts import Scenario
 
 
 @dataclass
@@ -17,6 +17,8 @@ class Explored:
 
     states: int = 0
     transitions: int = 0
+    moves: int = 0
+    """Of the longest of the shortest histories."""
     at_rest: int = 0
     """States in which nothing moves by itself: from each the world was run until it was idle."""
     violation: str = ""
@@ -41,6 +43,8 @@ class Exploration:
         self.found = Explored()
         self.parents: dict[Frozen, tuple[Frozen | None, Move]] = {}
         self.same: dict[Any, Any] = {}
+        self.first: dict[Frozen, Frozen] = {}
+        """State -> the one after the first of the moves that need no fault."""
         self.ends: set[Any] = set()
         """States at rest that are known to become idle."""
 
@@ -49,6 +53,8 @@ class Exploration:
         self.parents[start] = (None, ())
         frontier = [start]
         for _ in range(self.world.scenario.moves):
+            if not frontier:
+                break
             following: list[Frozen] = []
             for state in frontier:
                 if not self.expand(state, following):
@@ -57,8 +63,25 @@ class Exploration:
             if len(self.parents) > self.limit:
                 raise RuntimeError(f"more than {self.limit} states")
             frontier = following
+            self.found.moves += bool(following)
         self.found.states = len(self.parents)
+        self.look_for_cycle()
         return self.found
+
+    def look_for_cycle(self) -> None:
+        """From no state things may go round for ever without a fault or a deadline."""
+        settled: set[Frozen] = set()
+        for state in self.first:
+            path: dict[Frozen, None] = {}
+            at: Frozen | None = state
+            while at is not None and at not in settled and at not in path:
+                path[at] = None
+                at = self.first.get(at)
+            if at in path:
+                self.found.violation = "Violation: 4: it never comes to rest"
+                self.found.history = self.history(at)
+                return
+            settled.update(path)
 
     def expand(self, state: Frozen, following: list[Frozen]) -> bool:
         """Adds what is new after one more move; False at a violation."""
@@ -82,6 +105,8 @@ class Exploration:
                     after.make(move)
                 check(after)
                 new = self.compact(after.freeze())
+                if natural and move is natural[0] and move[0] != "wait":
+                    self.first[state] = new
                 if new not in self.parents:
                     self.parents[new] = (state, move)
                     following.append(new)

@@ -1,6 +1,6 @@
 """Which small world shows what each guard of the machines is for.
 
-    .venv/bin/python -P -m diphase.tests.kv_transfer.guards      # finds it anew; writes guards.json, some minutes
+    .venv/bin/python -P -m diphase.tests.kv_transfer.guards    # finds it anew, in minutes; writes guards.json
 
 guards.json: the mutant of mutants.py without the guard -> the name of the first small world (small_worlds.py)
 in which an invariant breaks. EQUIVALENT: mutants that break none, with the reason.
@@ -28,10 +28,12 @@ EQUIVALENT = {
 
 
 def try_out(mutant: Mutant, world: str) -> Explored:
-    """Explores the mutant up to the first violation. Where it fills a cell that refused, the event may come out of
-    nowhere."""
-    strays = () if mutant.stray is None else (mutant.stray,)
-    return explore(replace(WORLDS[world], protocol=mutant.protocol(), strays=strays))
+    """Explores the mutant up to the first violation. Where it fills a cell that refused, the event may come
+    once out of nowhere."""
+    scenario = replace(WORLDS[world], protocol=mutant.protocol())
+    if mutant.stray is not None:
+        scenario = replace(scenario, strays=(mutant.stray,), faults={**scenario.faults, "stray": 1})
+    return explore(scenario)
 
 
 def kept() -> dict[str, str]:

@@ -3,7 +3,6 @@ sessions, writes and blocks. What may happen in such a world is in handoff_world
 
 from __future__ import annotations
 
-import math
 from typing import Any, Self
 
 from diphase.engine.block_manager import BlockManager
@@ -28,6 +27,7 @@ from .handoff_parts import (
     Violation,
     Write,
 )
+from .handoff_steps import check_step
 
 Move = tuple[Any, ...]
 """Name of a method of World, and its arguments."""
@@ -115,6 +115,7 @@ class Drivers:
         t.p, actions = before.after(event)
         check_step(before, event, t.p, actions)
         for action in actions:
+            self.check_action(t, action)
             self.act_p(index, t, action)
         if t.p.state == "over":
             t.p, t.endings = t.p.forgotten, ()
@@ -123,32 +124,23 @@ class Drivers:
         session = self.sessions[t.session]
         match action:
             case k.SendProgress(tokens):
-                if tokens != self.tokens(t, t.computed):
-                    raise Violation(f"3: Progress says that {tokens} tokens are computed")
                 self.send(session, "d", index, k.PeerProgressed(tokens))
             case k.SendComplete(parts):
-                if t.computed < self.scenario.steps or not t.seeded:
-                    raise Violation("3: Complete was said before everything was pushed")
                 self.send(session, "d", index, k.PeerCompleted(parts))
             case k.SendAbort(fault):
                 self.send(session, "d", index, k.PeerAborted(fault))
             case k.Push():
-                self.check_push(t, action)
                 t.writes = (*t.writes, Write(action, live=True, reads=True, lands=session.d_side != "gone"))
             case k.CancelWrites():
                 for write in t.writes:
                     if write.live:
                         self.fail_write(t, write, ENDED)
             case k.StartFence():
-                if not any(write.reads for write in t.writes):
-                    raise Violation("2: blocks wait for a fence though every write ended well")
                 if session.p_side == "up":
                     session.p_fences = (*session.p_fences, (index, self.cancelled(t.session)))
             case k.Disconnect():
                 self.take_down(t.session, "p")
             case k.Release():
-                if t.endings or any(write.live for write in t.writes):
-                    raise Violation("1: prefill gives blocks back while a write is not terminal")
                 self.pool(session.p_at, "release", t.p_held)
                 t.p_held = ()
             case k.Report(fault):
@@ -159,11 +151,22 @@ class Drivers:
         blocks: int = self.scenario.requests[t.request]
         return min(BLOCK_SIZE * blocks - 1, BLOCK_SIZE * (blocks * steps // self.scenario.steps))
 
-    def check_push(self, t: Any, push: k.Push) -> None:
-        if push.first_block + push.num_blocks > len(t.p_held):
-            raise Violation("3: blocks are pushed that are not computed")
-        if not self.scenario.layerwise and push.num_layers != self.scenario.layers:
-            raise Violation("3: a short prompt is pushed layer by layer")
+    def check_action(self, t: Any, action: k.Action) -> None:
+        """Whether what the prefill machine wants to be done is true, and safe."""
+        match action:
+            case k.Push():
+                if action.first_block + action.num_blocks > len(t.p_held):
+                    raise Violation("3: blocks are pushed that are not computed")
+                if not self.scenario.layerwise and action.num_layers != self.scenario.layers:
+                    raise Violation("3: a short prompt is pushed layer by layer")
+            case k.SendProgress(tokens) if tokens != self.tokens(t, t.computed):
+                raise Violation(f"3: Progress says that {tokens} tokens are computed")
+            case k.SendComplete() if t.computed < self.scenario.steps or not t.seeded:
+                raise Violation("3: Complete was said before everything was pushed")
+            case k.StartFence() if not any(write.reads for write in t.writes):
+                raise Violation("2: blocks wait for a fence though every write ended well")
+            case k.Release() if t.endings or any(write.live for write in t.writes):
+                raise Violation("1: prefill gives blocks back while a write is not terminal")
 
     def step_d(self, index: int, event: k.Event) -> None:
         t = self.transfers[index]
@@ -300,12 +303,18 @@ class Drivers:
         while process.waiting:
             index = process.waiting[0]
             t = self.transfers[index]
-            blocks = self.pool(at, "allocate", t.d.machine.num_blocks)
+            cached = self.cached(at, t)
+            blocks = self.pool(at, "allocate", t.d.machine.num_blocks - len(cached))
             if isinstance(blocks, DiphaseError):
+                self.pool(at, "release", cached)
                 return
             process.waiting = process.waiting[1:]
-            t.d_blocks, t.d_holds = blocks, "granted"
-            self.step_d(index, k.RoomFound(0))
+            t.d_cached, t.d_blocks, t.d_holds = cached, blocks, "granted"
+            self.step_d(index, k.RoomFound(len(cached)))
+
+    def cached(self, at: int, t: Any) -> tuple[int, ...]:
+        """The leading blocks of a prompt that decode has; a reference to each is taken."""
+        return ()
 
     def attempts(self, at: int, method: str, t: Any) -> Any:
         process = self.processes[at]
@@ -318,14 +327,18 @@ class Drivers:
         here = [o for o in here if self.sessions[o.session].d_at == session.d_at]
         overtaken = self.attempts(session.d_at, "begin", t)
         if isinstance(overtaken, DiphaseError):
+            if all(other.attempt < t.attempt for other in here):
+                raise Violation("3: a new attempt is refused")
             self.send(session, "p", index, k.PeerRefused(FAILED))
             return
         if any(other.attempt >= t.attempt for other in here):
             raise Violation("3: a stale attempt is taken")
         for older, other in enumerate(self.transfers):
-            if overtaken == HandoffKey(f"r{other.request}", other.attempt) and other.d is not None:
-                if other.d.state != "over" and self.sessions[other.session].d_at == session.d_at:
-                    self.end_d(older)
+            named = overtaken == HandoffKey(f"r{other.request}", other.attempt)
+            if named and other in here and other.d.state != "over":
+                self.end_d(older)
+        if any(other.d.state in ("waiting", "reserved", "filling", "verifying") for other in here):
+            raise Violation("3: an older attempt goes on beside a newer one")
         t.d = self._seat(
             "d",
             self.scenario.protocol.start_decode(
@@ -335,6 +348,8 @@ class Drivers:
                 now=NOW_S,
             ),
         )
+        if t.d.due > 0.0:
+            raise Violation("4: who waits for room does not say so at once")
         process = self.processes[session.d_at]
         process.waiting = (*process.waiting, index)
         self.give_room(session.d_at)
@@ -359,41 +374,3 @@ class Drivers:
     def free_taker(self, t: Any) -> None:
         self.pool(self.sessions[t.session].d_at, "release", t.d_cached + t.d_blocks)
         t.d_cached, t.d_blocks, t.d_holds = (), (), "free"
-
-
-def check_step(before: Seat, event: k.Event, after: Seat, actions: k.Actions) -> None:
-    """What docs/handoff.md says of deadlines, where one step shows it."""
-    old, new = before.machine, after.machine
-    if after.state in ("settling", "fencing", "over") and after.due < math.inf:
-        raise Violation(f"4: what is {after.state} wants a Tick")
-    if after.state in ("reserved", "filling", "verifying"):
-        if after.due > TIMING.progress_timeout_s or (after.state == "verifying") > (new.completed_at < math.inf):
-            raise Violation("4: decode waits for too long")
-    if isinstance(event, k.PartArrived) and event.part in getattr(old, "arrived", ()) and new is not old:
-        raise Violation("3: a repeated part does something")
-    if isinstance(event, k.PeerAborted) and event.fault.code != k.CANCELLED:
-        if before.state in ("waiting", "reserved", "filling", "verifying") and k.Report(FAILED) not in actions:
-            raise Violation("4: decode keeps a failure to itself")
-    if isinstance(event, k.PeerGranted) and before.state != after.state and after.state in ("sending", "sent"):
-        if event.first_block + event.num_blocks != new.num_blocks:
-            raise Violation("3: blocks are pushed for which there is no room")
-    if k.Disconnect() in actions and event != k.FenceEnded(False):
-        raise Violation("4: a connection is taken down though its fence holds")
-    if after.state in ("sending", "sent") and new.live:
-        first = not getattr(old, "live", ())
-        if first and new.moved_at != NOW_S:
-            raise Violation("4: a write does not get its whole time")
-        if not first and isinstance(event, k.Computed | k.Seeded) and new.moved_at > old.moved_at:
-            raise Violation("4: a push puts the deadline of the writes before it off")
-        if after.due > new.moved_at + TIMING.progress_timeout_s - NOW_S:
-            raise Violation("4: a write is waited for too long")
-    news = {
-        k.RoomFound: ("reserved",),
-        k.WriteEnded: ("sending", "sent"),
-        k.PeerProgressed: ("filling",),
-        k.PeerCompleted: ("verifying",),
-        k.PartArrived: ("filling", "verifying"),
-    }.get(type(event), ())
-    refused = any(isinstance(action, k.Refuse) for action in actions)
-    if after.state in news and not refused and new.moved_at != NOW_S:
-        raise Violation(f"4: {type(event).__name__} gives no new time")

@@ -22,8 +22,10 @@ class FaultyWorld(World):
     """See the module's paragraph. `faults` pays for what it yields out of the budget."""
 
     def faults(self) -> Iterator[Move]:
+        if self.budget.get("stray"):
+            for move in self.stray_moves():
+                yield ("pay", "stray", move)
         if not self.budget.get("total", 1):
-            yield from self.stray_moves()
             return
         for kind, possible in (
             ("crash", self._crashes),
@@ -42,11 +44,10 @@ class FaultyWorld(World):
             if self.budget.get(kind):
                 for move in possible():
                     yield ("pay", kind, move)
-        yield from self.stray_moves()
 
     def pay(self, kind: str, move: Move) -> None:
         self.budget[kind] -= 1
-        if "total" in self.budget:
+        if "total" in self.budget and kind != "stray":
             self.budget["total"] -= 1
         getattr(self, move[0])(*move[1:])
 

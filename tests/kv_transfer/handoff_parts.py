@@ -49,7 +49,6 @@ class Protocol(NamedTuple):
 class Seat:
     """One value of a machine, with a clock of its own; equal values sit in one seat."""
 
-
     __slots__ = ("book", "due", "machine", "memo", "state", "step")
 
     due: float
@@ -65,7 +64,9 @@ class Seat:
         known = self.memo.get(event)
         if known is None:
             machine, actions = self.step(self.machine, event, NOW_S)
-            actions = tuple(replace(a, fault=plain(a.fault)) if getattr(a, "fault", None) else a for a in actions)
+            actions = tuple(
+                replace(a, fault=plain(a.fault)) if getattr(a, "fault", None) else a for a in actions
+            )
             known = self.memo[event] = self._seat(machine), actions
         return known
 
@@ -126,7 +127,7 @@ class Box:
 class Record:
     """A few values under names; `values` are what makes two of them equal."""
 
-    __slots__ = ()
+    __slots__: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, values: tuple[Any, ...]) -> Any:
@@ -137,7 +138,7 @@ class Record:
 
     @property
     def values(self) -> tuple[Any, ...]:
-        return attrgetter(*self.__slots__)(self)  # type: ignore[no-any-return]
+        return attrgetter(*self.__slots__)(self)  # type: ignore[no-any-return,unused-ignore]
 
 
 class Write(NamedTuple):

@@ -27,7 +27,6 @@ class World(Drivers):
                 self.give_room(at)
         self.tidy()
 
-
     def moves(self) -> Iterator[Move]:
         for at, process in enumerate(self.processes):
             if not process.alive:
@@ -109,7 +108,6 @@ class World(Drivers):
         elif isinstance(event, k.PeerCompleted) and self.attempts(session.d_at, "was_ready", t):
             self.send(session, "p", index, k.PeerVerified())
 
-
     # Owners and the router.
 
     def start(self, number: int, p_at: int, d_at: int) -> None:
@@ -163,7 +161,7 @@ class World(Drivers):
         t = self.transfers[index]
         tokens = self.tokens(t, t.computed + 1)
         new = t.p_blocks[len(t.p_held) : -(-tokens // BLOCK_SIZE)]
-        pushes = self.scenario.layerwise and bool(new)
+        pushes = self.scenario.layerwise and len(t.p_held + new) > max(len(t.p_held), len(t.d_cached))
         for layer in range(self.scenario.layers):
             t.computed += layer == self.scenario.layers - 1
             if t.p.state not in ("settling", "fencing", "over"):

@@ -1,8 +1,8 @@
 """The hand-off's machines with one guard taken out each, made from their source.
 
 A guard is the condition of an `if` or of a conditional expression (forced to False and to True), each operand
-of an `and` or `or` in one, the arming or disarming of a deadline (a keyword that ends in `_at`), and each cell
-of a table in which nothing happens (it gets the handler that the nearest state has for the event).
+of an `and` or `or` in one, the arming or disarming of a deadline (a keyword that ends in `_at`), and each
+cell of a table in which nothing happens (it gets the handler that the nearest state has for the event).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diphase.kv_transfer import machine as k
 from .handoff_parts import Protocol
 
 SKIPPED = {"_row", "step_prefill", "step_decode", "check_reservation", "ready", "was_ready", "_note"}
-"""Functions that guard no hand-off: they are the form of the table, the size of a reservation, or keep notes."""
+"""They guard no hand-off: the form of the table, the size of a reservation, notes."""
 
 
 class Mutant(NamedTuple):
@@ -97,7 +97,7 @@ def nth(tree: ast.AST, number: int) -> ast.AST:
     return next(islice(ast.walk(tree), number, None))
 
 
-def changes(node: ast.AST) -> Iterator[tuple[str, Any]]:
+def changes(node: Any) -> Iterator[tuple[str, Any]]:
     """What may be taken out of one node: its description, and a function that does it."""
     if isinstance(node, ast.If | ast.IfExp):
         test = ast.unparse(node.test)

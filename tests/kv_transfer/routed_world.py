@@ -131,7 +131,7 @@ class RoutedWorld(FaultyWorld):
     # What the router does in the place of World.
 
     def moves(self) -> Iterator[Move]:
-        for handle in (*self.handles, *self.departed):
+        for handle in {id(handle): handle for handle in (*self.handles, *self.departed)}.values():
             if handle.outbox:
                 yield ("hear_from", handle)
             if handle.inbox and self.can_work(handle):
@@ -191,7 +191,9 @@ class RoutedWorld(FaultyWorld):
         request.attempt = message.attempt
         to = next((h for h in self.handles if h.peer_address.incarnation == message.decode.incarnation), None)
         if to is None or not self.processes[to.at].alive:
-            self.emit(handle, number, message.attempt, len(message.emitted_token_ids), (), "failed")
+            self.emit(
+                handle, number, message.attempt, len(message.emitted_token_ids), tokens=(), end="failed"
+            )
             return
         self.start(number, handle.at, to.at)
         self.emitted[request.transfer] = len(message.emitted_token_ids)
@@ -199,11 +201,9 @@ class RoutedWorld(FaultyWorld):
     # What workers say.
 
     def emit(
-        self, handle: Handle, number: int, attempt: int, index: int, tokens: Sequence[int], end: str = ""
+        self, handle: Handle, number: int, attempt: int, index: int, *, tokens: Sequence[int], end: str = ""
     ) -> None:
-        output = wpb.SequenceOutput(
-            request_id=str(number), attempt=attempt, index=index, token_ids=tokens
-        )
+        output = wpb.SequenceOutput(request_id=str(number), attempt=attempt, index=index, token_ids=tokens)
         if end == "failed":
             error = wpb.WireError(code="transfer", message="failed", retryable=True)
             output.terminal.CopyFrom(wpb.Terminal(error=error))
@@ -215,7 +215,7 @@ class RoutedWorld(FaultyWorld):
         t = self.transfers[index]
         session = self.sessions[t.session]
         handle = self.handles[session.p_at if side == "p" else session.d_at]
-        self.emit(handle, t.request, t.attempt, at, tokens, end)
+        self.emit(handle, t.request, t.attempt, at, tokens=tokens, end=end)
 
     def report(self, index: int, side: str, fault: k.Fault | None) -> None:
         super().report(index, side, fault)
@@ -224,6 +224,7 @@ class RoutedWorld(FaultyWorld):
             self.say_of(index, side, self.emitted.get(index, 0), (), "failed")
         elif side == "d":
             self.generated[index] = self.emitted[index] + 1
+            self.seal(self.sessions[self.transfers[index].session].d_at, self.transfers[index])
 
     def engine_fails(self, index: int) -> None:
         super().engine_fails(index)
@@ -276,14 +277,27 @@ class RoutedWorld(FaultyWorld):
         super().crash(at)
         self.reports = ()
         handle = self.handles[at]
-        if handle in self.gateway.up:
-            handle.outbox.append("lost")
-            self.departed.append(handle)
+        handle.outbox.append("lost")
+        self.departed.append(handle)
 
     def restart(self, at: int) -> None:
         super().restart(at)
         self.handles[at] = Handle(at, self.processes[at].role)
         self.handles[at].outbox.append("up")
+
+    # The prefix cache: prompts of one length are the same.
+
+    def hashes(self, t: Any) -> tuple[bytes, ...]:
+        blocks = self.scenario.requests[t.request]
+        return tuple(f"{blocks}-{block}".encode() for block in range(blocks - 1))
+
+    def cached(self, at: int, t: Any) -> tuple[int, ...]:
+        found: tuple[int, ...] = self.pool(at, "match_prefix", self.hashes(t))
+        return found
+
+    def seal(self, at: int, t: Any) -> None:
+        for block, block_hash in zip(t.d_cached + t.d_blocks, self.hashes(t), strict=False):
+            self.pool(at, "seal", block, block_hash)
 
     # Clients.
 

@@ -1,4 +1,4 @@
-"""Every interleaving of small worlds: the invariants hold in each state, and break as soon as one guard is gone."""
+"""Every interleaving of small worlds: the invariants hold in each state, and break when one guard is gone."""
 
 from __future__ import annotations
 
@@ -44,4 +44,6 @@ def is_noticed(mutant: Mutant) -> bool:
 @pytest.mark.parametrize("name", EQUIVALENT)
 def test_what_is_called_equivalent_breaks_nothing(name: str) -> None:
     for world in ("lies", "message", "write, fence", "prompt", "owner"):
-        assert not try_out(MUTANTS[name], world).violation, f"{world} shows what it is for: add it to the table"
+        assert not try_out(MUTANTS[name], world).violation, (
+            f"{world} shows what it is for: add it to the table"
+        )

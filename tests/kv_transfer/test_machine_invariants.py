@@ -1,8 +1,8 @@
-"""Several prefill and decode processes, requests and attempts at random: the invariants of docs/handoff.md hold
-after every step, and when faults stop everything becomes idle.
+"""Several prefill and decode processes, requests and attempts at random: the invariants of docs/handoff.md
+hold after every step, and when faults stop everything becomes idle.
 
-Messages are delayed, repeated and lost, writes fail or are damaged or land late, fences do not hold, links break,
-processes crash and come back under the same address, clients go, engines fail, deadlines pass at any moment.
+Messages are delayed, repeated and lost, writes fail or are damaged or land late, fences do not hold, links
+break, processes crash and come back under the same address, clients go, engines fail, deadlines pass.
 What small worlds can do is explored to the last state in test_every_interleaving.py.
 """
 
@@ -15,9 +15,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from .routed_world import RoutedWorld
 from .handoff_invariants import check, drain
 from .handoff_parts import Scenario
+from .routed_world import RoutedWorld
 
 NUMBERS = st.integers(0, 2**20)
 FAULTS = ("crash", "message", "write", "fence", "late", "owner")
@@ -36,7 +36,7 @@ def big_world(layers: int, steps: int, decode_blocks: int, faults: int) -> Route
             decode_blocks=decode_blocks,
             max_attempts=3,
             pairs=(2, 2),
-            faults={kind: faults for kind in FAULTS},
+            faults=dict.fromkeys(FAULTS, faults),
         )
     )
 
@@ -90,9 +90,7 @@ class HandoffMachine(RuleBasedStateMachine):
             drain(self.world, set())
 
 
-SETTINGS = settings(
-    max_examples=60, stateful_step_count=30, deadline=None, derandomize=True
-)
+SETTINGS = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
 
 
 async def test_no_history_that_hypothesis_finds_breaks_an_invariant() -> None:
@@ -100,10 +98,10 @@ async def test_no_history_that_hypothesis_finds_breaks_an_invariant() -> None:
     run_state_machine_as_test(HandoffMachine, settings=SETTINGS)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.05, 0.3])
+@pytest.mark.parametrize("share", [0.0, 0.03, 0.1])
 async def test_random_histories_break_nothing(share: float) -> None:
     done = requests = 0
-    for seed in range(60):
+    for seed in range(80):
         rng = random.Random(f"{share}-{seed}")
         world = big_world(rng.randint(1, 2), rng.randint(1, 3), rng.randint(3, 7), faults=50)
         for _ in range(150):
