@@ -19,7 +19,12 @@ from .small_worlds import WORLDS
 TABLE = Path(__file__).with_name("guards.json")
 
 WORDS = "it only chooses the words of a fault"
+NO_DEADLINE = "no deadline is armed there (an invariant), so that the handler finds nothing to do"
 EQUIVALENT = {
+    "PREFILL_TABLE: fencing at Tick: tick_sent": NO_DEADLINE,
+    "PREFILL_TABLE: over at Tick: tick_sent": NO_DEADLINE,
+    "DECODE_TABLE: waiting at PartChecked: checked": "nothing has arrived: the handler refuses it, too",
+    "PREFILL_TABLE: sent at Computed: push_computed": "everything is pushed: there is nothing left to push",
     "prefill_side.tick_waiting: `m.state is S.HELD` is False": WORDS,
     "prefill_side.tick_waiting: `m.state is S.HELD` is True": WORDS,
     "decode_side.tick_granted: `now >= m.completed_at + m.timing.tail_timeout_s` is False": WORDS,

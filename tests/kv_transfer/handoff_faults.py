@@ -267,7 +267,7 @@ class FaultyWorld(World):
             k.FenceEnded: (k.FenceEnded(True), k.FenceEnded(False)),
             k.LinkLost: (k.LinkLost(GONE),),
             k.PeerGone: (k.PeerGone(GONE),),
-            k.RoomFound: (k.RoomFound(0),),
+            k.RoomFound: (k.RoomFound(0), k.RoomFound(1)),
         }
         yield from found.get(kind, ())
         if kind in (k.Seeded, k.PeerReserved, k.PeerVerified, k.Tick):

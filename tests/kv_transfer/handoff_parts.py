@@ -75,7 +75,7 @@ class Seat:
         """The same with what no longer matters left out, now that it is over."""
         known = self.memo.get("forgotten")
         if known is None:
-            keep = {"state", "seeded"}
+            keep = {"state", "seeded", "ready", "pushed", "covered", "arrived", "checked", "num_parts"}
             start = {f.name: f.default for f in fields(self.machine) if f.default is not MISSING}
             bare = {name: value for name, value in start.items() if name not in keep}
             known = self.memo["forgotten"] = self._seat(replace(self.machine, **bare)), ()

@@ -41,6 +41,13 @@ def wrong_once_decided(before: Seat, event: k.Event, actions: k.Actions) -> Iter
     """The outcome is decided once."""
     if before.state in DECIDED and has(actions, k.Report):
         yield f"4: a report from {before.state}"
+    if before.state in DECIDED and has(actions, k.Push | k.SendComplete | k.SendProgress | k.Check):
+        yield f"4: {before.state}, and it goes on"
+    if before.state == "sent" and has(actions, k.SendComplete):
+        yield "4: Complete is said again, and the tail begins anew"
+    quiet = (k.Refuse, k.SendAbort, k.CancelWrites)
+    if before.state == "over" and not all(isinstance(action, quiet) for action in actions):
+        yield "4: over, and it acts"
     asked = isinstance(event, k.PeerAborted | k.PeerReserved)
     again = before.state == "quarantined" and event == k.Tick()
     if before.state in DECIDED and not asked and not again and has(actions, k.SendAbort):

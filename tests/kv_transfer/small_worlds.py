@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from .handoff_parts import Scenario
 
+ANY = {"message": 1, "write": 1, "fence": 1, "late": 1, "owner": 1, "total": 1}
 LIES = {"grant": 1, "part": 1, "count": 1, "twice": 1, "total": 1}
 
 WORLDS = {
@@ -30,8 +31,39 @@ WORLDS = {
         Scenario(name="retry", faults={"owner": 1}, max_attempts=2),
         Scenario(name="lies", faults=LIES),
         Scenario(name="count, parts", moves=12, faults={"count": 1}, max_push_runs=1),
-        Scenario(name="two, owner", moves=12, requests=(2, 2), faults={"owner": 1}),
         Scenario(name="two, prompt", requests=(2, 2), prompt=True, faults={"time": 6}),
         Scenario(name="owner, message", faults={"owner": 1, "message": 1}),
+        Scenario(name="two, crash", requests=(2, 2), faults={"crash": 1}),
     )
 }
+
+LARGE = (
+    Scenario(name="crash, retry", faults={"crash": 1, **ANY, "total": 2}, max_attempts=2),
+    Scenario(name="two, any", requests=(2, 2), faults=ANY),
+)
+"""Too large for every run of the tests: benchmarks/protocol_states.py explores them."""
+
+FLOORS = {
+    "alone": 71,
+    "crash": 970,
+    "layers": 910,
+    "write, fence": 1_100,
+    "two": 1_200,
+    "stale": 1_000,
+    "message": 2_100,
+    "prompt": 2_800,
+    "owner": 2_100,
+    "late, steps": 2_500,
+    "owner, fence": 3_300,
+    "steps": 3_400,
+    "age": 350,
+    "late": 6_600,
+    "write, late": 14_000,
+    "retry": 10_000,
+    "lies": 10_000,
+    "count, parts": 13_000,
+    "two, prompt": 17_000,
+    "owner, message": 18_000,
+    "two, crash": 40_000,
+}
+"""States that each of WORLDS has at the least: fewer, and something no longer happens in it."""

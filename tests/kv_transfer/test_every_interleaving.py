@@ -43,7 +43,7 @@ def is_noticed(mutant: Mutant) -> bool:
 
 @pytest.mark.parametrize("name", EQUIVALENT)
 def test_what_is_called_equivalent_breaks_nothing(name: str) -> None:
-    for world in ("lies", "message", "write, fence", "prompt", "owner"):
+    for world in ("message", "write, fence", "prompt", "owner"):
         assert not try_out(MUTANTS[name], world).violation, (
             f"{world} shows what it is for: add it to the table"
         )
