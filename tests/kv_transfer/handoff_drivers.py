@@ -126,7 +126,7 @@ class Drivers:
             case k.SendProgress(tokens):
                 self.send(session, "d", index, k.PeerProgressed(tokens))
             case k.SendComplete(parts):
-                self.send(session, "d", index, k.PeerCompleted(parts))
+                self.send(session, "d", index, k.PeerCompleted(parts, self.scenario.recompute))
             case k.SendAbort(fault):
                 self.send(session, "d", index, k.PeerAborted(fault))
             case k.Push():
@@ -247,7 +247,9 @@ class Drivers:
         """Ready: every byte of every block that was to be sent, exactly once, undamaged."""
         if t.damaged or t.checks:
             raise Violation(f"3: Ready, and of its parts {t.damaged} are damaged and {t.checks} not compared")
-        begin, end = len(t.d_cached), len(t.d_cached) + len(t.d_blocks)
+        begin = end = 0
+        if not self.scenario.recompute:
+            begin, end = len(t.d_cached), len(t.d_cached) + len(t.d_blocks)
         want = sorted((b, layer) for b in range(begin, end) for layer in range(self.scenario.layers))
         have = sorted(
             (block, layer)

@@ -258,6 +258,8 @@ class Scenario:
     """How often each kind of fault may happen, and how many in all ("total")."""
     moves: int = 1000
     """The longest history."""
+    recompute: bool = False
+    """Prefill finds that decode computes the prompt sooner than the link brings it: no KV moves."""
     prompt: bool = False
     """Nothing takes time but computing: any failure is a false alarm."""
     protocol: Protocol = field(default_factory=Protocol)

@@ -92,6 +92,8 @@ class World(Drivers):
         session.to_p = session.to_p if keep else session.to_p[1:]
         t = self.transfers[index]
         if t.p is not None and t.p.state != "over":
+            if self.scenario.recompute and isinstance(event, k.PeerGranted):
+                event = k.PeerGranted(t.p.machine.num_blocks, 0)
             self.step_p(index, event)
         elif isinstance(event, k.PeerAborted | k.PeerGranted):
             self.send(session, "d", index, k.PeerAborted(ENDED))

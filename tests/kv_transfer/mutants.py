@@ -85,7 +85,8 @@ def of_code(module: ModuleType) -> Iterator[Mutant]:
                 seen[name] = seen.get(name, 0) + 1
                 if seen[name] > 1:
                     name += f" ({seen[name]})"
-                yield Mutant(name, getattr(inner, "lineno", 0), module, partial(change_at, number, place, change), None)
+                line = getattr(inner, "lineno", 0)
+                yield Mutant(name, line, module, partial(change_at, number, place, change), None)
 
 
 def change_at(number: int, place: int, change: Callable[[ast.AST], None], tree: ast.Module) -> None:

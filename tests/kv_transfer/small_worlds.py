@@ -14,6 +14,7 @@ WORLDS = {
     world.name: world
     for world in (
         Scenario(name="alone", prompt=True, faults={"time": 0}),
+        Scenario(name="recompute", recompute=True, prompt=True, faults={"time": 0}),
         Scenario(name="crash", faults={"crash": 1}),
         Scenario(name="layers", moves=16, layerwise=True, layers=2, prompt=True, faults={"time": 1}),
         Scenario(name="write, fence", faults={"write": 1, "fence": 1}),
@@ -37,13 +38,11 @@ WORLDS = {
     )
 }
 
-LARGE = (
-    Scenario(name="crash, retry", faults={"crash": 1, **ANY, "total": 2}, max_attempts=2),
-    Scenario(name="two, any", requests=(2, 2), faults=ANY),
-)
+LARGE = (Scenario(name="two, any", requests=(2, 2), faults=ANY),)
 """Too large for every run of the tests: benchmarks/protocol_states.py explores them."""
 
 FLOORS = {
+    "recompute": 20,
     "alone": 71,
     "crash": 970,
     "layers": 910,
