@@ -35,6 +35,7 @@ class Handle:
         self.at, self.role = at, role
         self.worker_id = f"{role}{at}"
         self.clock = SimpleNamespace(known=False)
+        self.parted = False  # no worker drains here: they are killed
         self.inbox: list[wpb.GatewayMessage] = []
         """To the worker, in order."""
         self.outbox: list[wpb.SequenceOutput | str] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from .exploration import explore
@@ -22,6 +24,9 @@ def test_every_interleaving_keeps_the_invariants(name: str) -> None:
 
 def test_the_table_of_guards_names_every_mutant_once() -> None:
     assert sorted([*kept(), *EQUIVALENT]) == sorted(MUTANTS)
+    page = (Path(__file__).parents[2] / "docs" / "handoff.md").read_text(encoding="utf-8")
+    assert f"{len(kept())} variants" in page
+    assert f"{len(EQUIVALENT)} more are equivalent" in page
     assert set(kept().values()) <= set(FLOORS), "a world that no test explores to its end proves nothing"
 
 
