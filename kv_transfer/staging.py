@@ -38,22 +38,14 @@ class Lender:
         self._free = [
             Window(region, offset, window_size) for offset in range(0, size - window_size + 1, window_size)
         ]
-        self._lent: dict[str, Window] = {}
 
-    def lend(self, peer: str) -> Window | None:
+    def lend(self) -> Window | None:
         """None: every window is lent; the peer writes directly then."""
-        if self._free:
-            self._lent[peer] = self._free.pop()
-        return self._lent.get(peer)
+        return self._free.pop() if self._free else None
 
-    def lent(self, peer: str) -> Window | None:
-        return self._lent.get(peer)
-
-    def take_back(self, peer: str) -> None:
-        """Nothing of that peer can write there any more."""
-        window = self._lent.pop(peer, None)
-        if window is not None:
-            self._free.append(window)
+    def take_back(self, window: Window) -> None:
+        """Nobody writes there any more, and nobody reads what was written."""
+        self._free.append(window)
 
 
 @dataclass(slots=True)
