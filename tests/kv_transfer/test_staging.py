@@ -87,6 +87,8 @@ def test_a_torn_piece_waits_for_a_fence_that_was_asked_for_after_it_tore() -> No
     assert window.take(1) is None, "the second one tore after the fence was asked for"
     assert not window.consumed(1), "said of the old piece, not of the new one at its place"
     window.fenced(window.torn_now())
+    assert window.used == 2 * ALIGNMENT, "its peer may read it: what was cancelled may have arrived"
+    assert window.consumed(2)
     assert window.used == ALIGNMENT
 
 
