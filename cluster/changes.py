@@ -119,7 +119,11 @@ class Changes:
                 ) from exc
             fleet.places.share(place)
             say("", f"no room beside {old.worker_id}: it ends first")
-            await fleet.remove(old, say)
+            try:
+                await fleet.remove(old, say)
+            except BaseException:  # nobody comes after it
+                fleet.places.leave(place)
+                raise
             await fleet.add(pool, place, say)
         else:
             await fleet.add(pool, beside, say)

@@ -91,14 +91,16 @@ class StatusClient:
         self._metadata = credentials(token)
         self._channels: dict[str, grpc.aio.Channel] = {}
 
-    async def ask(self, address: str, timeout_s: float) -> cluster_pb2.GetStatusResponse:
-        """One gateway's view.
+    async def ask(
+        self, address: str, timeout_s: float, *, transfers: bool = False
+    ) -> cluster_pb2.GetStatusResponse:
+        """One gateway's view; with `transfers` also what its workers say, for whom it may have to wait.
 
         Raises:
             TimeoutError: it is silent for `timeout_s`.
             DiphaseError: nobody is there, or it refuses.
         """
-        request = cluster_pb2.GetStatusRequest()
+        request = cluster_pb2.GetStatusRequest(transfers=transfers)
         status: cluster_pb2.GetStatusResponse = await self._call(
             address,
             lambda channel: ClusterStub(channel).GetStatus(

@@ -82,7 +82,7 @@ async def ask(client: StatusClient, address: str) -> cluster_pb2.GetStatusRespon
     Raises:
         TimeoutError, DiphaseError: as StatusClient.ask().
     """
-    status = await client.ask(address, CONNECT_S)
+    status = await client.ask(address, CONNECT_S, transfers=True)
     host, _colon, port = status.metrics_address.rpartition(":")
     if host.strip("[]") in WILDCARDS:
         status.metrics_address = f"{address.rpartition(':')[0]}:{port}"

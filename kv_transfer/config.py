@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..proto.errors import ConfigError
-from .codecs.codec import load_codecs
+from .codecs.codec import RAW, load_codecs
 
 MIB = 1024 * 1024
 MAX_TCP_SOCKETS = 16
@@ -92,7 +92,16 @@ class KvTransferConfig:
             raise ConfigError(
                 f"kv_transfer.staging = {self.staging!r} is unknown; use one of {', '.join(STAGING)}"
             )
-        load_codecs(self.codecs)
+        if 0 < self.staging_mib < self.staging_window_mib:
+            raise ConfigError(
+                f"kv_transfer.staging_window_mib = {self.staging_window_mib} is more than "
+                f"kv_transfer.staging_mib = {self.staging_mib}: no peer would get a window; lower it"
+            )
+        if load_codecs(self.codecs).keys() - {RAW} and not (self.staging_mib and self.staging != "never"):
+            raise ConfigError(
+                f"kv_transfer.codecs = {list(self.codecs)} has no effect without a staging buffer; "
+                'set kv_transfer.staging_mib above 0, and kv_transfer.staging not to "never"'
+            )
         for name in ("reserve_timeout_s", "lease_s", "progress_timeout_s", "tail_timeout_s"):
             if not 0.0 < getattr(self, name) <= 3600.0:
                 raise ConfigError(

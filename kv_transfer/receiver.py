@@ -139,7 +139,7 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
             transport_name=name,
             counters=self.counters.peer(name, hello.worker_id),
             sharding=sharding,
-            window=self._lender.lend(hello.incarnation),
+            window=self._lender.lend(),
         )
         self._run()
         _log.info("session_up worker=%s transport=%s", hello.worker_id, name)
@@ -166,7 +166,15 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
             super()._post(handoff, event)
 
     def _session_over(self, session: Session) -> None:
-        self._lender.take_back(session.incarnation)
+        self._take_window_back(session)
+
+    def _take_window_back(self, session: Session) -> None:
+        """When nobody can write there any more and no copy reads there: the next peer would change what is
+        being copied, behind the back of its digest."""
+        is_over = self._sessions.get(session.incarnation) is not session
+        if is_over and session.window is not None and not any(each.copying for each in self._of(session)):
+            self._lender.take_back(session.window)
+            session.window = None
 
     def _step(self, machine: Decode, event: k.Event, now: float) -> tuple[Decode, k.Actions]:
         return step_decode(machine, event, now)
@@ -318,6 +326,7 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         self._waiting.pop(handoff.key, None)
         self._parts.forget(handoff)
         super()._forget(handoff)
+        self._take_window_back(handoff.session)
 
     def _report(self, handoff: Incoming, fault: k.Fault | None) -> None:
         counters = handoff.session.counters

@@ -192,12 +192,7 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
                 self._take_down(old, PeerLost(f"worker {peer.worker_id} was restarted"))
         hello = self._identity.hello(self._transports.endpoints(), codecs=self._coders.names)
         link = self._dialer.dial(peer.address, hello, self, self._config.reserve_timeout_s)
-        session = Session(
-            worker_id=peer.worker_id,
-            incarnation=peer.incarnation,
-            link=link,
-            counters=self.counters.peer("", peer.worker_id),
-        )
+        session = Session(worker_id=peer.worker_id, incarnation=peer.incarnation, link=link)
         self._sessions[peer.incarnation] = session
         return session
 
@@ -304,8 +299,11 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
         handoff.block_ids = []
 
     def _report(self, handoff: Outgoing, fault: k.Fault | None) -> None:
-        counters = handoff.session.counters
+        session = handoff.session
+        counters = session.counters
         if fault is not None:
+            if session.transport is None:
+                counters = self.counters.peer("", session.worker_id)
             counters.failures[fault.code] += 1
             self._reports.append(SendFailed(key=handoff.key, error=fault.error()))
             return

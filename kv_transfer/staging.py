@@ -3,8 +3,8 @@ it that are in use at the writer.
 
 A piece of a lent window goes through
 
-    free → writing → at the peer → free       (Done came and the peer has consumed it, in either order)
-                   → torn → free              (Failed: a late byte may still land there until a fence holds)
+    free → writing → written → free     (Done came, and the peer has said that it does not read it any more)
+                   → torn ─┘            (Failed: until a fence holds, a late byte may still land there)
 
 Pure: offsets and numbers; the bytes are moved elsewhere.
 """
@@ -38,30 +38,23 @@ class Lender:
         self._free = [
             Window(region, offset, window_size) for offset in range(0, size - window_size + 1, window_size)
         ]
-        self._lent: dict[str, Window] = {}
 
-    def lend(self, peer: str) -> Window | None:
+    def lend(self) -> Window | None:
         """None: every window is lent; the peer writes directly then."""
-        if self._free:
-            self._lent[peer] = self._free.pop()
-        return self._lent.get(peer)
+        return self._free.pop() if self._free else None
 
-    def lent(self, peer: str) -> Window | None:
-        return self._lent.get(peer)
-
-    def take_back(self, peer: str) -> None:
-        """Nothing of that peer can write there any more."""
-        window = self._lent.pop(peer, None)
-        if window is not None:
-            self._free.append(window)
+    def take_back(self, window: Window) -> None:
+        """Nobody writes there any more, and nobody reads what was written."""
+        self._free.append(window)
 
 
 @dataclass(slots=True)
 class _Piece:
     offset: int
-    done: bool = False
-    consumed: bool = False
-    torn: bool = False
+    is_torn: bool = False
+    is_written: bool = False
+    """Nothing more arrives there."""
+    is_consumed: bool = False
 
 
 class Credits:
@@ -106,7 +99,7 @@ class Credits:
 
     def done(self, number: int) -> None:
         """The write to this piece ended well."""
-        self._pieces[number].done = True
+        self._pieces[number].is_written = True
         self._settle(number)
 
     def consumed(self, number: int) -> bool:
@@ -114,24 +107,26 @@ class Credits:
         piece = self._pieces.get(number)
         if piece is None:
             return False
-        piece.consumed = True
+        piece.is_consumed = True
         self._settle(number)
         return True
 
     def torn(self, number: int) -> None:
-        """The write to this piece failed or was cancelled."""
-        self._pieces[number].torn = True
+        """The write to this piece failed or was cancelled. All of it may have arrived nevertheless, and be
+        read."""
+        self._pieces[number].is_torn = True
 
     def torn_now(self) -> frozenset[int]:
         """What a fence that is asked for now will be about."""
-        return frozenset(number for number, piece in self._pieces.items() if piece.torn)
+        return frozenset(number for number, piece in self._pieces.items() if piece.is_torn)
 
     def fenced(self, torn: frozenset[int]) -> None:
         """Nothing can arrive in these any more."""
         for number in torn & self._pieces.keys():
-            self._arena.give_back(self._pieces.pop(number).offset)
+            self._pieces[number].is_written = True
+            self._settle(number)
 
     def _settle(self, number: int) -> None:
         piece = self._pieces[number]
-        if piece.done and piece.consumed:
+        if piece.is_written and piece.is_consumed:
             self._arena.give_back(self._pieces.pop(number).offset)

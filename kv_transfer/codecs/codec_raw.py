@@ -1,4 +1,5 @@
-"""The codec that changes nothing: what a staged push sends where no other is allowed or pays."""
+"""The codec that changes nothing: what the others are compared with. A staged push without a codec sends the
+same bytes, gathered straight into its piece."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ class SocketJobs:
         peer = self._peers.get(job.peer)
         if job.transfer_id:
             self._jobs[job.transfer_id] = job
-            self._thread.at(job.deadline, partial(self._expire, job))
+            self._thread.at(job.deadline, partial(self._expire, job.transfer_id))
         if peer is None or peer.down is not None:
             self._fail(job, "peer_lost", f"there is no connection to {job.peer}")
             return
@@ -97,8 +97,10 @@ class SocketJobs:
         """Whether more COMMITs of this peer may be read."""
         return not self._thread.paused and len(peer.commits) < MAX_COMMITS
 
-    def _expire(self, job: Job) -> None:
-        if self._jobs.get(job.transfer_id) is job:
+    def _expire(self, transfer_id: int) -> None:
+        """Told by its id: a timer outlives most jobs, and must not keep their segments."""
+        job = self._jobs.get(transfer_id)
+        if job is not None:
             self._fail(job, "deadline_exceeded", "the transfer's deadline passed")
 
     def _fail(self, job: Job, code: str, message: str) -> None:

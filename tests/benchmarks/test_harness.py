@@ -78,7 +78,7 @@ def test_a_benchmark_that_ends_returns_its_result() -> None:
 def test_a_result_says_how_when_and_where_it_came_about(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["/work/main/benchmarks/handoff.py", "--requests", "7"])
+    monkeypatch.setattr(sys, "argv", ["/somewhere/benchmarks/handoff.py", "--requests", "7"])
     harness.write_result(tmp_path / "r.json", {"medians": {"a": 1.5}})
     read = json.loads((tmp_path / "r.json").read_text())
     assert read["command"] == ".venv/bin/python -P benchmarks/handoff.py --requests 7"

@@ -33,7 +33,9 @@ class FakeClient(StatusClient):
         self.later = later
         self.explains = True
 
-    async def ask(self, address: str, timeout_s: float) -> cluster_pb2.GetStatusResponse:
+    async def ask(
+        self, address: str, timeout_s: float, *, transfers: bool = False
+    ) -> cluster_pb2.GetStatusResponse:
         everybody = asyncio.get_running_loop().time() >= self.later
         return cluster_pb2.GetStatusResponse(
             workers=[
@@ -63,10 +65,12 @@ def test_linking_ends_when_the_gateway_has_every_worker() -> None:
 
 def test_a_gateway_that_is_being_restarted_is_waited_for() -> None:
     class Restarting(FakeClient):
-        async def ask(self, address: str, timeout_s: float) -> cluster_pb2.GetStatusResponse:
+        async def ask(
+            self, address: str, timeout_s: float, *, transfers: bool = False
+        ) -> cluster_pb2.GetStatusResponse:
             if asyncio.get_running_loop().time() < 2.0:
                 raise ConfigError("no gateway answers")
-            return await super().ask(address, timeout_s)
+            return await super().ask(address, timeout_s, transfers=transfers)
 
     async def main() -> float:
         await wait_linked(Restarting(WORKERS), "g:1", WORKERS)

@@ -33,12 +33,14 @@ class Answers(FakeClient):
         super().__init__({"prefill-0"})
         self.answers = list(metrics_addresses)
 
-    async def ask(self, address: str, timeout_s: float) -> cluster_pb2.GetStatusResponse:
+    async def ask(
+        self, address: str, timeout_s: float, *, transfers: bool = False
+    ) -> cluster_pb2.GetStatusResponse:
         if not self.answers:
             raise asyncio.CancelledError
         if (metrics_address := self.answers.pop(0)) is None:
             raise ConfigError(GONE)
-        status = await super().ask(address, timeout_s)
+        status = await super().ask(address, timeout_s, transfers=transfers)
         status.metrics_address = metrics_address
         return status
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import weakref
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,16 @@ class TestWrites:
             wanted.append((b"n%d" if i % 3 == 2 else b"w%d") % i)
         b.until(lambda: len(b.tags()) == 60, a)
         assert b.tags() == wanted
+
+    def test_a_transport_keeps_nothing_of_what_is_done(self, make: Any, name: str) -> None:
+        """Deadlines are long and transfers are short."""
+        a, b = joined(make, name)
+        segments = np.array([[0, 0, 0, 0, 100]], dtype=np.int64)
+        transfer = a.transport.write("b", segments, b"tag", 3600.0)
+        kept = weakref.ref(segments)
+        del segments
+        a.until(lambda: a.terminals() == [Done(transfer)], b)
+        a.until(lambda: kept() is None, b)
 
     def test_nothing_to_copy_is_done_too(self, make: Any, name: str) -> None:
         a, b = joined(make, name)

@@ -50,6 +50,7 @@ class TestGoodCourse:
             assert (total.transfers, total.num_bytes) == (1, ready.num_bytes)
             assert not total.failures
             assert not counters.refused
+            assert {transport for transport, _peer in counters.peers} == {"local"}
 
     @pytest.mark.parametrize("late", ["control", "data"])
     async def test_bytes_and_their_description_may_come_in_either_order(
@@ -371,6 +372,7 @@ class TestFailures:
         pair.pump()
         [failed] = pair.sent()
         assert all(word in failed.error.message for word in words)
+        assert pair.sender.counters.peers["none", "d"].failures == {failed.error.code: 1}
         assert pair.received() == []
         assert idle(pair)
 

@@ -155,6 +155,10 @@ def test_progress_of_layers_never_goes_back() -> None:
         {"progress_timeout_s": -1.0},
         {"tail_timeout_s": float("nan")},
         {"reserve_timeout_s": 1e9},
+        {"staging_mib": 8},
+        {"staging_window_mib": 65},
+        {"codecs": ("int8",), "staging": "never"},
+        {"codecs": ("fp8",), "staging_mib": 0},
     ],
 )
 def test_configuration_out_of_range_is_refused_by_name(wrong: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from diphase.kv_transfer.arena import Arena
+from diphase.kv_transfer.byte_worker import ByteWorker, Job
 from diphase.kv_transfer.reshard import canonical_runs
 from diphase.kv_transfer.staging import Credits, Window
 from diphase.kv_transfer.transports.local import LocalTransport
@@ -117,6 +118,39 @@ async def test_a_piece_that_changed_on_the_way_never_reaches_a_block(make_pair: 
     assert error_codes(pair.received()) == ["digest_mismatch"]
     assert not pair.d.memory.any()
     assert nothing_is_staged(pair)
+
+
+class LaterWorker(ByteWorker):
+    """Runs nothing before it is told to."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda: None, threaded=False)
+        self.waiting: list[tuple[Any, Job]] = []
+
+    def submit(self, ticket: Any, job: Job) -> None:
+        self.waiting.append((ticket, job))
+
+    def run(self) -> None:
+        while self.waiting:
+            super().submit(*self.waiting.pop(0))
+
+
+async def test_a_window_is_lent_to_nobody_else_while_a_piece_of_it_is_copied(make_pair: Any) -> None:
+    pair = make_pair(staging="always")
+    pair.d.transports.worker = worker = LaterWorker()
+    blocks = send(pair)
+    pair.pump()
+    assert worker.waiting, "all that is missing is the copy"
+    pair.p.transports["local"].disconnect("d-1")
+    pair.pump()
+    assert not pair.receiver._sessions, "the writer is gone"
+    assert pair.receiver._lender.lend() is None
+    worker.run()
+    pair.pump()
+    [ready] = pair.received()
+    assert pair.read(pair.d, ready.block_ids) == pair.read(pair.p, blocks)
+    assert pair.receiver._lender.lend() == Window(1, 0, 1 << 20)
+    assert pair.receiver.in_flight == 0
 
 
 async def test_a_window_that_was_not_lent_is_refused_by_name(make_pair: Any) -> None:

@@ -79,6 +79,8 @@ class FakeWorker:
     load: wpb.Load = field(default_factory=lambda: wpb.Load(blocks_total=1000, blocks_free=1000))
     step_age_s: float = 0.0
     snapshots_sent: int = 0
+    inspections: int = 0
+    """Questions about its transfers, none of which it answers."""
 
     def __post_init__(self) -> None:
         self.attempts: dict[str, Attempt] = {}
@@ -153,6 +155,8 @@ class FakeWorker:
                     self._on_acknowledge(message.acknowledge)
                 case "resume":
                     self._on_resume(self._names[end], message.resume)
+                case "inspect":
+                    self.inspections += 1
                 case "prefix_snapshot":
                     self.snapshots_sent += 1
                     snapshot = wpb.PrefixSnapshot(sequence=0, hashes=self.stored)

@@ -259,6 +259,16 @@ async def test_model_and_status_are_told() -> None:
         assert (status.queued_requests, status.running_requests, status.queued_tokens) == (0, 0, 0)
 
 
+async def test_a_view_waits_for_workers_only_when_it_is_to_show_what_they_transferred() -> None:
+    async with running() as (cluster, _, channel):
+        stub = ClusterStub(channel)
+        for _ in range(3):
+            await stub.GetStatus(cluster_pb2.GetStatusRequest())
+        await stub.GetStatus(cluster_pb2.GetStatusRequest(transfers=True))
+        # A gateway that is slow to answer is killed: its view must not hang on a worker that was stopped.
+        assert {name: worker.inspections for name, worker in cluster.workers.items()} == {"p0": 1, "d0": 1}
+
+
 async def test_reflection_lists_the_services() -> None:
     async with running() as (_, _, channel):
         stub = reflection_pb2_grpc.ServerReflectionStub(channel)

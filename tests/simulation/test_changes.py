@@ -10,7 +10,8 @@ from diphase.cluster.roles import StartFailed
 from diphase.proto.errors import ConfigError, InternalError, WorkerLost
 from diphase.router.compatibility import mismatches
 
-from .fleet import Load, Stage, states
+from ..router.fakes import generate
+from .fleet import ALWAYS_HANDED_OVER, Load, Stage, long_request, states
 from .virtual_loop import run_virtually
 
 
@@ -75,6 +76,26 @@ def test_room_that_one_pool_left_is_another_ones() -> None:
             with pytest.raises(ConfigError, match="no room"):
                 await stage.scale("decode", 4)
             assert stage.names("decode") == ["decode-0", "decode-1", "decode-2"]
+
+    run_virtually(main())
+
+
+def test_a_place_that_waited_in_vain_for_its_next_worker_is_free_again() -> None:
+    async def main() -> None:
+        settings = ("pools.decode.gpus=1", "pools.decode.workers=2")
+        async with (
+            Stage.opened(8, *settings, room=0) as stage,
+            stage.router(max_attempts=1, **ALWAYS_HANDED_OVER) as router,
+        ):
+            calls = [asyncio.create_task(generate(router, long_request(n, max_tokens=250))) for n in range(4)]
+            await asyncio.sleep(0.5)
+            with pytest.raises(WorkerLost, match="still draining, and ending by themselves: decode-0"):
+                await stage.restart("decode", timeout_s=1.0)
+            assert [outcome.error for outcome in await asyncio.gather(*calls)] == [None] * 4
+            await stage.until_idle()
+            assert stage.names("decode") == ["decode-1"]
+            await stage.scale("decode", 2)
+            assert stage.names("decode") == ["decode-1", "decode-2"]
 
     run_virtually(main())
 
