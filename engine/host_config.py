@@ -31,7 +31,7 @@ class HostConfig:
     """Seconds after which requests whose gateway has no stream are cancelled."""
     max_queued_messages: int = 4096
     """Most messages that may wait for a gateway to read; then it is disconnected."""
-    drain_timeout_s: float = 25.0
+    drain_timeout_s: float = 20.0
     """Seconds that a draining worker has to finish what it runs; then its requests go to other workers. Below
     the grace that whoever stops processes gives them (Kubernetes: 30)."""
     flush_s: float = 2.0

@@ -35,6 +35,19 @@ class Arena:
         """Whether an empty arena could give so much."""
         return -(-max(length, 1) // ALIGNMENT) * ALIGNMENT <= self.size
 
+    def shrink(self, offset: int, length: int) -> None:
+        """What lies beyond the first `length` bytes of a piece is free again.
+
+        Raises:
+            KeyError: nothing is taken at this offset.
+        """
+        taken = self._taken[offset]
+        length = min(taken, -(-max(length, 1) // ALIGNMENT) * ALIGNMENT)
+        if length < taken:
+            self._taken[offset] = length
+            self._taken[offset + length] = taken - length
+            self.give_back(offset + length)
+
     def give_back(self, offset: int) -> None:
         """
         Raises:

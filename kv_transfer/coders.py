@@ -49,13 +49,21 @@ class Coders:
         return self._codecs[name]
 
     def choose(
-        self, size_bytes: int, num_tokens: int, link: LinkEstimate, names: Iterable[str], recompute: bool
+        self,
+        size_bytes: int,
+        num_tokens: int,
+        *,
+        link: LinkEstimate,
+        backlog_bytes: int,
+        names: Iterable[str],
+        recompute: bool,
     ) -> Choice:
-        """How `size_bytes` of KV of `num_tokens` tokens get over this link soonest. `names`: codecs that both
-        ends have."""
+        """How `size_bytes` of KV of `num_tokens` tokens get over this link soonest, behind `backlog_bytes`
+        of other KV. `names`: codecs that both ends have."""
         return choose(
             size_bytes,
             num_tokens=num_tokens,
+            backlog_bytes=backlog_bytes,
             bytes_per_s=link.bytes_per_s(self._clock.now()),
             allowed=[self._codecs[name] for name in names],
             estimates=self.estimates,

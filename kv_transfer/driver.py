@@ -55,6 +55,8 @@ class Session:
     """That both ends have, beside raw."""
     estimate: LinkEstimate = field(default_factory=LinkEstimate)
     """Prefill: how quick this link is."""
+    backlog_bytes: int = 0
+    """Prefill: KV of hand-offs that have room there and are not sent."""
     credits: Credits | None = None
     """Prefill: the window of the peer's staging buffer that it may write to."""
     window: Window | None = None
@@ -230,6 +232,12 @@ class HandoffDriver(ABC, Generic[H, R]):
 
     def _session_over(self, session: Session) -> None:
         """For what a side keeps beside its hand-offs."""
+
+    def _link_moved(self, session: Session) -> None:
+        """Bytes get through: no hand-off of this link is without progress."""
+        now = self._clock.now()
+        for handoff in self._of(session):
+            handoff.machine = k.link_moved(handoff.machine, now)
 
     def _of(self, session: Session) -> list[H]:
         return [handoff for handoff in self._handoffs.values() if handoff.session is session]

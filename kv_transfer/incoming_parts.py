@@ -16,7 +16,7 @@ from typing import Any
 
 import xxhash
 
-from ..proto.errors import TransferError
+from ..proto.errors import DiphaseError, TransferError
 from ..proto.handoff_pb2 import Complete, Consumed, HandoffMessage, Pushed, Reserve
 from ..proto.ids import HandoffKey
 from . import machine as k
@@ -163,7 +163,7 @@ class PartReader:
         """An answer of the byte worker: whether the part is intact, and for a coded one how long it took."""
         handoff = check.handoff
         handoff.session.counters.verify_s += self._clock.now() - check.arrived_at
-        if isinstance(result, TransferError):
+        if isinstance(result, DiphaseError):
             _log.warning("part_unreadable request_id=%s why=%r", handoff.key.request_id, result.message)
             intact, consumed = False, None
         else:

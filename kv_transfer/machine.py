@@ -9,7 +9,7 @@ tables.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from ..proto.errors import DiphaseError, from_wire
@@ -341,3 +341,9 @@ def look_up(table: Table, machine: Any, event: Event, now: float) -> tuple[Any, 
     if isinstance(cell, Refusal):
         return machine, (Refuse(cell.reason),) if cell.counted else ()
     return cell(machine, event, now)
+
+
+def link_moved(machine: Any, now: float) -> Any:
+    """The machine, of either side, when anything of its link has moved: the writes of many hand-offs queue
+    there, and the last one is not stuck while the first ones go."""
+    return replace(machine, moved_at=now)

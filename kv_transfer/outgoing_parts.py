@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from ..proto.errors import PeerLost, TransferError
+from ..proto.errors import DiphaseError, PeerLost, TransferError
 from ..proto.handoff_pb2 import Complete, Consumed, Pushed, Staged
 from ..proto.ids import HandoffKey
 from . import machine as k
@@ -77,6 +77,8 @@ class Outgoing:
     parts: dict[int, OutgoingPart] = field(default_factory=dict)
     first_token: Complete = field(default_factory=Complete)
     began_at: float = 0.0
+    unsent_bytes: int = 0
+    """KV that is on its way to this link or will be."""
     cached_tokens: int = 0
     """Of the prompt, that did not have to be computed here."""
     num_bytes: int = 0
@@ -177,12 +179,28 @@ class PartWriter:
             return True
         cached = (handoff.machine.num_blocks - len(handoff.remote_ids)) * self._layout.block_size
         tokens = handoff.machine.num_tokens - cached
-        choice = self._coders.choose(size, tokens, session.estimate, session.codecs, recompute)
+        choice = self._coders.choose(
+            size,
+            tokens,
+            link=session.estimate,
+            backlog_bytes=session.backlog_bytes,
+            names=session.codecs,
+            recompute=recompute,
+        )
         if choice.seconds is not None:
             self._note(handoff, choice)
         if choice.codec not in (RAW, RECOMPUTE):
             handoff.codec = self._coders.codec(choice.codec)
-        return choice.codec != RECOMPUTE
+        if choice.codec == RECOMPUTE:
+            return False
+        handoff.unsent_bytes = size
+        session.backlog_bytes += size
+        return True
+
+    def over(self, handoff: Outgoing) -> None:
+        """Nothing more of it will be sent."""
+        handoff.session.backlog_bytes -= handoff.unsent_bytes
+        handoff.unsent_bytes = 0
 
     def consumed(self, session: Session, consumed: Consumed) -> bool:
         """The peer says that a piece of its window is free again; False: it is none that is in use."""
@@ -209,6 +227,9 @@ class PartWriter:
         if isinstance(event, Done):
             session.estimate.done(wire_bytes, now)
             session.counters.wire_bytes += wire_bytes
+            sent = min(part.num_bytes, part.handoff.unsent_bytes)
+            part.handoff.unsent_bytes -= sent
+            session.backlog_bytes -= sent
         else:
             session.estimate.failed(now)
         self._free_local(part)
@@ -219,15 +240,25 @@ class PartWriter:
 
     def on_work(self, part: OutgoingPart, result: Any) -> None:
         """An answer of the byte worker."""
-        if isinstance(result, _Encoded) and part.handoff.codec is not None:
-            part.segments[0, 4] = result.length
-            self._coders.estimates[part.handoff.codec.name].encoded(
-                part.num_bytes, result.length, result.seconds
-            )
-        if not part.dropped:
+        if isinstance(result, _Encoded):
+            self._shrink(part, result)
+        if isinstance(result, DiphaseError):
+            self._end(part, k.Fault.of(result))
+        elif not part.dropped:
             self._write(part, result.digests if isinstance(result, _Encoded) else result)
         if part.transfer_id is None:
             self._undo_staging(part)
+
+    def _shrink(self, part: OutgoingPart, encoded: _Encoded) -> None:
+        """It takes less than it might have."""
+        codec, lent = part.handoff.codec, part.handoff.session.credits
+        assert codec is not None
+        assert lent is not None
+        assert part.local_offset is not None
+        self._coders.estimates[codec.name].encoded(part.num_bytes, encoded.length, encoded.seconds)
+        part.segments[0, 4] = encoded.length
+        self._local.shrink(part.local_offset, encoded.length)
+        lent.shrink(part.piece, encoded.length)
 
     def _is_staged(self, part: OutgoingPart) -> bool:
         session = part.handoff.session
@@ -239,7 +270,7 @@ class PartWriter:
         if part.handoff.codec is not None or self._config.staging == "always":
             return True
         short = part.num_bytes < len(part.segments) * transport.capabilities.stage_below_bytes
-        return short and lent.flowing
+        return short and lent.flowing and self._local.used + part.piece_bytes <= self._local.size
 
     def _stage_waiting(self) -> None:
         """Gathers the parts that find room at both ends now."""

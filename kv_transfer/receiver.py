@@ -278,6 +278,8 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
     def _on_transport(self, name: str, event: TransportEvent) -> None:
         if isinstance(event, Notified):
             self._parts.on_notice(event)
+            if event.peer in self._sessions:
+                self._link_moved(self._sessions[event.peer])
 
     def _on_work(self, ticket: Any, result: Any) -> None:
         self._parts.on_work(ticket, result)

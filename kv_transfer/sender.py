@@ -264,6 +264,8 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
         self._parts.on_work(ticket, result)
 
     def _part_ended(self, handoff: Outgoing, part: int, fault: k.Fault | None) -> None:
+        if fault is None:
+            self._link_moved(handoff.session)
         self._post(handoff, k.WriteEnded(part, fault))
 
     def _chosen(self, handoff: Outgoing, choice: Choice) -> None:
@@ -292,6 +294,10 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
                 self._release(handoff)
             case k.Report(fault):
                 self._report(handoff, fault)
+
+    def _forget(self, handoff: Outgoing) -> None:
+        self._parts.over(handoff)
+        super()._forget(handoff)
 
     def _release(self, handoff: Outgoing) -> None:
         self._parts.forget(handoff)

@@ -93,6 +93,10 @@ class Credits:
         self._pieces[number] = _Piece(offset)
         return number, offset
 
+    def shrink(self, number: int, length: int) -> None:
+        """Only the first `length` bytes of this piece will be written."""
+        self._arena.shrink(self._pieces[number].offset, length)
+
     def untouched(self, number: int) -> None:
         """Nothing was or will be written to this piece, and the peer was not told of it."""
         self._arena.give_back(self._pieces.pop(number).offset)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from .clock import Rng
 from .errors import InvalidRequest
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Of worker.proto and handoff.proto; peers of different versions never pair."""
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}\Z")

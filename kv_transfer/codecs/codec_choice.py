@@ -160,28 +160,29 @@ def choose(
     bytes_per_s: float | None,
     allowed: Iterable[Codec],
     estimates: Mapping[str, CodecEstimate],
-    lossy: bool = True,
+    backlog_bytes: int = 0,
     prefill_tokens_per_s: float | None = None,
 ) -> Choice:
-    """The quickest way for `size_bytes` of KV, the tokens of which are `num_tokens`.
+    """The quickest way for `size_bytes` of KV, the tokens of which are `num_tokens`, over a link that has
+    `backlog_bytes` to bring before.
 
     Args:
         bytes_per_s: of the link, more than 0; None: not known.
         allowed: codecs that both ends have and the configuration names; `raw` is always allowed.
         estimates: of codecs by name; one that has none, or none yet, is not chosen.
-        lossy: whether this request may be sent by a codec that changes values.
         prefill_tokens_per_s: of the other end; None: recomputing is no choice.
     """
     if bytes_per_s is None:
         return Choice(codec=RAW, seconds=None, reason="raw: the link's bandwidth is not known")
-    seconds = {RAW: size_bytes / bytes_per_s}
+    wait = backlog_bytes / bytes_per_s
+    seconds = {RAW: wait + size_bytes / bytes_per_s}
     for codec in allowed:
         estimate = estimates.get(codec.name)
-        if codec.name == RAW or estimate is None or not (codec.lossless or lossy):
+        if codec.name == RAW or estimate is None:
             continue
         ratio, coding = estimate.ratio, estimate.coding_s(size_bytes)
         if ratio is not None and coding is not None:
-            seconds[codec.name] = size_bytes / ratio / bytes_per_s + coding
+            seconds[codec.name] = wait + size_bytes / ratio / bytes_per_s + coding
     if prefill_tokens_per_s:
         seconds[RECOMPUTE] = num_tokens / prefill_tokens_per_s
     best = min(seconds, key=lambda name: seconds[name])
@@ -191,5 +192,5 @@ def choose(
         seconds=seconds[best],
         reason=f"{best} {1e3 * seconds[best]:.1f} ms"
         + (f" against {others} ms" if others else "")
-        + f" for {size_bytes} bytes at {bytes_per_s / 1e6:.1f} MB/s",
+        + f" for {size_bytes} bytes behind {backlog_bytes} at {bytes_per_s / 1e6:.1f} MB/s",
     )

@@ -121,7 +121,8 @@ class ShmMedium(UnixDoor):
                 mapping.madvise(mmap.MADV_HUGEPAGE)
             # The mapping lives as long as an array looks at it; the descriptor is not needed for that.
             attachment.regions.append(np.frombuffer(mapping, dtype=np.uint8))
-            attachment.unmapped.append((mapping, 0))
+            if os.fstat(fd).st_blocks * 512 >= size:  # a pool; a staging buffer's pages are taken when used
+                attachment.unmapped.append((mapping, 0))
         peer.attachment = self._prefaulting[peer.incarnation] = attachment
 
     def detach(self, peer: Peer) -> None:

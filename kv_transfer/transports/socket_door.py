@@ -18,6 +18,8 @@ from .socket_medium import Medium
 from .socket_peer import Kind
 from .socket_thread import SocketThread
 
+ACCEPT_AGAIN_S = 0.5
+"""After an accept that failed."""
 HELLO_TIMEOUT_S = 5.0
 """How long a stranger may stay silent."""
 MAX_HELLO = 256 * 1024
@@ -112,6 +114,9 @@ class Door:
             sock, _ = self._listener.accept()
         except OSError as error:
             _log.warning("accept_failed transport=%s why=%r", self._medium.name, str(error))
+            # Out of descriptors, say: whoever waits would be reported again and again.
+            self._thread.selector.unregister(self._listener)
+            self._thread.at(self._context.clock.now() + ACCEPT_AGAIN_S, self.open)
             return
         connection = Connection(sock)
         connection.max_body = MAX_HELLO

@@ -73,8 +73,8 @@ async def test_prompts_that_are_quicker_computed_again_than_sent_change_no_token
 ) -> None:
     chosen: list[str] = []
 
-    def choose(self: Coders, *args: Any) -> Choice:
-        choice = choose_truly(self, *args)
+    def choose(self: Coders, *args: Any, **options: Any) -> Choice:
+        choice = choose_truly(self, *args, **options)
         chosen.append(choice.codec)
         return choice
 

@@ -51,7 +51,7 @@ def seconds_of(name: str, size: int, bandwidth: float, estimates: dict[str, Code
         st.sampled_from(sorted(CODECS)), st.builds(known, st.floats(0.5, 20), speeds, speeds)
     ),
     allowed=st.sets(st.sampled_from(sorted(CODECS))),
-    lossy=st.booleans(),
+    backlog=st.integers(0, 10**12),
 )
 def test_the_choice_is_the_quickest_of_what_is_allowed(
     *,
@@ -61,7 +61,7 @@ def test_the_choice_is_the_quickest_of_what_is_allowed(
     prefill: float | None,
     estimates: dict[str, CodecEstimate],
     allowed: set[str],
-    lossy: bool,
+    backlog: int,
 ) -> None:
     choice = choose(
         size,
@@ -69,12 +69,12 @@ def test_the_choice_is_the_quickest_of_what_is_allowed(
         bytes_per_s=bandwidth,
         allowed=[CODECS[name] for name in allowed],
         estimates=estimates,
-        lossy=lossy,
+        backlog_bytes=backlog,
         prefill_tokens_per_s=prefill,
     )
     possible = {
-        name: seconds_of(name, size, bandwidth, estimates)
-        for name in {RAW} | {each for each in allowed & estimates.keys() if lossy}
+        name: backlog / bandwidth + seconds_of(name, size, bandwidth, estimates)
+        for name in {RAW} | (allowed & estimates.keys())
     }
     if prefill is not None:
         possible[RECOMPUTE] = num_tokens / prefill
@@ -83,17 +83,14 @@ def test_the_choice_is_the_quickest_of_what_is_allowed(
     assert choice.reason.startswith(choice.codec)
 
 
-def test_nothing_lossy_is_chosen_that_is_not_allowed() -> None:
+def test_nothing_is_chosen_that_is_not_allowed() -> None:
     free = {name: known(10, 1e12, 1e12) for name in CODECS}
 
-    def chosen(allowed: list[Codec], lossy: bool) -> str:
-        return choose(
-            SIZE, num_tokens=100, bytes_per_s=1e6, allowed=allowed, estimates=free, lossy=lossy
-        ).codec
+    def chosen(allowed: list[Codec]) -> str:
+        return choose(SIZE, num_tokens=100, bytes_per_s=1e6, allowed=allowed, estimates=free).codec
 
-    assert chosen([CODECS["int8"]], lossy=True) == "int8"
-    assert chosen([CODECS["int8"]], lossy=False) == RAW
-    assert chosen([], lossy=True) == RAW
+    assert chosen([CODECS["int8"]]) == "int8"
+    assert chosen([]) == RAW
 
 
 def test_an_unknown_link_gets_raw_even_where_recomputing_looks_cheap() -> None:
@@ -145,7 +142,7 @@ def test_the_reason_has_the_numbers() -> None:
         prefill_tokens_per_s=434.0,
     )
     assert choice.reason == (
-        "cachegen-2 350.0 ms against raw 1000.0, recompute 1000.0 ms for 10000000 bytes at 10.0 MB/s"
+        "cachegen-2 350.0 ms against raw 1000.0, recompute 1000.0 ms for 10000000 bytes behind 0 at 10.0 MB/s"
     )
 
 

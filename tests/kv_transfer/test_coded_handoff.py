@@ -152,6 +152,26 @@ async def test_where_computing_is_quicker_than_the_link_nothing_is_sent(make_pai
     assert ready.num_tokens == 100
 
 
+async def test_what_waits_for_the_link_counts(make_pair: Any) -> None:
+    pair = make_pair(num_blocks=64)
+    connected(pair, 1e6)
+    pair.sender._coders.prefill.add(1000.0, 1.0)
+    pair.data.held.add(("p-1", "d-1"))
+    send(pair, FIRST._replace(attempt=1), num_tokens=100)  # 6.4 ms of the link, and 100 ms to compute
+    pair.pump()
+    [session] = pair.sender._sessions.values()
+    assert session.backlog_bytes == 100 * pair.layout.token_bytes
+    session.backlog_bytes += 200_000  # another 200 ms
+    send(pair, OTHER, num_tokens=100)
+    pair.pump()
+    session.backlog_bytes -= 200_000
+    pair.data.held.clear()
+    pair.pump()
+    tokens = {event.key: event.num_tokens for event in pair.received()}
+    assert tokens == {FIRST._replace(attempt=1): 100, OTHER: 0}
+    assert session.backlog_bytes == 0
+
+
 async def test_recomputing_can_be_forbidden(make_pair: Any) -> None:
     pair = make_pair(num_blocks=64, recompute=False)
     connected(pair, 1e4)

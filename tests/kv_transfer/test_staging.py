@@ -99,6 +99,19 @@ def test_a_piece_nobody_was_told_of_comes_back_at_once() -> None:
     assert window.used == 0
 
 
+def test_a_piece_that_turned_out_smaller_gives_the_rest_back() -> None:
+    window = lent(4)
+    window.take(3 * ALIGNMENT)
+    window.shrink(1, ALIGNMENT + 1)
+    assert window.used == 2 * ALIGNMENT
+    window.shrink(1, 3 * ALIGNMENT)
+    assert window.used == 2 * ALIGNMENT, "a piece never grows"
+    assert window.take(2 * ALIGNMENT) == (2, 512 + 2 * ALIGNMENT)
+    window.untouched(1)
+    window.untouched(2)
+    assert window.take(4 * ALIGNMENT) == (3, 512), "all of it is one piece again"
+
+
 def test_the_watermarks_have_hysteresis() -> None:
     window = lent(8)
     pieces = []
