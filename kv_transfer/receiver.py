@@ -105,6 +105,10 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
             if not handoff.quarantined
         )
 
+    def staging_bytes(self) -> dict[str, int]:
+        """Of windows that are lent now: one for each session that got one."""
+        return {"lent": self._lender.lent_bytes}
+
     def refuse_new(self) -> None:
         """Draining: reservations that come from now on are refused; those in flight go on."""
         self._draining = True
