@@ -1,0 +1,310 @@
+"""Two prefill and two decode worker processes behind the router's own dispatcher, for tests that hurt them.
+
+Requests go through the pair that a test names in their first attempt, and wherever placement wants afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import re
+import time
+import urllib.request
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from diphase.proto import worker_pb2 as pb
+from diphase.proto.clock import MonotonicClock
+from diphase.proto.errors import DiphaseError
+from diphase.proto.ids import PROTOCOL_VERSION
+from diphase.proto.sampling import SamplingParams, sampling_to_proto
+from diphase.proto.slo import Slo
+from diphase.router.active_request import RequestStream
+from diphase.router.config import RouterConfig
+from diphase.router.dispatcher import Dispatcher
+from diphase.router.links import GrpcLink
+from diphase.router.metrics import GatewayMetrics
+from diphase.router.placement import Demand, Placement, PlacementPolicy
+from diphase.router.prefix_index import PrefixIndex
+from diphase.router.text import PreparedRequest
+from diphase.router.worker_handle import WorkerHandle, WorkerState
+from diphase.router.workers import WorkerPool
+
+from ..router.fakes import Members, MemoryJournal, until
+from .fault_network import FaultNetwork
+from .fault_workers import TOKEN, Worker, WorkerProcesses, worker_processes
+
+HEARTBEAT_S = 0.1
+HANG_AFTER_S = 1.0
+TRANSFER = {
+    "reserve_timeout_s": 1.0,
+    "lease_s": 3.0,
+    "progress_timeout_s": 1.0,
+    "tail_timeout_s": 3.0,
+    "recompute": False,
+}
+LONGEST_S = 3.0
+"""The longest deadline of TRANSFER."""
+WINDOW_BYTES = 16 << 20
+"""Of a staging window, the default."""
+VOCAB = 512
+
+P0, P1, D0, D1 = "prefill-0", "prefill-1", "decode-0", "decode-1"
+PAIR = (P0, D0)
+"""Those that faults happen to."""
+
+
+class SteeredPlacement(PlacementPolicy):
+    """Placement among all workers, or among those that are named."""
+
+    among: Collection[str] = ()
+
+    def place(
+        self, demand: Demand, workers: Sequence[WorkerHandle], avoid: Collection[str] = ()
+    ) -> Placement | None:
+        named = [worker for worker in workers if worker.worker_id in self.among]
+        return super().place(demand, named if self.among else workers, avoid)
+
+
+@dataclass(eq=False)
+class Client:
+    """One request as its client sees it."""
+
+    prompt: list[int]
+    max_tokens: int
+    stream: RequestStream
+    token_ids: list[int] = field(default_factory=list)
+    arrivals: list[float] = field(default_factory=list)
+    """When each token came."""
+    error: DiphaseError | None = None
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def request_id(self) -> str:
+        return self.stream.active.request_id
+
+    @property
+    def attempts(self) -> int:
+        return self.stream.active.attempt + 1
+
+
+class FaultCluster:
+    """Made by `fault_cluster`."""
+
+    def __init__(
+        self, workers: Iterable[Worker], processes: WorkerProcesses, network: FaultNetwork | None
+    ) -> None:
+        self.workers = {worker.worker_id: worker for worker in workers}
+        self.processes = processes
+        self.network = network
+        self._rng = random.Random(3)
+        self._numbers = itertools.count()
+        self._members = Members([])
+        self._clients: list[Client] = []
+        prefixes, clock, self._clock = PrefixIndex(100_000), MonotonicClock(), MonotonicClock()
+        self.pool = WorkerPool(
+            hello=pb.GatewayHello(
+                gateway_id="g", incarnation="g-1", cluster_token=TOKEN, protocol_version=PROTOCOL_VERSION
+            ),
+            model="dummy:tiny",
+            membership=self._members,
+            link_factory=GrpcLink,
+            prefixes=prefixes,
+            clock=clock,
+            hang_after_s=HANG_AFTER_S,
+        )
+        self._policy = SteeredPlacement(prefixes, local_prefill_tokens=0, expected_output_tokens=64)
+        self.dispatcher = Dispatcher(
+            gateway_id="g",
+            config=RouterConfig(max_attempts=4),
+            max_open_requests=1000,
+            pool=self.pool,
+            policy=self._policy,
+            journal=MemoryJournal(),
+            metrics=GatewayMetrics(),
+            clock=clock,
+        )
+
+    # requests
+
+    def prompt(self, num_tokens: int) -> list[int]:
+        """One that nobody has cached."""
+        return [self._rng.randrange(VOCAB) for _ in range(num_tokens)]
+
+    def submit(self, num_tokens: int, max_tokens: int, via: tuple[str, str] | None = PAIR) -> Client:
+        """A request of a new prompt; its first attempt goes through this pair.
+
+        Raises:
+            DiphaseError: it is refused.
+        """
+        now, number = self._clock.now(), next(self._numbers)
+        request = PreparedRequest(
+            request_id=f"r{number}",
+            client_request_id=f"c{number}",
+            prompt_token_ids=self.prompt(num_tokens),
+            sampling=sampling_to_proto(SamplingParams(max_tokens=max_tokens, ignore_eos=True)),
+            slo=Slo(ttft_ms=60_000.0, tpot_ms=60_000.0),
+            received_at=now,
+            tokenised_at=now,
+        )
+        self._policy.among = via or ()
+        try:
+            client = Client(request.prompt_token_ids, max_tokens, self.dispatcher.accept(request))
+        finally:
+            self._policy.among = ()
+        client.task = asyncio.create_task(self._read(client))
+        self._clients.append(client)
+        return client
+
+    async def _read(self, client: Client) -> None:
+        active = client.stream.active
+        try:
+            while not active.delivered:
+                tokens = await client.stream.next()
+                now = self._clock.now()
+                active.times.written(len(tokens.token_ids), now)
+                assert tokens.first == len(client.token_ids)
+                client.token_ids += tokens.token_ids
+                client.arrivals += [now] * len(tokens.token_ids)
+                active.delivered = bool(tokens.finish_reason)
+        except DiphaseError as error:
+            client.error = error
+        finally:
+            self.dispatcher.close(client.stream)
+
+    async def cancel(self, client: Client) -> None:
+        """The client goes away."""
+        assert client.task is not None
+        client.task.cancel()
+        await asyncio.wait((client.task,))
+
+    async def ended(self, client: Client) -> Client:
+        assert client.task is not None
+        await client.task
+        return client
+
+    # what the workers say
+
+    def handle(self, worker_id: str) -> WorkerHandle:
+        handle = self.pool.get(worker_id)
+        assert handle is not None
+        return handle
+
+    async def states(self, worker_id: str, client: Client, attempt: int = 0) -> list[str]:
+        """That the hand-off of this attempt was in, the newest last; as the worker says."""
+        answers = await self.pool.inspector.ask([self.handle(worker_id)], client.request_id)
+        if worker_id not in answers:
+            return []
+        track = f"hand-off, attempt {attempt}: state"
+        return [event.name for event in answers[worker_id].events if event.track == track]
+
+    async def in_state(self, worker_id: str, client: Client, *wanted: str) -> None:
+        async def reached() -> bool:
+            states = await self.states(worker_id, client)
+            assert not states or states[-1] != "over" or "over" in wanted, (worker_id, states, client.error)
+            return bool(states) and states[-1] in wanted
+
+        await until(reached)
+
+    async def ready(self, *worker_ids: str, state: WorkerState = WorkerState.READY) -> None:
+        """As the gateway calls them."""
+        for worker_id in worker_ids or self.workers:
+            await until(
+                lambda worker_id=worker_id: (  # type: ignore[misc]
+                    (handle := self.pool.get(worker_id)) is not None
+                    and handle.state is state
+                    and handle.incarnation == self.workers[worker_id].incarnation
+                )
+            )
+
+    async def idle(self, *worker_ids: str) -> None:
+        """Returns when nothing is used, reserved, held, quarantined, staged or in flight on these workers, all
+        that run by default."""
+        for worker_id in worker_ids or [name for name, worker in self.workers.items() if worker.pid]:
+            for _ in range(2):  # the first report may be on its way since before we asked
+                known = self.handle(worker_id).load
+                await until(lambda known=known, name=worker_id: self.handle(name).load is not known)  # type: ignore[misc]
+            await until(lambda name=worker_id: _is_idle(self.handle(name).load))  # type: ignore[misc]
+            await until(lambda name=worker_id: self._nothing_staged(name))  # type: ignore[misc]
+
+    async def _nothing_staged(self, worker_id: str) -> bool:
+        text = await asyncio.to_thread(_read_metrics, self.workers[worker_id].metrics)
+        used = dict(re.findall(r'^diphase_kv_staging_bytes{use="(\w+)"} (\S+)$', text, re.MULTILINE))
+        # A window is lent for as long as its peer lives.
+        prefills = sum(worker.role == "prefill" and worker.pid > 0 for worker in self.workers.values())
+        lent = float(used.pop("lent", 0.0))
+        return lent <= prefills * WINDOW_BYTES and not any(map(float, used.values()))
+
+    # faults
+
+    def kill(self, worker_id: str) -> None:
+        self.processes.kill(self.workers[worker_id])
+
+    def stop(self, worker_id: str) -> None:
+        self.processes.stop(self.workers[worker_id])
+
+    def resume(self, worker_id: str) -> None:
+        self.processes.resume(self.workers[worker_id])
+
+    async def restart(self, worker_id: str) -> None:
+        """Another process under the same name and address."""
+        await self.processes.start(self.workers[worker_id])
+        self.announce()
+        await self.ready(worker_id)
+
+    def announce(self) -> None:
+        self._members.set([worker.member for worker in self.workers.values() if worker.address])
+
+    async def mend(self) -> None:
+        """Whatever a test has left: everybody runs, nothing runs on them, every link is as it was."""
+        for client in self._clients:
+            await self.cancel(client)
+        self._clients.clear()
+        if self.network is not None:
+            self.network.restore()
+        for worker in self.workers.values():
+            if worker.stopped:
+                self.processes.resume(worker)
+            if not self.processes.alive(worker):
+                await self.restart(worker.worker_id)
+        await self.ready()
+        await self.idle()
+
+
+def _is_idle(load: pb.Load) -> bool:
+    busy = (load.handoffs, load.waiting_requests, load.running, load.blocks_quarantined)
+    return load.blocks_total > 0 and load.blocks_free + load.blocks_cached == load.blocks_total and not any(busy)
+
+
+def _read_metrics(address: str) -> str:
+    with urllib.request.urlopen(f"http://{address}/metrics", timeout=5.0) as response:
+        return str(response.read(), "utf-8")
+
+
+@asynccontextmanager
+async def fault_cluster(log: Path, network: FaultNetwork | None, **transfer: Any) -> AsyncIterator[FaultCluster]:
+    """`transfer`: of every worker's KvTransferConfig, beside TRANSFER. With a network the pair that faults happen
+    to is apart from the others."""
+    here = {"host": network.here, "kv_host": network.here} if network else {}
+    prefill = {"namespace": network.prefill, "host": network.prefill_host, "kv_host": network.prefill_host} if network else {}
+    decode = {"namespace": network.decode, "host": network.decode_host, "kv_host": network.decode_kv_host} if network else {}
+    workers = (
+        Worker(worker_id=P0, role="prefill", scheduler={"chunk_budget": 16}, **prefill),
+        Worker(worker_id=P1, role="prefill", **here),
+        Worker(worker_id=D0, role="decode", kv_cache_mib=8, **decode),
+        Worker(worker_id=D1, role="decode", **here),
+    )
+    async with worker_processes(log, HEARTBEAT_S, **{**TRANSFER, **transfer}) as processes:
+        cluster = FaultCluster(workers, processes, network)
+        await asyncio.gather(*map(processes.start, workers))
+        cluster.announce()
+        attached = asyncio.create_task(cluster.pool.run())
+        try:
+            await cluster.ready()
+            yield cluster
+        finally:
+            attached.cancel()
+            await asyncio.wait((attached,))
