@@ -87,6 +87,10 @@ class Client:
         return self.stream.active.request_id
 
     @property
+    def done(self) -> bool:
+        return self.task is not None and self.task.done()
+
+    @property
     def attempts(self) -> int:
         return self.stream.active.attempt + 1
 
@@ -104,6 +108,8 @@ class FaultCluster:
         self._numbers = itertools.count()
         self._members = Members([])
         self._clients: list[Client] = []
+        self.struck: set[str] = set()
+        """Workers that a fault has, until heal()."""
         prefixes, clock, self._clock = PrefixIndex(100_000), MonotonicClock(), MonotonicClock()
         self.pool = WorkerPool(
             hello=pb.GatewayHello(
@@ -182,8 +188,11 @@ class FaultCluster:
         await asyncio.wait((client.task,))
 
     async def ended(self, client: Client) -> Client:
+        """Finished, failed or cancelled."""
         assert client.task is not None
-        await client.task
+        await asyncio.wait((client.task,))
+        if not client.task.cancelled():
+            client.task.result()
         return client
 
     # what the workers say
@@ -193,19 +202,19 @@ class FaultCluster:
         assert handle is not None
         return handle
 
-    async def states(self, worker_id: str, client: Client, attempt: int = 0) -> list[str]:
-        """That the hand-off of this attempt was in, the newest last; as the worker says."""
+    async def states(self, worker_id: str, client: Client, attempt: int = 0) -> list[tuple[str, float]]:
+        """That the hand-off of this attempt was in and when they began, the newest last; as the worker says."""
         answers = await self.pool.inspector.ask([self.handle(worker_id)], client.request_id)
         if worker_id not in answers:
             return []
         track = f"hand-off, attempt {attempt}: state"
-        return [event.name for event in answers[worker_id].events if event.track == track]
+        return [(event.name, event.begin_s) for event in answers[worker_id].events if event.track == track]
 
-    async def in_state(self, worker_id: str, client: Client, *wanted: str) -> None:
+    async def in_state(self, worker_id: str, client: Client, wanted: str) -> None:
         async def reached() -> bool:
-            states = await self.states(worker_id, client)
-            assert not states or states[-1] != "over" or "over" in wanted, (worker_id, states, client.error)
-            return bool(states) and states[-1] in wanted
+            states = [name for name, _ in await self.states(worker_id, client)]
+            assert "over" not in states, f"{wanted} was missed at {worker_id}: {states} {client.error}"
+            return states[-1:] == [wanted]
 
         await until(reached)
 
@@ -221,9 +230,9 @@ class FaultCluster:
             )
 
     async def idle(self, *worker_ids: str) -> None:
-        """Returns when nothing is used, reserved, held, quarantined, staged or in flight on these workers, all
-        that run by default."""
-        for worker_id in worker_ids or [name for name, worker in self.workers.items() if worker.pid]:
+        """Returns when nothing is used, reserved, held, quarantined, staged or in flight on these workers; by default on all
+        that serve."""
+        for worker_id in worker_ids or filter(self.serves, self.workers):
             for _ in range(2):  # the first report may be on its way since before we asked
                 known = self.handle(worker_id).load
                 await until(lambda known=known, name=worker_id: self.handle(name).load is not known)  # type: ignore[misc]
@@ -240,20 +249,39 @@ class FaultCluster:
 
     # faults
 
-    def kill(self, worker_id: str) -> None:
-        self.processes.kill(self.workers[worker_id])
+    def serves(self, worker_id: str) -> bool:
+        worker = self.workers[worker_id]
+        return worker.pid > 0 and not worker.stopped
+
+    def strike(self, worker_id: str, fault: str) -> None:
+        """fault: kill, or stop until heal()."""
+        self.struck.add(worker_id)
+        if fault == "kill":
+            self.processes.kill(self.workers[worker_id])
+        else:
+            self.processes.stop(self.workers[worker_id])
 
     def stop(self, worker_id: str) -> None:
+        """A means to hold something, until resume()."""
         self.processes.stop(self.workers[worker_id])
 
     def resume(self, worker_id: str) -> None:
-        self.processes.resume(self.workers[worker_id])
+        """Unless the worker was struck meanwhile."""
+        if worker_id not in self.struck:
+            self.processes.resume(self.workers[worker_id])
+
+    async def heal(self, worker_id: str) -> None:
+        self.struck.discard(worker_id)
+        if self.workers[worker_id].pid:
+            self.processes.resume(self.workers[worker_id])
+        else:
+            await self.restart(worker_id)
+        await self.ready(worker_id)
 
     async def restart(self, worker_id: str) -> None:
         """Another process under the same name and address."""
         await self.processes.start(self.workers[worker_id])
         self.announce()
-        await self.ready(worker_id)
 
     def announce(self) -> None:
         self._members.set([worker.member for worker in self.workers.values() if worker.address])
@@ -266,11 +294,9 @@ class FaultCluster:
         if self.network is not None:
             self.network.restore()
         for worker in self.workers.values():
-            if worker.stopped:
-                self.processes.resume(worker)
             if not self.processes.alive(worker):
-                await self.restart(worker.worker_id)
-        await self.ready()
+                worker.pid = 0
+            await self.heal(worker.worker_id)
         await self.idle()
 
 
