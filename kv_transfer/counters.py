@@ -96,9 +96,7 @@ class HandoffCounters:
 class HandoffCollector(Collector):
     """The counters for Prometheus, read when it asks."""
 
-    def __init__(
-        self, counters: HandoffCounters, staging: Callable[[], Mapping[str, int]] = dict
-    ) -> None:
+    def __init__(self, counters: HandoffCounters, staging: Callable[[], Mapping[str, int]] = dict) -> None:
         """`staging`: bytes of staging buffers that are in use now, by what for."""
         self._counters = counters
         self._staging = staging

@@ -16,7 +16,7 @@ from .codecs.codec_choice import Choice
 
 MAX_HANDOFFS = 256
 MAX_ENTRIES = 400
-"""Of one hand-off; what comes after them is not kept, and the last one says so."""
+"""Of one hand-off; of what comes after them only its states are kept, and the last one says so."""
 
 Noted = k.Event | k.Action | Choice | StrEnum
 """A StrEnum: the state that it is in from then on."""
@@ -56,7 +56,7 @@ class TraceBook:
             entries = self._handoffs[key] = []
             if len(self._handoffs) > MAX_HANDOFFS:
                 self._handoffs.popitem(last=False)
-        if len(entries) < MAX_ENTRIES:
+        if len(entries) < MAX_ENTRIES or isinstance(what, StrEnum):
             entries.append((at, what))
 
     def events(self, request_id: str) -> list[TraceEvent]:
@@ -66,7 +66,7 @@ class TraceBook:
             if key.request_id == request_id:
                 track = f"hand-off, attempt {key.attempt}"
                 found.extend(_events(entries, track))
-                if len(entries) == MAX_ENTRIES:
+                if len(entries) >= MAX_ENTRIES:
                     at = entries[-1][0]
                     found.append(TraceEvent(begin_s=at, end_s=at, track=track, name="more was not kept"))
         return found

@@ -5,7 +5,6 @@ it, not the fault."""
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -20,7 +19,7 @@ NEW_TOKENS = 8
 BLOCKER, ITS_TOKENS = 2500, 1500
 """Tokens of what leaves decode-0 less room than LONG needs."""
 SLOW = "8mbit"
-"""The KV of SHORT takes more than a second."""
+"""The KV of SHORT takes more than a second, that of LONG six."""
 
 Hold = Callable[[FaultCluster], AbstractAsyncContextManager[Client]]
 
@@ -45,9 +44,10 @@ async def reserving(cluster: FaultCluster) -> AsyncIterator[Client]:
 async def full(cluster: FaultCluster) -> AsyncIterator[Client]:
     """decode-0 has no room for LONG: a request that goes on for long, and ends with the block."""
     blocker = cluster.submit(BLOCKER, ITS_TOKENS, (P1, D0))
+    incarnation = cluster.workers[D0].incarnation
     await until(lambda: len(blocker.token_ids) > 2)
     yield blocker
-    if D0 not in cluster.struck:
+    if cluster.serves(D0) and cluster.workers[D0].incarnation == incarnation:
         seen = len(blocker.token_ids)
         await until(lambda: len(blocker.token_ids) > seen or blocker.done)
         assert blocker.error is None
@@ -90,7 +90,7 @@ async def sent(cluster: FaultCluster) -> AsyncIterator[Client]:
     """The KV link is slow."""
     assert cluster.network is not None
     cluster.network.kv_rate(SLOW)
-    client = cluster.submit(SHORT, NEW_TOKENS)
+    client = cluster.submit(LONG, NEW_TOKENS)
     await cluster.in_state(D0, client, "verifying")
     yield client
     cluster.network.restore()
@@ -129,8 +129,12 @@ HOLDS: dict[str, Hold] = {
     "quarantined": quarantined,
     "fencing": fencing,
 }
-FAULTS = ("kill", "stop")
-VICTIMS = (P0, D0)
+FAILING = ("settling", "fencing", "quarantined", "over")
+"""States that a hand-off is in once its side has given it up."""
+
+
+OUTAGE_S = 3.0
+LINKS: dict[str, tuple[str, ...]] = {"control": ("control",), "kv": ("kv",), "both": ("control", "kv")}
 
 
 @dataclass(slots=True)
@@ -148,6 +152,8 @@ class Played:
     """It was over there."""
     idle_s: float = 0.0
     """Nothing of it was left on any worker that still ran, as the gateway saw it."""
+    again: Client | None = None
+    """Through the same pair, when it was whole again."""
 
     @property
     def token_s(self) -> float | None:
@@ -160,17 +166,62 @@ async def play(cluster: FaultCluster, hold: str, victim: str, fault: str) -> Pla
     healthy, beside = (D0, (P1, D0)) if victim == P0 else (P0, (P0, D1))
     async with HOLDS[hold](cluster) as hit:
         played = Played(hit, time.monotonic())
-        cluster.strike(victim, fault)
+        await cluster.strike(victim, fault)
         # Where decode is full or the other side is stopped as well, there is nothing to ask of it now.
         if cluster.serves(healthy) and (hold, healthy) != ("held", D0):
             played.beside.append(await cluster.ended(cluster.submit(SHORT, NEW_TOKENS, beside)))
     await cluster.ended(hit)
-    await cluster.idle()
-    played.idle_s = time.monotonic() - played.struck_at
-    for name, at in await cluster.states(healthy, hit):
-        if at > played.struck_at and name != "reserving":
-            played.noticed_s = played.noticed_s or at - played.struck_at
-            played.over_s = at - played.struck_at
+    if fault == "stop" and victim == P0 and cluster.network is None:
+        await stays_quarantined(cluster)
+    else:
+        await cluster.idle()
+        played.idle_s = time.monotonic() - played.struck_at
     await cluster.heal(victim)
     await cluster.idle()
+    await look_back(cluster, played, healthy)
+    played.again = await cluster.ended(cluster.submit(SHORT, NEW_TOKENS))
+    return played
+
+
+async def look_back(cluster: FaultCluster, played: Played, *worker_ids: str) -> None:
+    """When these workers had noticed and when it was over there, where it did not end well."""
+    if played.hit.attempts == 1 and not played.hit.cancelled:
+        return
+    failing = [
+        (name, at - played.struck_at)
+        for worker_id in worker_ids
+        for name, at in await cluster.states(worker_id, played.hit)
+        if at > played.struck_at and name in FAILING
+    ]
+    if failing:
+        played.noticed_s = min(at for _, at in failing)
+        played.over_s = max(at for _, at in failing)
+
+
+async def stays_quarantined(cluster: FaultCluster) -> None:
+    """A stopped process that has our memory mapped may write to it when it goes on: it stays out of use."""
+    await until(lambda: cluster.handle(D0).load.blocks_quarantined > 0)
+    await cluster.idle(P1, D1)
+    assert cluster.handle(D0).load.blocks_quarantined > 0
+
+
+async def outage(cluster: FaultCluster, hold: str, links: str) -> Played:
+    """Links of the pair go down for OUTAGE_S while its hand-off is in a state; the others go on being served."""
+    assert cluster.network is not None
+    async with HOLDS[hold](cluster) as hit:
+        played = Played(hit, time.monotonic())
+        for link in LINKS[links]:
+            cluster.network.set(link, up=False)
+        while time.monotonic() < played.struck_at + OUTAGE_S:
+            played.beside.append(await cluster.ended(cluster.submit(SHORT, NEW_TOKENS, (P1, D1))))
+            played.beside.append(await cluster.ended(cluster.submit(SHORT, NEW_TOKENS, (P0, D1))))
+        for link in LINKS[links]:
+            cluster.network.set(link, up=True)
+    await cluster.ended(hit)
+    await cluster.idle()
+    played.idle_s = time.monotonic() - played.struck_at
+    await look_back(cluster, played, P0, D0)
+    # What was lost on the way is sent again at growing intervals: the pair may need a moment.
+    while played.again is None or played.again.attempts > 1:
+        played.again = await cluster.ended(cluster.submit(SHORT, NEW_TOKENS))
     return played

@@ -37,7 +37,7 @@ from ..router.fakes import Members, MemoryJournal, until
 from .fault_network import FaultNetwork
 from .fault_workers import TOKEN, Worker, WorkerProcesses, worker_processes
 
-HEARTBEAT_S = 0.1
+HEARTBEAT_S = 0.05
 HANG_AFTER_S = 1.0
 TRANSFER = {
     "reserve_timeout_s": 1.0,
@@ -45,9 +45,12 @@ TRANSFER = {
     "progress_timeout_s": 1.0,
     "tail_timeout_s": 3.0,
     "recompute": False,
+    "max_waiting": 2,
 }
 LONGEST_S = 3.0
 """The longest deadline of TRANSFER."""
+NO_WORKER_S = 2.0
+"""How long a request waits for a worker to come back."""
 WINDOW_BYTES = 16 << 20
 """Of a staging window, the default."""
 VOCAB = 512
@@ -91,6 +94,10 @@ class Client:
         return self.task is not None and self.task.done()
 
     @property
+    def cancelled(self) -> bool:
+        return self.task is not None and self.task.cancelled()
+
+    @property
     def attempts(self) -> int:
         return self.stream.active.attempt + 1
 
@@ -125,7 +132,7 @@ class FaultCluster:
         self._policy = SteeredPlacement(prefixes, local_prefill_tokens=0, expected_output_tokens=64)
         self.dispatcher = Dispatcher(
             gateway_id="g",
-            config=RouterConfig(max_attempts=4),
+            config=RouterConfig(wait_for_workers_s=NO_WORKER_S),
             max_open_requests=1000,
             pool=self.pool,
             policy=self._policy,
@@ -230,14 +237,20 @@ class FaultCluster:
             )
 
     async def idle(self, *worker_ids: str) -> None:
-        """Returns when nothing is used, reserved, held, quarantined, staged or in flight on these workers; by default on all
-        that serve."""
-        for worker_id in worker_ids or filter(self.serves, self.workers):
-            for _ in range(2):  # the first report may be on its way since before we asked
-                known = self.handle(worker_id).load
-                await until(lambda known=known, name=worker_id: self.handle(name).load is not known)  # type: ignore[misc]
-            await until(lambda name=worker_id: _is_idle(self.handle(name).load))  # type: ignore[misc]
-            await until(lambda name=worker_id: self._nothing_staged(name))  # type: ignore[misc]
+        """Returns when nothing is used, reserved, held, quarantined, staged or in flight on these workers; by
+        default on all that serve."""
+        await asyncio.gather(*map(self._idle, worker_ids or filter(self.serves, self.workers)))
+
+    async def _idle(self, worker_id: str) -> None:
+        for _ in range(2):  # the first report may be on its way since before we asked
+            await self.reported(worker_id)
+        await until(lambda: _is_idle(self.handle(worker_id).load))
+        await until(lambda: self._nothing_staged(worker_id))
+
+    async def reported(self, worker_id: str) -> None:
+        """Returns when it has said anew what load it has."""
+        known = self.handle(worker_id).load
+        await until(lambda: self.handle(worker_id).load is not known)
 
     async def _nothing_staged(self, worker_id: str) -> bool:
         text = await asyncio.to_thread(_read_metrics, self.workers[worker_id].metrics)
@@ -253,13 +266,16 @@ class FaultCluster:
         worker = self.workers[worker_id]
         return worker.pid > 0 and not worker.stopped
 
-    def strike(self, worker_id: str, fault: str) -> None:
-        """fault: kill, or stop until heal()."""
-        self.struck.add(worker_id)
-        if fault == "kill":
-            self.processes.kill(self.workers[worker_id])
-        else:
+    async def strike(self, worker_id: str, fault: str) -> None:
+        """fault: kill; stop until heal(); or restart: kill, and another comes at once under the same address."""
+        if fault == "stop":
             self.processes.stop(self.workers[worker_id])
+        else:
+            self.processes.kill(self.workers[worker_id])
+        if fault == "restart":
+            await self.restart(worker_id)
+        else:
+            self.struck.add(worker_id)
 
     def stop(self, worker_id: str) -> None:
         """A means to hold something, until resume()."""
@@ -302,7 +318,9 @@ class FaultCluster:
 
 def _is_idle(load: pb.Load) -> bool:
     busy = (load.handoffs, load.waiting_requests, load.running, load.blocks_quarantined)
-    return load.blocks_total > 0 and load.blocks_free + load.blocks_cached == load.blocks_total and not any(busy)
+    return (
+        load.blocks_total > 0 and load.blocks_free + load.blocks_cached == load.blocks_total and not any(busy)
+    )
 
 
 def _read_metrics(address: str) -> str:
@@ -311,12 +329,22 @@ def _read_metrics(address: str) -> str:
 
 
 @asynccontextmanager
-async def fault_cluster(log: Path, network: FaultNetwork | None, **transfer: Any) -> AsyncIterator[FaultCluster]:
+async def fault_cluster(
+    log: Path, network: FaultNetwork | None, **transfer: Any
+) -> AsyncIterator[FaultCluster]:
     """`transfer`: of every worker's KvTransferConfig, beside TRANSFER. With a network the pair that faults happen
     to is apart from the others."""
     here = {"host": network.here, "kv_host": network.here} if network else {}
-    prefill = {"namespace": network.prefill, "host": network.prefill_host, "kv_host": network.prefill_host} if network else {}
-    decode = {"namespace": network.decode, "host": network.decode_host, "kv_host": network.decode_kv_host} if network else {}
+    prefill = (
+        {"namespace": network.prefill, "host": network.prefill_host, "kv_host": network.prefill_host}
+        if network
+        else {}
+    )
+    decode = (
+        {"namespace": network.decode, "host": network.decode_host, "kv_host": network.decode_kv_host}
+        if network
+        else {}
+    )
     workers = (
         Worker(worker_id=P0, role="prefill", scheduler={"chunk_budget": 16}, **prefill),
         Worker(worker_id=P1, role="prefill", **here),

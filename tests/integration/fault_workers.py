@@ -132,9 +132,7 @@ class WorkerProcesses:
 
 
 @asynccontextmanager
-async def worker_processes(
-    log: Path, heartbeat_s: float, **transfer: Any
-) -> AsyncIterator[WorkerProcesses]:
+async def worker_processes(log: Path, heartbeat_s: float, **transfer: Any) -> AsyncIterator[WorkerProcesses]:
     """`transfer`: of their KvTransferConfig. What they log goes to the file `log`."""
     with log.open("w") as errors:
         nursery = await asyncio.create_subprocess_exec(

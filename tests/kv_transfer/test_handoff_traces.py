@@ -61,6 +61,8 @@ def test_memory_is_bounded_and_says_so() -> None:
     events = shown(book)
     assert len(events) == MAX_ENTRIES + 1
     assert events[-1][0] == "more was not kept"
+    book.note(KEY, 1e3, DecodeState.OVER)
+    assert shown(book)[-2:] == [("over", "", 1e3, 1e3), ("more was not kept", "", 1e3, 1e3)]
     for i in range(MAX_HANDOFFS):
         book.note(HandoffKey(f"other{i}", 0), 0.0, k.Seeded())
     assert shown(book) == []
