@@ -171,7 +171,7 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
         lent = (session.credits for session in self._sessions.values())
         return {
             "gathered": self._parts.staged_bytes,
-            "at_peers": sum(credits.used for credits in lent if credits is not None),
+            "at_peers": sum(window.used for window in lent if window is not None),
         }
 
     async def close(self) -> None:

@@ -1,5 +1,5 @@
-"""Network namespaces with links between them that tests make slow and take down. Needs the right to make them:
-`Refused` says why there is none."""
+"""Network namespaces with links between them that tests make slow and take down. That takes the right to make
+them; `Refused` says why there is none."""
 
 from __future__ import annotations
 

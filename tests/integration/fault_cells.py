@@ -1,7 +1,7 @@
 """Hand-offs held in each state by what holds them in life, and what is done to them there.
 
-A hold yields when a hand-off from prefill-0 to decode-0 is in its state on both sides; leaving it takes away what held
-it, not the fault."""
+A hold yields when a hand-off from prefill-0 to decode-0 is in its state on both sides; leaving it takes away
+what held it, not the fault."""
 
 from __future__ import annotations
 
@@ -206,7 +206,7 @@ async def stays_quarantined(cluster: FaultCluster) -> None:
 
 
 async def outage(cluster: FaultCluster, hold: str, links: str) -> Played:
-    """Links of the pair go down for OUTAGE_S while its hand-off is in a state; the others go on being served."""
+    """Links of the pair go down for OUTAGE_S while a hand-off is in a state; others are served meanwhile."""
     assert cluster.network is not None
     async with HOLDS[hold](cluster) as hit:
         played = Played(hit, time.monotonic())

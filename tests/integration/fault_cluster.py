@@ -1,6 +1,6 @@
 """Two prefill and two decode worker processes behind the router's own dispatcher, for tests that hurt them.
 
-Requests go through the pair that a test names in their first attempt, and wherever placement wants afterwards."""
+The first attempt at a request goes through the pair that a test names, later ones wherever placement wants."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import asyncio
 import itertools
 import random
 import re
-import time
 import urllib.request
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +34,7 @@ from diphase.router.workers import WorkerPool
 
 from ..router.fakes import Members, MemoryJournal, until
 from .fault_network import FaultNetwork
-from .fault_workers import TOKEN, Worker, WorkerProcesses, worker_processes
+from .fault_workers import TOKEN, Site, Worker, WorkerProcesses, worker_processes
 
 HEARTBEAT_S = 0.05
 HANG_AFTER_S = 1.0
@@ -210,7 +209,7 @@ class FaultCluster:
         return handle
 
     async def states(self, worker_id: str, client: Client, attempt: int = 0) -> list[tuple[str, float]]:
-        """That the hand-off of this attempt was in and when they began, the newest last; as the worker says."""
+        """That the hand-off of this attempt was in, as the worker says, and since when; the newest last."""
         answers = await self.pool.inspector.ask([self.handle(worker_id)], client.request_id)
         if worker_id not in answers:
             return []
@@ -238,7 +237,7 @@ class FaultCluster:
 
     async def idle(self, *worker_ids: str) -> None:
         """Returns when nothing is used, reserved, held, quarantined, staged or in flight on these workers; by
-        default on all that serve."""
+        default on all that serve. Pieces of a stopped worker's staging window are its own to give back."""
         await asyncio.gather(*map(self._idle, worker_ids or filter(self.serves, self.workers)))
 
     async def _idle(self, worker_id: str) -> None:
@@ -258,6 +257,8 @@ class FaultCluster:
         # A window is lent for as long as its peer lives.
         prefills = sum(worker.role == "prefill" and worker.pid > 0 for worker in self.workers.values())
         lent = float(used.pop("lent", 0.0))
+        if any(worker.stopped for worker in self.workers.values()):
+            used.pop("at_peers", None)
         return lent <= prefills * WINDOW_BYTES and not any(map(float, used.values()))
 
     # faults
@@ -267,7 +268,7 @@ class FaultCluster:
         return worker.pid > 0 and not worker.stopped
 
     async def strike(self, worker_id: str, fault: str) -> None:
-        """fault: kill; stop until heal(); or restart: kill, and another comes at once under the same address."""
+        """fault: kill; stop, until heal(); or restart: kill, and another comes at once under its address."""
         if fault == "stop":
             self.processes.stop(self.workers[worker_id])
         else:
@@ -332,24 +333,15 @@ def _read_metrics(address: str) -> str:
 async def fault_cluster(
     log: Path, network: FaultNetwork | None, **transfer: Any
 ) -> AsyncIterator[FaultCluster]:
-    """`transfer`: of every worker's KvTransferConfig, beside TRANSFER. With a network the pair that faults happen
-    to is apart from the others."""
-    here = {"host": network.here, "kv_host": network.here} if network else {}
-    prefill = (
-        {"namespace": network.prefill, "host": network.prefill_host, "kv_host": network.prefill_host}
-        if network
-        else {}
-    )
-    decode = (
-        {"namespace": network.decode, "host": network.decode_host, "kv_host": network.decode_kv_host}
-        if network
-        else {}
-    )
+    """`transfer`: of every worker's KvTransferConfig, beside TRANSFER. With a network the pair that faults
+    happen to is apart from the others."""
+    here = network.here if network else Site()
+    prefill, decode = (network.prefill, network.decode) if network else (here, here)
     workers = (
-        Worker(worker_id=P0, role="prefill", scheduler={"chunk_budget": 16}, **prefill),
-        Worker(worker_id=P1, role="prefill", **here),
-        Worker(worker_id=D0, role="decode", kv_cache_mib=8, **decode),
-        Worker(worker_id=D1, role="decode", **here),
+        Worker(worker_id=P0, role="prefill", site=prefill, scheduler={"chunk_budget": 16}),
+        Worker(worker_id=P1, role="prefill", site=here),
+        Worker(worker_id=D0, role="decode", site=decode, kv_cache_mib=8),
+        Worker(worker_id=D1, role="decode", site=here),
     )
     async with worker_processes(log, HEARTBEAT_S, **{**TRANSFER, **transfer}) as processes:
         cluster = FaultCluster(workers, processes, network)

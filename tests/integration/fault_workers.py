@@ -22,6 +22,17 @@ TOKEN = "secret"
 START_S = 60.0
 
 
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Where a worker runs."""
+
+    namespace: str | None = None
+    """None: that of the test."""
+    host: str = "127.0.0.1"
+    """Of its gRPC service."""
+    kv_host: str = "127.0.0.1"
+
+
 @dataclass(slots=True, kw_only=True)
 class Worker:
     """One name and address; the process behind it may change."""
@@ -30,9 +41,7 @@ class Worker:
     role: str
     scheduler: dict[str, Any] = field(default_factory=dict)
     kv_cache_mib: int = 32
-    namespace: str | None = None
-    host: str = "127.0.0.1"
-    kv_host: str = "127.0.0.1"
+    site: Site
     address: str = ""
     """Of the gRPC service; empty before the first start."""
     metrics: str = ""
@@ -76,16 +85,16 @@ class WorkerProcesses:
             "worker_id": worker.worker_id,
             "role": worker.role,
             "incarnation": worker.incarnation,
-            "namespace": worker.namespace,
+            "namespace": worker.site.namespace,
             "scheduler": worker.scheduler,
             "engine": {"model": "dummy:tiny", "dtype": "fp32", "kv_cache_mib": worker.kv_cache_mib},
             "host": {
-                "host": worker.host,
+                "host": worker.site.host,
                 "port": int(worker.address.rpartition(":")[2] or 0),
                 "cluster_token": TOKEN,
                 "heartbeat_s": self._heartbeat_s,
             },
-            "kv_transfer": {**self._transfer, "host": worker.kv_host},
+            "kv_transfer": {**self._transfer, "host": worker.site.kv_host},
         }
         assert self._nursery.stdin is not None
         self._nursery.stdin.write(json.dumps(order).encode() + b"\n")

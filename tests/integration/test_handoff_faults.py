@@ -1,16 +1,15 @@
-"""Faults in every state of a hand-off, with real processes, real bytes and real links: workers are killed, stopped and
-started again, links go down, decode runs out of blocks, prefill drains.
+"""Faults in every state of a hand-off, with real processes, real bytes and real links: workers are killed,
+stopped and started again, links go down, decode runs out of blocks, prefill drains.
 
-After each: the request that was hit has exactly its tokens, those beside it never noticed, the healthy processes are
-the same, everything is idle again, and the pair works. That pair has one namespace for each worker and tcp; or, with
-shm, which needs one namespace, none."""
+After each: the request that was hit has exactly its tokens, those beside it never noticed, the healthy
+processes are the same, everything is idle again, and the pair works. Over tcp each worker of that pair has a
+network namespace of its own; shm needs a common one."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 import pytest_asyncio

@@ -1,8 +1,9 @@
-"""A process that bears workers: told by lines of JSON, it forks one worker process for each, in a network namespace
-where one is named.
+"""A process that bears workers: told by lines of JSON, it forks one worker process for each, in a network
+namespace where one is named.
 
-What all of them import is imported once, so that a worker that a test has killed is back in a fraction of a second.
-Each says where it serves by a line on the shared standard output, drains at SIGTERM, and dies with this process.
+What all of them import is imported once, so that a worker that a test has killed is back in a fraction of a
+second. Each says where it serves by a line on the shared standard output, drains at SIGTERM, and dies with
+this process.
 """
 
 from __future__ import annotations
