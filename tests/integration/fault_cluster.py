@@ -1,6 +1,6 @@
 """Two prefill and two decode worker processes behind the router's own dispatcher, for tests that hurt them.
 
-The first attempt at a request goes through the pair that a test names, later ones wherever placement wants."""
+The first attempt at a request goes through the pair that a test names, later ones where placement wants."""
 
 from __future__ import annotations
 
@@ -105,7 +105,11 @@ class FaultCluster:
     """Made by `fault_cluster`."""
 
     def __init__(
-        self, workers: Iterable[Worker], processes: WorkerProcesses, network: FaultNetwork | None
+        self,
+        workers: Iterable[Worker],
+        processes: WorkerProcesses,
+        network: FaultNetwork | None,
+        hang_after_s: float,
     ) -> None:
         self.workers = {worker.worker_id: worker for worker in workers}
         self.processes = processes
@@ -126,7 +130,7 @@ class FaultCluster:
             link_factory=GrpcLink,
             prefixes=prefixes,
             clock=clock,
-            hang_after_s=HANG_AFTER_S,
+            hang_after_s=hang_after_s,
         )
         self._policy = SteeredPlacement(prefixes, local_prefill_tokens=0, expected_output_tokens=64)
         self.dispatcher = Dispatcher(
@@ -331,7 +335,12 @@ def _read_metrics(address: str) -> str:
 
 @asynccontextmanager
 async def fault_cluster(
-    log: Path, network: FaultNetwork | None, **transfer: Any
+    log: Path,
+    network: FaultNetwork | None,
+    *,
+    heartbeat_s: float = HEARTBEAT_S,
+    hang_after_s: float = HANG_AFTER_S,
+    **transfer: Any,
 ) -> AsyncIterator[FaultCluster]:
     """`transfer`: of every worker's KvTransferConfig, beside TRANSFER. With a network the pair that faults
     happen to is apart from the others."""
@@ -343,8 +352,8 @@ async def fault_cluster(
         Worker(worker_id=D0, role="decode", site=decode, kv_cache_mib=8),
         Worker(worker_id=D1, role="decode", site=here),
     )
-    async with worker_processes(log, HEARTBEAT_S, **{**TRANSFER, **transfer}) as processes:
-        cluster = FaultCluster(workers, processes, network)
+    async with worker_processes(log, heartbeat_s, **{**TRANSFER, **transfer}) as processes:
+        cluster = FaultCluster(workers, processes, network, hang_after_s)
         await asyncio.gather(*map(processes.start, workers))
         cluster.announce()
         attached = asyncio.create_task(cluster.pool.run())
