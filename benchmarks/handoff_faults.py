@@ -12,7 +12,6 @@ next token."""
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import statistics
 import tempfile
