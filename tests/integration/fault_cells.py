@@ -177,9 +177,9 @@ async def play(cluster: FaultCluster, hold: str, victim: str, fault: str) -> Pla
         await cluster.idle()
         played.idle_s = time.monotonic() - played.struck_at
     await cluster.heal(victim)
+    played.again = await cluster.ended(cluster.submit(SHORT, NEW_TOKENS))
     await cluster.idle()
     await look_back(cluster, played, healthy)
-    played.again = await cluster.ended(cluster.submit(SHORT, NEW_TOKENS))
     return played
 
 
@@ -224,4 +224,5 @@ async def outage(cluster: FaultCluster, hold: str, links: str) -> Played:
     # What was lost on the way is sent again at growing intervals: the pair may need a moment.
     while played.again is None or played.again.attempts > 1:
         played.again = await cluster.ended(cluster.submit(SHORT, NEW_TOKENS))
+    await cluster.idle()
     return played

@@ -309,7 +309,9 @@ class FaultCluster:
 
     async def mend(self) -> None:
         """Whatever a test has left: everybody runs, nothing runs on them, every link is as it was."""
+        hurt = False
         for client in self._clients:
+            hurt = hurt or not client.done
             await self.cancel(client)
         self._clients.clear()
         if self.network is not None:
@@ -317,8 +319,11 @@ class FaultCluster:
         for worker in self.workers.values():
             if not self.processes.alive(worker):
                 worker.pid = 0
-            await self.heal(worker.worker_id)
-        await self.idle()
+            if worker.stopped or not worker.pid:
+                hurt = True
+                await self.heal(worker.worker_id)
+        if hurt:
+            await self.idle()
 
 
 def _is_idle(load: pb.Load) -> bool:
