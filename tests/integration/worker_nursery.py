@@ -98,3 +98,4 @@ async def _start(order: dict[str, Any]) -> RunningWorker:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # at once: the workers end with it
