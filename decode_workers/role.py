@@ -150,7 +150,8 @@ class DecodeRole:
         return self._servicers
 
     def collectors(self) -> list[Collector]:
-        return [HandoffCollector(self._receiver.counters)] if self._receiver is not None else []
+        receiver = self._receiver
+        return [] if receiver is None else [HandoffCollector(receiver.counters, receiver.staging_bytes)]
 
     def inspect(self, question: Inspect) -> Inspected:
         if self._receiver is None:

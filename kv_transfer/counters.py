@@ -4,10 +4,10 @@ Prometheus."""
 from __future__ import annotations
 
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 
-from prometheus_client.core import CounterMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from ..proto.worker_pb2 import TransferFigures
@@ -96,8 +96,10 @@ class HandoffCounters:
 class HandoffCollector(Collector):
     """The counters for Prometheus, read when it asks."""
 
-    def __init__(self, counters: HandoffCounters) -> None:
+    def __init__(self, counters: HandoffCounters, staging: Callable[[], Mapping[str, int]] = dict) -> None:
+        """`staging`: bytes of staging buffers that are in use now, by what for."""
         self._counters = counters
+        self._staging = staging
 
     def collect(self) -> Iterator[Metric]:
         counters = self._counters
@@ -129,6 +131,12 @@ class HandoffCollector(Collector):
             "Parts whose bytes were not those sent",
             value=counters.digest_mismatches,
         )
+        staging = GaugeMetricFamily(
+            "diphase_kv_staging_bytes", "Bytes of staging buffers in use", labels=["use"]
+        )
+        for use, num_bytes in self._staging().items():
+            staging.add_metric([use], num_bytes)
+        yield staging
 
 
 _PEER_METRICS = (

@@ -275,6 +275,7 @@ class HandoffDriver(ABC, Generic[H, R]):
     def _add(self, handoff: H) -> None:
         self._handoffs[handoff.key] = handoff
         self._idle.clear()
+        self.traces.note(handoff.key, self._clock.now(), handoff.machine.state)
 
     def _post(self, handoff: H, event: k.Event) -> None:
         self._queue.append((handoff, event))
@@ -288,8 +289,11 @@ class HandoffDriver(ABC, Generic[H, R]):
             while self._queue:
                 handoff, event = self._queue.popleft()
                 now = self._clock.now()
+                before = handoff.machine.state
                 handoff.machine, actions = self._step(handoff.machine, event, now)
                 self.traces.note(handoff.key, now, event)
+                if handoff.machine.state != before:
+                    self.traces.note(handoff.key, now, handoff.machine.state)
                 for action in actions:
                     self.traces.note(handoff.key, now, action)
                     if isinstance(action, k.Refuse):

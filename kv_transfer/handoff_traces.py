@@ -1,11 +1,13 @@
 """What happened to the newest hand-offs of this worker, each with its time: every event that a machine
-took and every action that it answered with. Bounded; knows no transport and no gateway."""
+took, every action that it answered with and every state that it was in. Bounded; knows no transport and no
+gateway."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
+from enum import StrEnum
 
 from ..proto.ids import HandoffKey
 from ..proto.worker_pb2 import TraceEvent
@@ -14,9 +16,10 @@ from .codecs.codec_choice import Choice
 
 MAX_HANDOFFS = 256
 MAX_ENTRIES = 400
-"""Of one hand-off; what comes after them is not kept, and the last one says so."""
+"""Of one hand-off; of what comes after them only its states are kept, and the last one says so."""
 
-Noted = k.Event | k.Action | Choice
+Noted = k.Event | k.Action | Choice | StrEnum
+"""A StrEnum: the state that it is in from then on."""
 Entry = tuple[float, Noted]
 
 _LEFT_OUT = (k.Tick, k.SendProgress, k.PeerProgressed)
@@ -53,7 +56,7 @@ class TraceBook:
             entries = self._handoffs[key] = []
             if len(self._handoffs) > MAX_HANDOFFS:
                 self._handoffs.popitem(last=False)
-        if len(entries) < MAX_ENTRIES:
+        if len(entries) < MAX_ENTRIES or isinstance(what, StrEnum):
             entries.append((at, what))
 
     def events(self, request_id: str) -> list[TraceEvent]:
@@ -63,7 +66,7 @@ class TraceBook:
             if key.request_id == request_id:
                 track = f"hand-off, attempt {key.attempt}"
                 found.extend(_events(entries, track))
-                if len(entries) == MAX_ENTRIES:
+                if len(entries) >= MAX_ENTRIES:
                     at = entries[-1][0]
                     found.append(TraceEvent(begin_s=at, end_s=at, track=track, name="more was not kept"))
         return found
@@ -71,7 +74,14 @@ class TraceBook:
 
 def _events(entries: list[Entry], track: str) -> Iterator[TraceEvent]:
     open_spans: dict[tuple[type, int], TraceEvent] = {}
+    state: TraceEvent | None = None
     for at, what in entries:
+        if isinstance(what, StrEnum):
+            if state is not None:
+                state.end_s = at
+            state = TraceEvent(begin_s=at, end_s=at, track=f"{track}: state", name=what)
+            yield state
+            continue
         part = getattr(what, "part", -1)
         begun = open_spans.pop((type(what), part), None)
         if begun is not None:
@@ -91,7 +101,7 @@ def _words(name: str) -> str:
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 
 
-def _detail(what: Noted, *without: str) -> str:
+def _detail(what: k.Event | k.Action | Choice, *without: str) -> str:
     shown = []
     for each in fields(what):
         value = getattr(what, each.name)

@@ -47,7 +47,8 @@ class Incoming:
     complete: Complete = field(default_factory=Complete)
     granted_at: float = 0.0
     completed_at: float = 0.0
-    quarantined: bool = False
+    quarantined_at: float | None = None
+    """Since when the blocks are out of use."""
     tagged: set[int] = field(default_factory=set)
     """Parts whose tag came."""
     pushed: dict[int, Pushed] = field(default_factory=dict)

@@ -120,6 +120,11 @@ class PartWriter:
         self._waiting: deque[OutgoingPart] = deque()
         """Staged parts without a piece at both ends, oldest first."""
 
+    @property
+    def staged_bytes(self) -> int:
+        """Of our staging buffer that are not free."""
+        return self._local.used
+
     def push(self, handoff: Outgoing, push: k.Push) -> None:
         cached = handoff.machine.num_blocks - len(handoff.remote_ids)
         begin, end = push.first_block, push.first_block + push.num_blocks

@@ -102,8 +102,12 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         return sum(
             len(handoff.block_ids) + len(handoff.cached_ids)
             for handoff in self._handoffs.values()
-            if not handoff.quarantined
+            if handoff.quarantined_at is None
         )
+
+    def staging_bytes(self) -> dict[str, int]:
+        """Of windows that are lent now: one for each session that got one."""
+        return {"lent": self._lender.lent_bytes}
 
     def refuse_new(self) -> None:
         """Draining: reservations that come from now on are refused; those in flight go on."""
@@ -301,6 +305,7 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
                 link.send(wire.message(handoff.key, verified=Verified()))
             case k.SendAbort(fault):
                 link.send(wire.abort(handoff.key, fault))
+                self._judge_silence(handoff)
             case k.Check(part):
                 self._parts.check(handoff, part)
             case k.StartFence():
@@ -321,8 +326,17 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
         self._pool.release(handoff.cached_ids)
         handoff.cached_ids = []
         self._pool.quarantine(handoff.block_ids)
-        handoff.quarantined = True
+        handoff.quarantined_at = self._clock.now()
         handoff.session.counters.quarantined_blocks += len(handoff.block_ids)
+
+    def _judge_silence(self, handoff: Incoming) -> None:
+        """An Abort left (again). A peer that has not said for so long that it cancelled may be stopped, and
+        would keep our blocks for as long: with a transport that can, the end of the connection frees them."""
+        asked_at, patience_s = handoff.quarantined_at, self._config.progress_timeout_s
+        if asked_at is not None and self._clock.now() >= asked_at + patience_s:
+            session = handoff.session
+            why = f"worker {session.worker_id} did not answer an Abort for {patience_s:g} s"
+            self._take_down(session, PeerLost(why))
 
     def _forget(self, handoff: Incoming) -> None:
         self._waiting.pop(handoff.key, None)

@@ -166,6 +166,14 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
         """Ends a hand-off in whatever state; unknown keys are fine. No event follows."""
         self._end(key, k.Fault.of(error))
 
+    def staging_bytes(self) -> dict[str, int]:
+        """In use now: pieces of our own buffer, and of windows that decode workers lend."""
+        lent = (session.credits for session in self._sessions.values())
+        return {
+            "gathered": self._parts.staged_bytes,
+            "at_peers": sum(window.used for window in lent if window is not None),
+        }
+
     async def close(self) -> None:
         """Ends every hand-off and link; no event follows. The transports are the caller's to close,
         afterwards."""

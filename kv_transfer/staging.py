@@ -38,10 +38,16 @@ class Lender:
         self._free = [
             Window(region, offset, window_size) for offset in range(0, size - window_size + 1, window_size)
         ]
+        self._size = sum(window.size for window in self._free)
 
     def lend(self) -> Window | None:
         """None: every window is lent; the peer writes directly then."""
         return self._free.pop() if self._free else None
+
+    @property
+    def lent_bytes(self) -> int:
+        """Of windows that are lent now."""
+        return self._size - sum(window.size for window in self._free)
 
     def take_back(self, window: Window) -> None:
         """Nobody writes there any more, and nobody reads what was written."""

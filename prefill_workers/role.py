@@ -150,7 +150,7 @@ class PrefillRole:
         return []
 
     def collectors(self) -> list[Collector]:
-        return [HandoffCollector(self._sender.counters)]
+        return [HandoffCollector(self._sender.counters, self._sender.staging_bytes)]
 
     def inspect(self, question: Inspect) -> Inspected:
         return self._sender.inspect(question, outgoing=True)

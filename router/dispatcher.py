@@ -292,7 +292,7 @@ class Dispatcher:
             worker.acknowledge(active.request_id, active.attempt)
             error = from_wire(terminal.error.code, terminal.error.message)
             # When a hand-off fails or is refused, either side may be the reason.
-            blamed = active.workers if isinstance(error, TransferError | Draining) else [worker]
+            blamed = active.workers if isinstance(error, TransferError | Draining | Overloaded) else [worker]
             self._fail_attempt(active, error, retryable=terminal.error.retryable, blamed=blamed)
 
     def _fail_attempt(

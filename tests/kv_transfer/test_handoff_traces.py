@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diphase.kv_transfer import machine as k
+from diphase.kv_transfer.decode_side import DecodeState
 from diphase.kv_transfer.handoff_traces import MAX_ENTRIES, MAX_HANDOFFS, TraceBook
 from diphase.proto.ids import HandoffKey
 
@@ -40,6 +41,19 @@ def test_attempts_are_told_apart_and_others_left_out() -> None:
     assert book.events("nobody") == []
 
 
+def test_states_have_a_track_of_their_own_and_last_until_the_next() -> None:
+    book = TraceBook()
+    for at, state in ((1.0, DecodeState.WAITING), (2.5, DecodeState.RESERVED), (3.0, DecodeState.OVER)):
+        book.note(KEY, at, state)
+        book.note(KEY, at, k.SendQueued())
+    states = [event for event in book.events("r") if event.track == "hand-off, attempt 0: state"]
+    assert [(event.name, event.begin_s, event.end_s) for event in states] == [
+        ("waiting", 1.0, 2.5),
+        ("reserved", 2.5, 3.0),
+        ("over", 3.0, 3.0),
+    ]
+
+
 def test_memory_is_bounded_and_says_so() -> None:
     book = TraceBook()
     for i in range(MAX_ENTRIES + 10):
@@ -47,6 +61,8 @@ def test_memory_is_bounded_and_says_so() -> None:
     events = shown(book)
     assert len(events) == MAX_ENTRIES + 1
     assert events[-1][0] == "more was not kept"
+    book.note(KEY, 1e3, DecodeState.OVER)
+    assert shown(book)[-2:] == [("over", "", 1e3, 1e3), ("more was not kept", "", 1e3, 1e3)]
     for i in range(MAX_HANDOFFS):
         book.note(HandoffKey(f"other{i}", 0), 0.0, k.Seeded())
     assert shown(book) == []

@@ -357,7 +357,7 @@ def test_a_tag_is_twelve_bytes_and_anything_else_is_none() -> None:
 def test_prometheus_reads_the_counters_as_they_are_when_it_asks() -> None:
     counters = HandoffCounters()
     registry = CollectorRegistry()
-    registry.register(HandoffCollector(counters))
+    registry.register(HandoffCollector(counters, lambda: {"lent": 4096}))
     counters.peer("tcp", "d0").failures["peer_lost"] += 2
     counters.refused["stale"] += 1
     counters.peer("tcp", "d0").quarantined_blocks += 7
@@ -372,6 +372,7 @@ def test_prometheus_reads_the_counters_as_they_are_when_it_asks() -> None:
         ("diphase_refused_handoff_messages_total", "stale"): 1,
         ("diphase_kv_transfer_quarantined_blocks_total", "tcp", "d0"): 7,
         ("diphase_kv_transfer_wire_seconds_total", "none", "d1"): 0.5,
+        ("diphase_kv_staging_bytes", "lent"): 4096,
     }
     assert values["diphase_digest_mismatches_total",] == 0
     assert counters.total().quarantined_blocks == 7

@@ -8,11 +8,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from ..network_namespaces import Refused, device, join, namespaces, shape
 
 CHILD = "tests.conformance.transport_child"
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,47 +28,29 @@ RATE = "400mbit"
 """A transfer of SIZE takes half a second: time to take the link down in the middle."""
 
 
-def ip(*args: str) -> None:
-    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
-
-
 @dataclass
 class Net:
     """Two namespaces with a veth pair between them."""
 
-    names: tuple[str, str]
+    names: list[str]
     addresses: tuple[str, str] = ("10.231.7.1", "10.231.7.2")
 
     def link(self, state: str) -> None:
-        ip("-n", self.names[0], "link", "set", "kv0", state)
+        device("link", "set", "kv-0", state, of=self.names[0])
 
 
 @pytest.fixture(scope="module")
 def net() -> Iterator[Net]:
-    names = (f"diphase-{os.getpid()}-0", f"diphase-{os.getpid()}-1")
-    made: list[str] = []
-    try:
+    with ExitStack() as stack:
         try:
-            for name in names:
-                ip("netns", "add", name)
-                made.append(name)
-            ip("-n", names[0], "link", "add", "kv0", "type", "veth", "peer", "name", "kv1", "netns", names[1])
-            for i, name in enumerate(names):
-                ip("-n", name, "link", "set", "lo", "up")
-                ip("-n", name, "addr", "add", f"10.231.7.{i + 1}/24", "dev", f"kv{i}")
-                ip("-n", name, "link", "set", f"kv{i}", "up")
-                subprocess.run(
-                    f"tc -n {name} qdisc add dev kv{i} root tbf rate {RATE} burst 256k latency 50ms".split(),
-                    check=True,
-                    capture_output=True,
-                )
-        except (OSError, subprocess.CalledProcessError) as error:
-            why = getattr(error, "stderr", None) or error
-            pytest.skip(f"no network namespaces may be made here: {why}")
-        yield Net(names)
-    finally:
-        for name in made:
-            ip("netns", "delete", name)
+            names = stack.enter_context(namespaces("tcp0", "tcp1"))
+        except Refused as refused:
+            pytest.skip(str(refused))
+        net = Net(names)
+        join(names[0], names[1], "kv", (f"{net.addresses[0]}/24", f"{net.addresses[1]}/24"))
+        for i, name in enumerate(names):
+            shape(name, f"kv-{i}", RATE)
+        yield net
 
 
 class Child:

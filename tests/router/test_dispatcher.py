@@ -178,6 +178,19 @@ def test_the_last_failure_is_the_clients_error() -> None:
     run_virtually(main())
 
 
+def test_a_hand_off_that_a_decode_worker_has_no_room_for_goes_to_another_one() -> None:
+    async def main() -> None:
+        with fake_cluster(decode=2) as cluster:
+            full = wpb.WireError(code="overloaded", message="1024 hand-offs wait already", retryable=True)
+            cluster.workers["p0"].refuse = [full]
+            async with cluster.router() as router:
+                await generate(router, token_request(PROMPT))
+            first, second = (submit.decode.worker_id for submit in cluster.workers["p0"].submits)
+            assert first != second
+
+    run_virtually(main())
+
+
 def test_an_error_that_a_retry_cannot_help_is_not_retried() -> None:
     async def main() -> None:
         with fake_cluster() as cluster:

@@ -340,7 +340,7 @@ def test_a_failed_attempt_that_answers_first_does_not_stand_for_the_one_that_run
         with fake_cluster(colocated=1) as cluster:
             failed_at = cluster.workers["c0"]
             failed_at.load = wpb.Load(blocks_total=1000, waiting_tokens=10**6)
-            error = wpb.WireError(code="overloaded", message="broke", retryable=True)
+            error = wpb.WireError(code="out_of_blocks", message="broke", retryable=True)
             cluster.workers["p0"].refuse.append(error)
             async with cluster.router("g0") as first, cluster.router("g1") as second:
                 await asyncio.sleep(1.0)
