@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..proto.errors import ConfigError
-from .codecs.codec import load_codecs
+from .codecs.codec import RAW, load_codecs
 
 MIB = 1024 * 1024
 MAX_TCP_SOCKETS = 16
@@ -92,10 +92,39 @@ class KvTransferConfig:
             raise ConfigError(
                 f"kv_transfer.staging = {self.staging!r} is unknown; use one of {', '.join(STAGING)}"
             )
-        load_codecs(self.codecs)
+        self._check_staging()
+        try:
+            load_codecs(self.codecs)
+        except ConfigError as error:
+            raise ConfigError(f"kv_transfer.codecs = {list(self.codecs)}: {error.message}") from error
         for name in ("reserve_timeout_s", "lease_s", "progress_timeout_s", "tail_timeout_s"):
             if not 0.0 < getattr(self, name) <= 3600.0:
                 raise ConfigError(
                     f"kv_transfer.{name} = {getattr(self, name)} is out of range; "
                     "use more than 0 and at most 3600"
                 )
+
+    def _check_staging(self) -> None:
+        """
+        Raises:
+            ConfigError: something is asked for that goes by way of the staging buffer, and there is none, or
+                none that a window fits into.
+        """
+        if self.staging == "never" or not self.staging_mib:
+            setting = 'staging = "never"' if self.staging == "never" else "staging_mib = 0"
+            if self.staging == "always":
+                raise ConfigError(
+                    'kv_transfer.staging = "always" contradicts kv_transfer.staging_mib = 0; raise '
+                    'staging_mib, or use staging = "never"'
+                )
+            if set(self.codecs) - {RAW}:
+                raise ConfigError(
+                    f"kv_transfer.codecs = {list(self.codecs)} contradicts kv_transfer.{setting}, since "
+                    "codecs write into the staging buffer; allow staging, or empty codecs"
+                )
+        elif self.staging_window_mib > self.staging_mib:
+            raise ConfigError(
+                f"kv_transfer.staging_window_mib = {self.staging_window_mib} does not fit into "
+                f"kv_transfer.staging_mib = {self.staging_mib}: no prefill worker would get a window; "
+                "lower the one or raise the other"
+            )
