@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from ..proto.errors import ConfigError
@@ -67,7 +68,7 @@ class KvTransferConfig:
                 f'kv_transfer.transport = "{IN_PROCESS}" joins roles of one process, and every worker is a '
                 'process of its own; use "auto" or the name of another transport'
             )
-        if self.host in ("", "0.0.0.0", "::"):
+        if not _dialable(self.host):
             raise ConfigError(
                 f"kv_transfer.host = {self.host!r} is no address that a peer could dial; "
                 "use one of this machine's"
@@ -128,3 +129,12 @@ class KvTransferConfig:
                 f"kv_transfer.staging_mib = {self.staging_mib}: no prefill worker would get a window; "
                 "lower the one or raise the other"
             )
+
+
+def _dialable(host: str) -> bool:
+    """False for addresses that mean no machine, or many; names are resolved where they are used."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return bool(host)
+    return not (address.is_unspecified or address.is_multicast or host == "255.255.255.255")

@@ -189,6 +189,8 @@ def test_config_prints_toml_with_comments(capsys: pytest.CaptureFixture[str]) ->
         (["generate", "hi", "--address", "127.0.0.1:1"], "no gateway answers at 127.0.0.1:1"),
         (["status", "--address", "127.0.0.1:1"], "no gateway answers at 127.0.0.1:1"),
         (["generate", "hi", "--max-tokens", "-4"], "max_tokens"),
+        (["config", "--set", "kv_transfer.host=224.0.0.1"], "kv_transfer.host = '224.0.0.1' is no address"),
+        (["config", "--set", "kv_transfer.host=::0"], "kv_transfer.host = '::0' is no address"),
         (["generate", "\udcff"], "PROMPT '\\udcff' is not UTF-8"),
         (["trace", "a\udcff"], "REQUEST_ID 'a\\udcff' is not UTF-8"),
         (["restart", "--with", "engine.block_size=\udcff"], "is not UTF-8"),
