@@ -88,6 +88,8 @@ class Changes:
         if not pools:
             raise ConfigError(f"there is no worker in {pool or 'any pool'} to restart")
         wanted = {name: changed(self._fleet.configs[name], settings) for name in pools}
+        serving = [self._fleet.configs[name] for name in POOLS if self._fleet.workers(name)]
+        _check_transports([*serving, *wanted.values()])
         for name in pools:
             before, self._fleet.configs[name] = self._fleet.configs[name], wanted[name]
             for number, tenant in enumerate(self._fleet.workers(name)):
@@ -153,6 +155,20 @@ def _check_pool(pool: str) -> None:
         near = difflib.get_close_matches(pool, POOLS, n=1)
         known = f"did you mean {near[0]}?" if near else f"pools are {', '.join(POOLS)}"
         raise ConfigError(f"there is no pool {pool!r}; {known}")
+
+
+def _check_transports(configs: Iterable[ClusterConfig]) -> None:
+    """For the time in which new workers and old ones serve together.
+
+    Raises:
+        ConfigError: some would have one transport only, and others another.
+    """
+    named = sorted({config.kv_transfer.transport for config in configs} - {"auto"})
+    if len(named) > 1:
+        raise ConfigError(
+            f"workers with kv_transfer.transport = {' and with '.join(map(repr, named))} cannot hand over to "
+            'each other, and requests would fail while both are there; restart all pools with "auto" first'
+        )
 
 
 def _workers(count: int) -> str:

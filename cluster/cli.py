@@ -51,6 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     try:
+        _check_text(args)
         return _run(args)
     except DiphaseError as exc:
         sys.stderr.write(f"diphase {args.command}: {exc.message}\n")
@@ -123,6 +124,25 @@ def _run(args: argparse.Namespace) -> int:
     if args.command in ("serve", "demo"):
         return _run_cluster(args.command, config)
     return _ask(args, config)
+
+
+def _check_text(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: an argument is no text; paths may be any bytes.
+    """
+    for name, value in vars(args).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and not text.isascii() and _is_no_text(text):
+                raise ConfigError(f"{name.upper()} {text!a} is not UTF-8; write it in a UTF-8 terminal")
+
+
+def _is_no_text(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _run_cluster(command: str, config: ClusterConfig) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..proto.errors import ConfigError
 from .config import GIVEN, ClusterConfig, PoolsConfig, given
-from .config_reader import Source, apply_overrides, build
+from .config_reader import Source, apply_overrides, build, keys_of
 from .config_writer import to_toml
 
 WORKERS_OWN = ("engine", "host", "kv_transfer", "pools")
@@ -29,15 +29,16 @@ def changed(config: ClusterConfig, settings: Sequence[str]) -> ClusterConfig:
     source = Source("the running configuration")
     table: dict[str, Any] = tomllib.loads(to_toml(config, hidden=(*GIVEN, *KEPT)))
     apply_overrides(table, settings, source)
+    for path in source.overrides:  # what is not known to the table, as the token, would not show below
+        section = path.partition(".")[0]
+        if section not in WORKERS_OWN and section in keys_of(ClusterConfig):
+            raise ConfigError(
+                f"{section}: a restart changes workers only, by settings of "
+                f"{', '.join(WORKERS_OWN)}; for others start the cluster again"
+            )
     source.given = given(config.model, config.security.cluster_token)
     new = build(ClusterConfig, table, source)
     new = replace(new, name=config.name, store=config.store, security=config.security)
-    for item in fields(ClusterConfig):
-        if item.name not in WORKERS_OWN and getattr(new, item.name) != getattr(config, item.name):
-            raise ConfigError(
-                f"{item.name}: a restart changes workers only, by settings of "
-                f"{', '.join(WORKERS_OWN)}; for others start the cluster again"
-            )
     for pool in fields(PoolsConfig):
         if getattr(new.pools, pool.name).placement != getattr(config.pools, pool.name).placement:
             raise ConfigError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 from typing import Any
 
 import ray
@@ -25,6 +26,8 @@ RETRY_S = 0.05
 AGENT_S = 5.0
 MAX_CONCURRENCY = 64
 """Calls of one actor that may be pending; a handful are."""
+_NOT_SHOWN = re.compile(r":|_group_(\d+_)?[0-9a-f]{24,}$")
+"""Resources that Ray makes up itself: one for each node, and some for each bundle of each placement group."""
 
 
 class NodeAgents:
@@ -156,7 +159,9 @@ async def reserve(role: str, placement: PlacementConfig, workers: int, timeout_s
             await group.ready()
     except TimeoutError:
         ray.util.remove_placement_group(group)
-        has = {name: amount for name, amount in ray.cluster_resources().items() if ":" not in name}
+        has = {
+            name: amount for name, amount in ray.cluster_resources().items() if not _NOT_SHOWN.search(name)
+        }
         raise ConfigError(
             f"pools.{role}: no room for {workers} workers of {bundles[0]} with strategy "
             f"{placement.strategy} within {timeout_s:.0f} s; the Ray cluster has {has} in all"

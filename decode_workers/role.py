@@ -20,7 +20,7 @@ from ..engine.role import Servicer, Shell
 from ..engine.sequence import Sequence as TokenSequence
 from ..kv_transfer.counters import HandoffCollector
 from ..kv_transfer.receiver import HandoffReceiver, Ready, ReceiveFailed, ReceiverEvent
-from ..proto.errors import Cancelled, DiphaseError, PromptTooLong
+from ..proto.errors import Cancelled, DiphaseError, InvalidRequest, PromptTooLong
 from ..proto.ids import HandoffKey
 from ..proto.worker_pb2 import Inspect, Inspected, Load, SequenceOutput, Submit
 from .reservations import ReservationPool
@@ -213,6 +213,11 @@ class DecodeRole:
         logprobs = () if handoff.logprobs is None else (handoff.logprobs,)
         try:
             sequence = sequence_from_submit(handoff.submit, self._limits, handoff.verified_at)
+            if handoff.token_id >= self._limits.vocab_size:  # it would fail the step of every other, too
+                raise InvalidRequest(
+                    f"token id {handoff.token_id} came with the hand-off and is not in the vocabulary; "
+                    f"ids are below {self._limits.vocab_size}"
+                )
         except DiphaseError as error:
             self._blocks.release(handoff.block_ids)
             if self._shell.adopt(handoff.submit, (handoff.token_id,), logprobs):

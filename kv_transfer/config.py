@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from ..proto.errors import ConfigError
@@ -67,7 +68,7 @@ class KvTransferConfig:
                 f'kv_transfer.transport = "{IN_PROCESS}" joins roles of one process, and every worker is a '
                 'process of its own; use "auto" or the name of another transport'
             )
-        if self.host in ("", "0.0.0.0", "::"):
+        if not _dialable(self.host):
             raise ConfigError(
                 f"kv_transfer.host = {self.host!r} is no address that a peer could dial; "
                 "use one of this machine's"
@@ -92,19 +93,48 @@ class KvTransferConfig:
             raise ConfigError(
                 f"kv_transfer.staging = {self.staging!r} is unknown; use one of {', '.join(STAGING)}"
             )
-        if 0 < self.staging_mib < self.staging_window_mib:
-            raise ConfigError(
-                f"kv_transfer.staging_window_mib = {self.staging_window_mib} is more than "
-                f"kv_transfer.staging_mib = {self.staging_mib}: no peer would get a window; lower it"
-            )
-        if load_codecs(self.codecs).keys() - {RAW} and not (self.staging_mib and self.staging != "never"):
-            raise ConfigError(
-                f"kv_transfer.codecs = {list(self.codecs)} has no effect without a staging buffer; "
-                'set kv_transfer.staging_mib above 0, and kv_transfer.staging not to "never"'
-            )
+        self._check_staging()
+        try:
+            load_codecs(self.codecs)
+        except ConfigError as error:
+            raise ConfigError(f"kv_transfer.codecs = {list(self.codecs)}: {error.message}") from error
         for name in ("reserve_timeout_s", "lease_s", "progress_timeout_s", "tail_timeout_s"):
             if not 0.0 < getattr(self, name) <= 3600.0:
                 raise ConfigError(
                     f"kv_transfer.{name} = {getattr(self, name)} is out of range; "
                     "use more than 0 and at most 3600"
                 )
+
+    def _check_staging(self) -> None:
+        """
+        Raises:
+            ConfigError: something is asked for that goes by way of the staging buffer, and there is none, or
+                none that a window fits into.
+        """
+        if self.staging == "never" or not self.staging_mib:
+            setting = 'staging = "never"' if self.staging == "never" else "staging_mib = 0"
+            if self.staging == "always":
+                raise ConfigError(
+                    'kv_transfer.staging = "always" contradicts kv_transfer.staging_mib = 0; raise '
+                    'staging_mib, or use staging = "never"'
+                )
+            if set(self.codecs) - {RAW}:
+                raise ConfigError(
+                    f"kv_transfer.codecs = {list(self.codecs)} contradicts kv_transfer.{setting}, since "
+                    "codecs write into the staging buffer; allow staging, or empty codecs"
+                )
+        elif self.staging_window_mib > self.staging_mib:
+            raise ConfigError(
+                f"kv_transfer.staging_window_mib = {self.staging_window_mib} does not fit into "
+                f"kv_transfer.staging_mib = {self.staging_mib}: no prefill worker would get a window; "
+                "lower the one or raise the other"
+            )
+
+
+def _dialable(host: str) -> bool:
+    """False for addresses that mean no machine, or many; names are resolved where they are used."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return bool(host)
+    return not (address.is_unspecified or address.is_multicast or host == "255.255.255.255")

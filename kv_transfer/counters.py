@@ -64,7 +64,7 @@ class HandoffCounters:
         return counters
 
     def figures(self, *, outgoing: bool) -> list[TransferFigures]:
-        """The figures of every peer, as a message."""
+        """The figures of every peer that something was done with, as a message."""
         return [
             TransferFigures(
                 transport=transport,
@@ -82,6 +82,7 @@ class HandoffCounters:
                 quarantined_blocks=peer.quarantined_blocks,
             )
             for (transport, worker_id), peer in self.peers.items()
+            if transport != NO_TRANSPORT or peer.failures
         ]
 
     def total(self) -> PeerCounters:

@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from ..proto.clock import Clock
+from ..proto.errors import ConfigError
 from ..proto.kv_layout import UNSHARDED, KvLayout, Sharding
 from .base import Region
 from .coders import Coders
@@ -53,7 +54,8 @@ def open_side(
     pushed onto `parts`.
 
     Raises:
-        ConfigError: the configured transport is unknown, or the host is no address of this machine.
+        ConfigError: the configured transport is unknown, the host is no address of this machine, or there is
+            no room for the staging buffer.
         TransferError: it does not work here, or none does.
     """
     identity = LinkIdentity(
@@ -65,7 +67,13 @@ def open_side(
     )
     staging = None
     if config.staging_mib and config.staging != "never":
-        memory = StagingMemory(config.staging_mib * MIB)
+        try:
+            memory = StagingMemory(config.staging_mib * MIB)
+        except OSError as error:
+            raise ConfigError(
+                f"kv_transfer.staging_mib = {config.staging_mib} is more than this machine gives a worker: "
+                f"{error.strerror}; lower it"
+            ) from error
         parts.callback(memory.close)
         staging = memory.region
     transports = open_transports(

@@ -23,6 +23,11 @@ from ..proto.worker_pb2_grpc import WorkerStub
 FIRST_FRAME_S = 5.0
 """A worker that was dialled answers the hello within this."""
 
+
+class WorkerSilent(WorkerLost):
+    """Somebody is there, and says nothing."""
+
+
 FrameSink = Callable[[pb.WorkerFrame], None]
 
 
@@ -85,7 +90,7 @@ class GrpcLink:
                         until_first_frame.reschedule(None)
                         on_frame(frame)
             except TimeoutError:
-                raise WorkerLost(
+                raise WorkerSilent(
                     f"the worker at {self._address} did not answer in {FIRST_FRAME_S:g} s"
                 ) from None
             except grpc.aio.AioRpcError as exc:

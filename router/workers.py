@@ -19,7 +19,7 @@ from ..proto.errors import WorkerLost
 from ..proto.ids import PROTOCOL_VERSION
 from .inspection import Inspector
 from .latency_model import LatencyModel, StepShape
-from .links import LinkFactory
+from .links import LinkFactory, WorkerSilent
 from .membership import Member, MembershipSource
 from .prefix_index import PrefixIndex
 from .worker_handle import WorkerHandle, WorkerState
@@ -156,11 +156,13 @@ class WorkerPool:
         pause = RECONNECT_S[0]
         while True:
             handle.link = self._link_factory(handle.member.address, self._hello)
-            reason = "its stream ended"
+            reason, state = "its stream ended", WorkerState.CONNECTING
             try:
                 await handle.link.run(lambda frame: self._on_frame(handle, frame))
             except WorkerLost as exc:
                 reason = exc.message
+                if isinstance(exc, WorkerSilent):  # stopped, perhaps, before this gateway had ever heard it
+                    state = WorkerState.HUNG
             except Exception as exc:
                 reason = f"this gateway failed: {type(exc).__name__}: {exc}"
                 logger.exception("worker_stream_failed worker=%s", handle.worker_id)
@@ -175,7 +177,7 @@ class WorkerPool:
             if handle.retired:
                 self._drop(handle, reason)
                 return
-            self._detach(handle, reason, WorkerState.CONNECTING)
+            self._detach(handle, reason, state)
             await asyncio.sleep(pause)
             pause = min(2 * pause, RECONNECT_S[1])
 

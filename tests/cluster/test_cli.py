@@ -189,6 +189,35 @@ def test_config_prints_toml_with_comments(capsys: pytest.CaptureFixture[str]) ->
         (["generate", "hi", "--address", "127.0.0.1:1"], "no gateway answers at 127.0.0.1:1"),
         (["status", "--address", "127.0.0.1:1"], "no gateway answers at 127.0.0.1:1"),
         (["generate", "hi", "--max-tokens", "-4"], "max_tokens"),
+        (["config", "--set", "kv_transfer.host=224.0.0.1"], "kv_transfer.host = '224.0.0.1' is no address"),
+        (["config", "--set", "kv_transfer.host=::0"], "kv_transfer.host = '::0' is no address"),
+        (["generate", "\udcff"], "PROMPT '\\udcff' is not UTF-8"),
+        (["trace", "a\udcff"], "REQUEST_ID 'a\\udcff' is not UTF-8"),
+        (["restart", "--with", "engine.block_size=\udcff"], "is not UTF-8"),
+        (
+            ["config", "--set", 'kv_transfer.codecs=["gzip"]'],
+            "kv_transfer.codecs = ['gzip']: codec 'gzip' is",
+        ),
+        (
+            ["config", "--set", "kv_transfer.staging_window_mib=65"],
+            "does not fit into kv_transfer.staging_mib = 64",
+        ),
+        (
+            ["config", "--set", "kv_transfer.staging_mib=15"],
+            "kv_transfer.staging_window_mib = 16 does not fit",
+        ),
+        (
+            ["config", "--set", "kv_transfer.staging_mib=0", "--set", "kv_transfer.staging=always"],
+            'kv_transfer.staging = "always" contradicts kv_transfer.staging_mib = 0',
+        ),
+        (
+            ["config", "--set", "kv_transfer.staging=never", "--set", 'kv_transfer.codecs=["int8"]'],
+            "kv_transfer.codecs = ['int8'] contradicts kv_transfer.staging = \"never\"",
+        ),
+        (
+            ["config", "--set", "kv_transfer.staging_mib=0", "--set", 'kv_transfer.codecs=["fp8"]'],
+            "kv_transfer.codecs = ['fp8'] contradicts kv_transfer.staging_mib = 0",
+        ),
     ],
 )
 def test_mistakes_are_one_sentence_and_status_2(

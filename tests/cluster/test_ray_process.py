@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from diphase.cluster.config import load
-from diphase.cluster.ray_process import NodeAgents, RayProcess
+from diphase.cluster.ray_process import _NOT_SHOWN, NodeAgents, RayProcess
 from diphase.cluster.roles import Assignment, StartFailed
 from diphase.cluster.slot import ProcessGone
 from diphase.proto.clock import system_rng
@@ -16,6 +16,21 @@ from ray.exceptions import (
     RayTaskError,
     RuntimeEnvSetupError,
 )
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "node:10.0.0.1",
+        "CPU_group_0_70dc8e2f2a9db469efa7b7654f6f01000000",
+        "bundle_group_e6a20d27e0d00e88fb92f7dbea9a01000000",
+    ],
+)
+def test_what_ray_makes_up_itself_is_not_among_what_a_cluster_has(name: str) -> None:
+    assert _NOT_SHOWN.search(name)
+    assert not any(
+        _NOT_SHOWN.search(real) for real in ("CPU", "GPU", "memory", "accelerator_group_a", "left")
+    )
 
 
 class FakeActor:

@@ -118,7 +118,11 @@ def test_deadlines_are_checked(key: str, value: str) -> None:
     ("setting", "sentence"),
     [
         ("gateway.port=9", "gateway: a restart changes workers only"),
+        ("gateway.port=50051", "gateway: a restart changes workers only"),
         ("model.name=dummy:tiny", "model: a restart changes workers only"),
+        ("name=other", "name: a restart changes workers only"),
+        ("store.url=redis://127.0.0.1:1", "store: a restart changes workers only"),
+        ("security.cluster_token=other", "security: a restart changes workers only"),
         ("pools.prefill.gpus=1", "pools.prefill: a restart leaves how many workers"),
         ("engine.block_sise=8", "engine.block_size"),
         ("engine.block_size=7", "engine.block_size = 7 is not possible"),

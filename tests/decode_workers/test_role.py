@@ -14,6 +14,7 @@ from diphase.engine.block_tables import BlockTables
 from diphase.engine.fake import FakeEngine
 from diphase.kv_transfer.events import Ready, ReceiverEvent
 from diphase.proto.ids import HandoffKey
+from diphase.proto.worker_pb2 import SequenceOutput
 
 from ..engine.sequences import made_up_prompt, make_submit
 
@@ -39,6 +40,7 @@ class FakeShell:
 
     def __init__(self) -> None:
         self.handoffs: list[tuple[float, float]] = []
+        self.emitted: list[SequenceOutput] = []
 
     def wake(self) -> None: ...
 
@@ -46,6 +48,9 @@ class FakeShell:
 
     def adopt(self, submit: object, token_ids: object = (), logprobs: object = ()) -> bool:
         return True
+
+    def emit(self, outputs: Sequence[SequenceOutput]) -> None:
+        self.emitted += outputs
 
     def handed_off(self, seconds: float, tail_s: float, num_bytes: int, num_segments: int) -> None:
         self.handoffs.append((seconds, tail_s))
@@ -72,7 +77,9 @@ class Bench:
         self.receiver = FakeReceiver(events)
         return self.receiver
 
-    def hand_off(self, name: str, *, elapsed_s: float, reserved_at: float, verified_at: float) -> None:
+    def hand_off(
+        self, name: str, *, elapsed_s: float, reserved_at: float, verified_at: float, token_id: int = 7
+    ) -> None:
         submit = make_submit(name, made_up_prompt(name, PROMPT), max_tokens=40)
         submit.elapsed_s = elapsed_s
         self.receiver.hand_over(
@@ -82,7 +89,7 @@ class Bench:
                 block_ids=self.blocks.allocate(2),
                 num_tokens=PROMPT,
                 cached_tokens=0,
-                token_id=7,
+                token_id=token_id,
                 logprobs=None,
                 token_at=0.0,
                 reserved_at=reserved_at,
@@ -133,3 +140,16 @@ def test_a_hand_off_is_timed_from_its_grant_and_from_the_prefill_sides_last_word
     make: Callable[[int, int], Bench],
 ) -> None:
     assert make(8, 2).shell.handoffs == [(0.75, 0.5), (7.75, 0.5)]
+
+
+def test_a_first_token_that_is_not_in_the_vocabulary_ends_its_own_request_only(
+    make: Callable[[int, int], Bench],
+) -> None:
+    bench = make(8, 3)
+    free = bench.blocks.counts().free
+    bench.hand_off("odd", elapsed_s=0.1, reserved_at=1.0, verified_at=9.0, token_id=2**32 - 1)
+    [output] = bench.shell.emitted
+    assert output.request_id == "odd"
+    assert "token id 4294967295 came with the hand-off" in output.terminal.error.message
+    assert bench.blocks.counts().free == free
+    assert sorted(bench.step(9.0)) == ["long", "short"]

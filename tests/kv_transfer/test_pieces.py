@@ -354,6 +354,15 @@ def test_a_tag_is_twelve_bytes_and_anything_else_is_none() -> None:
     assert wire.read_tag(tag[:-1]) is wire.read_tag(tag + b"x") is wire.read_tag(b"") is None
 
 
+def test_a_peer_that_was_only_dialled_is_not_among_the_figures() -> None:
+    counters = HandoffCounters()
+    counters.peer("", "d0")
+    counters.peer("shm", "d0").transfers += 1
+    counters.peer("", "d1").failures["peer_lost"] += 1
+    figures = counters.figures(outgoing=True)
+    assert [(each.transport, each.peer) for each in figures] == [("shm", "d0"), ("none", "d1")]
+
+
 def test_prometheus_reads_the_counters_as_they_are_when_it_asks() -> None:
     counters = HandoffCounters()
     registry = CollectorRegistry()

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
+from contextlib import ExitStack
 
 import pytest
 from diphase.kv_transfer.arena import ALIGNMENT, Arena
+from diphase.kv_transfer.config import KvTransferConfig
+from diphase.kv_transfer.side import open_side
 from diphase.kv_transfer.staging import HIGH_WATERMARK, LOW_WATERMARK, Credits, Lender, Window
+from diphase.proto.clock import MonotonicClock
+from diphase.proto.errors import ConfigError
+from diphase.proto.kv_layout import KvLayout
 
 
 @pytest.mark.parametrize("seed", range(30))
@@ -123,3 +130,25 @@ def test_the_watermarks_have_hysteresis() -> None:
     while not window.flowing:
         window.untouched(pieces.pop())
     assert len(pieces) < 8 * LOW_WATERMARK
+
+
+def test_a_staging_buffer_that_the_machine_does_not_give_is_a_mistake_of_its_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(size_bytes: int) -> None:
+        raise OSError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr("diphase.kv_transfer.side.StagingMemory", refuse)
+    with pytest.raises(
+        ConfigError, match=r"kv_transfer\.staging_mib = 64 .*Cannot allocate memory; lower it"
+    ):
+        open_side(
+            KvTransferConfig(),
+            worker_id="d0",
+            incarnation="a",
+            cluster_token="",
+            layout=KvLayout(num_layers=1, num_kv_heads=1, head_dim=8, block_size=8, dtype="bf16", model="m"),
+            pools=[],
+            clock=MonotonicClock(),
+            parts=ExitStack(),
+        )

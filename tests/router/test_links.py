@@ -15,7 +15,7 @@ from diphase.proto.errors import WorkerLost
 from diphase.proto.frames import FRAME_BYTES, MESSAGES_A_FRAME
 from diphase.proto.rpc import INTERNAL_OPTIONS, MAX_MESSAGE_BYTES
 from diphase.proto.worker_pb2_grpc import WorkerServicer, add_WorkerServicer_to_server
-from diphase.router.links import GrpcLink
+from diphase.router.links import GrpcLink, WorkerSilent
 
 HELLO = pb.GatewayHello(gateway_id="g", cluster_token="secret")
 
@@ -84,6 +84,19 @@ async def test_messages_of_one_turn_leave_in_one_frame_and_answers_come_in_order
         task.cancel()
         await asyncio.wait([task])
         await peer.ended.wait()  # the worker sees the end at once
+
+
+async def test_who_takes_the_stream_and_says_nothing_is_silent_and_who_is_not_there_is_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("diphase.router.links.FIRST_FRAME_S", 0.2)
+    async with serving() as (_, address), asyncio.timeout(10):
+        with pytest.raises(WorkerSilent, match=r"did not answer in 0\.2 s"):
+            await GrpcLink(address, HELLO).run(lambda _: None)
+    monkeypatch.undo()
+    with pytest.raises(WorkerLost) as lost:
+        await GrpcLink("127.0.0.1:1", HELLO).run(lambda _: None)
+    assert not isinstance(lost.value, WorkerSilent)
 
 
 async def test_what_nobody_waits_for_leaves_with_the_next_message_or_at_a_flush() -> None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from diphase.proto.errors import WorkerLost
 from diphase.proto.ids import PROTOCOL_VERSION
 from diphase.router.gateway import Router
 from diphase.router.latency_model import StepShape
-from diphase.router.links import FrameSink, Link
+from diphase.router.links import FrameSink, Link, WorkerSilent
 from diphase.router.membership import Member
 from diphase.router.worker_handle import WorkerHandle, WorkerState
 
@@ -55,6 +56,29 @@ def test_a_silent_worker_counts_as_hung_within_two_seconds() -> None:
                 assert await seconds_until(router, "d0", WorkerState.HUNG) <= 2.0
                 cluster.network.unsilence("d0:1")
                 assert await seconds_until(router, "d0", WorkerState.READY) <= 0.3
+
+    run_virtually(main())
+
+
+def test_a_worker_that_was_silent_before_this_gateway_came_counts_as_hung(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            dial = cluster.network.open
+
+            def silent(address: str, *more: Any) -> Any:
+                if address == "d0:1":
+                    raise WorkerSilent(f"the worker at {address} did not answer in 5 s")
+                return dial(address, *more)
+
+            monkeypatch.setattr(cluster.network, "open", silent)
+            async with cluster.router() as router:
+                await seconds_until(router, "d0", WorkerState.HUNG)
+                await asyncio.sleep(5.0)  # several dials
+                assert handle_of(router, "d0").state is WorkerState.HUNG
+                monkeypatch.setattr(cluster.network, "open", dial)
+                await seconds_until(router, "d0", WorkerState.READY)
 
     run_virtually(main())
 

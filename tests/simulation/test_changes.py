@@ -68,6 +68,22 @@ def test_what_cannot_be_done_is_refused_before_anything_happens() -> None:
     run_virtually(main())
 
 
+def test_a_restart_never_leaves_workers_that_name_different_transports() -> None:
+    async def main() -> None:
+        async with Stage.opened(4) as stage, stage.router():
+            for pool in ("decode", ""):
+                await stage.restart(pool, "kv_transfer.transport=shm")
+                for other in ("prefill", "decode", ""):
+                    with pytest.raises(
+                        ConfigError, match=r"transport = 'shm' and with 'tcp' cannot hand over"
+                    ):
+                        await stage.restart(other, "kv_transfer.transport=tcp")
+                await stage.restart("", "kv_transfer.transport=auto")
+            await stage.restart("", "kv_transfer.transport=tcp")
+
+    run_virtually(main())
+
+
 def test_room_that_one_pool_left_is_another_ones() -> None:
     async def main() -> None:
         async with Stage.opened(4, "pools.prefill.workers=3", room=0) as stage, stage.router():
