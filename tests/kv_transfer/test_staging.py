@@ -60,7 +60,9 @@ def test_windows_are_lent_until_there_are_none() -> None:
     assert {first.offset, second.offset} == {0, 4 * ALIGNMENT}
     assert (first.region, first.size) == (3, 4 * ALIGNMENT)
     assert lender.lend() is None
+    assert lender.lent_bytes == 8 * ALIGNMENT
     lender.take_back(first)
+    assert lender.lent_bytes == 4 * ALIGNMENT
     assert lender.lend() == first
     assert lender.lend() is None
 
