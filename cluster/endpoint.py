@@ -98,7 +98,15 @@ class StatusClient:
             TimeoutError: it is silent for `timeout_s`.
             DiphaseError: nobody is there, or it refuses.
         """
-        request = cluster_pb2.GetStatusRequest()
+        return await self._status(cluster_pb2.GetStatusRequest(), address, timeout_s)
+
+    async def glance(self, address: str, timeout_s: float) -> cluster_pb2.GetStatusResponse:
+        """As ask(), without what workers would have to be asked for: a stopped one does not delay it."""
+        return await self._status(cluster_pb2.GetStatusRequest(glance=True), address, timeout_s)
+
+    async def _status(
+        self, request: cluster_pb2.GetStatusRequest, address: str, timeout_s: float
+    ) -> cluster_pb2.GetStatusResponse:
         status: cluster_pb2.GetStatusResponse = await self._call(
             address,
             lambda channel: ClusterStub(channel).GetStatus(

@@ -177,7 +177,9 @@ class Cluster:
         )
         await self._listen()
         self._own(store.keep_running(self._restart_store))
-        self._own(LivenessWatch(self.slots, self._status.ask, MonotonicClock(), self.config.supervisor).run())
+        self._own(
+            LivenessWatch(self.slots, self._status.glance, MonotonicClock(), self.config.supervisor).run()
+        )
 
     async def wait(self) -> None:
         """Until the cluster cannot go on.

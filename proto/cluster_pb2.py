@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from diphase.proto import worker_pb2 as diphase_dot_proto_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64iphase/proto/cluster.proto\x12\ndiphase.v1\x1a\x1a\x64iphase/proto/worker.proto\"x\n\rChangeRequest\x12\"\n\x05scale\x18\x01 \x01(\x0b\x32\x11.diphase.v1.ScaleH\x00\x12&\n\x07restart\x18\x02 \x01(\x0b\x32\x13.diphase.v1.RestartH\x00\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x42\x08\n\x06\x63hange\"&\n\x05Scale\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\")\n\x07Restart\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08settings\x18\x02 \x03(\t\"1\n\x0e\x43hangeProgress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\t\"\x12\n\x10GetStatusRequest\"\xef\x02\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12)\n\x07workers\x18\x03 \x03(\x0b\x32\x18.diphase.v1.WorkerStatus\x12\x17\n\x0fqueued_requests\x18\x04 \x01(\r\x12\x18\n\x10running_requests\x18\x05 \x01(\r\x12\x15\n\rqueued_tokens\x18\x06 \x01(\x04\x12I\n\x0frequests_by_slo\x18\x07 \x03(\x0b\x32\x30.diphase.v1.GetStatusResponse.RequestsBySloEntry\x12\x17\n\x0fmetrics_address\x18\x08 \x01(\t\x12(\n\nmismatches\x18\t \x03(\x0b\x32\x14.diphase.v1.Mismatch\x1a\x34\n\x12RequestsBySloEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\";\n\x08Mismatch\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xc3\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x1e\n\x04load\x18\x06 \x01(\x0b\x32\x10.diphase.v1.Load\x12\x17\n\x0fheartbeat_age_s\x18\x07 \x01(\x01\x12\x17\n\x0fmetrics_address\x18\x08 \x01(\t\x12.\n\ttransfers\x18\t \x03(\x0b\x32\x1b.diphase.v1.TransferFigures\x12\x13\n\x0blayout_hash\x18\n \x01(\t\x12\x18\n\x10protocol_version\x18\x0b \x01(\r\x12\x13\n\x0bkv_sharding\x18\x0c \x01(\t\x12\x17\n\x0fpackage_version\x18\r \x01(\t\"%\n\x0fGetTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"^\n\x10GetTraceResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x16.diphase.v1.TraceEvent\x12\x0e\n\x06silent\x18\x03 \x03(\t2\xdd\x01\n\x07\x43luster\x12H\n\tGetStatus\x12\x1c.diphase.v1.GetStatusRequest\x1a\x1d.diphase.v1.GetStatusResponse\x12\x45\n\x08GetTrace\x12\x1b.diphase.v1.GetTraceRequest\x1a\x1c.diphase.v1.GetTraceResponse\x12\x41\n\x06\x43hange\x12\x19.diphase.v1.ChangeRequest\x1a\x1a.diphase.v1.ChangeProgress0\x01\x32O\n\nSupervisor\x12\x41\n\x06\x43hange\x12\x19.diphase.v1.ChangeRequest\x1a\x1a.diphase.v1.ChangeProgress0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1b\x64iphase/proto/cluster.proto\x12\ndiphase.v1\x1a\x1a\x64iphase/proto/worker.proto\"x\n\rChangeRequest\x12\"\n\x05scale\x18\x01 \x01(\x0b\x32\x11.diphase.v1.ScaleH\x00\x12&\n\x07restart\x18\x02 \x01(\x0b\x32\x13.diphase.v1.RestartH\x00\x12\x11\n\ttimeout_s\x18\x03 \x01(\x01\x42\x08\n\x06\x63hange\"&\n\x05Scale\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x0f\n\x07workers\x18\x02 \x01(\r\")\n\x07Restart\x12\x0c\n\x04pool\x18\x01 \x01(\t\x12\x10\n\x08settings\x18\x02 \x03(\t\"1\n\x0e\x43hangeProgress\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04step\x18\x02 \x01(\t\"\"\n\x10GetStatusRequest\x12\x0e\n\x06glance\x18\x01 \x01(\x08\"\xef\x02\n\x11GetStatusResponse\x12\r\n\x05model\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12)\n\x07workers\x18\x03 \x03(\x0b\x32\x18.diphase.v1.WorkerStatus\x12\x17\n\x0fqueued_requests\x18\x04 \x01(\r\x12\x18\n\x10running_requests\x18\x05 \x01(\r\x12\x15\n\rqueued_tokens\x18\x06 \x01(\x04\x12I\n\x0frequests_by_slo\x18\x07 \x03(\x0b\x32\x30.diphase.v1.GetStatusResponse.RequestsBySloEntry\x12\x17\n\x0fmetrics_address\x18\x08 \x01(\t\x12(\n\nmismatches\x18\t \x03(\x0b\x32\x14.diphase.v1.Mismatch\x1a\x34\n\x12RequestsBySloEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x04:\x02\x38\x01\";\n\x08Mismatch\x12\x0f\n\x07prefill\x18\x01 \x01(\t\x12\x0e\n\x06\x64\x65\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\xc3\x02\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0c\n\x04role\x18\x02 \x01(\t\x12\r\n\x05state\x18\x03 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x04 \x01(\t\x12\x13\n\x0bincarnation\x18\x05 \x01(\t\x12\x1e\n\x04load\x18\x06 \x01(\x0b\x32\x10.diphase.v1.Load\x12\x17\n\x0fheartbeat_age_s\x18\x07 \x01(\x01\x12\x17\n\x0fmetrics_address\x18\x08 \x01(\t\x12.\n\ttransfers\x18\t \x03(\x0b\x32\x1b.diphase.v1.TransferFigures\x12\x13\n\x0blayout_hash\x18\n \x01(\t\x12\x18\n\x10protocol_version\x18\x0b \x01(\r\x12\x13\n\x0bkv_sharding\x18\x0c \x01(\t\x12\x17\n\x0fpackage_version\x18\r \x01(\t\"%\n\x0fGetTraceRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\"^\n\x10GetTraceResponse\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12&\n\x06\x65vents\x18\x02 \x03(\x0b\x32\x16.diphase.v1.TraceEvent\x12\x0e\n\x06silent\x18\x03 \x03(\t2\xdd\x01\n\x07\x43luster\x12H\n\tGetStatus\x12\x1c.diphase.v1.GetStatusRequest\x1a\x1d.diphase.v1.GetStatusResponse\x12\x45\n\x08GetTrace\x12\x1b.diphase.v1.GetTraceRequest\x1a\x1c.diphase.v1.GetTraceResponse\x12\x41\n\x06\x43hange\x12\x19.diphase.v1.ChangeRequest\x1a\x1a.diphase.v1.ChangeProgress0\x01\x32O\n\nSupervisor\x12\x41\n\x06\x43hange\x12\x19.diphase.v1.ChangeRequest\x1a\x1a.diphase.v1.ChangeProgress0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,21 +43,21 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHANGEPROGRESS']._serialized_start=276
   _globals['_CHANGEPROGRESS']._serialized_end=325
   _globals['_GETSTATUSREQUEST']._serialized_start=327
-  _globals['_GETSTATUSREQUEST']._serialized_end=345
-  _globals['_GETSTATUSRESPONSE']._serialized_start=348
-  _globals['_GETSTATUSRESPONSE']._serialized_end=715
-  _globals['_GETSTATUSRESPONSE_REQUESTSBYSLOENTRY']._serialized_start=663
-  _globals['_GETSTATUSRESPONSE_REQUESTSBYSLOENTRY']._serialized_end=715
-  _globals['_MISMATCH']._serialized_start=717
-  _globals['_MISMATCH']._serialized_end=776
-  _globals['_WORKERSTATUS']._serialized_start=779
-  _globals['_WORKERSTATUS']._serialized_end=1102
-  _globals['_GETTRACEREQUEST']._serialized_start=1104
-  _globals['_GETTRACEREQUEST']._serialized_end=1141
-  _globals['_GETTRACERESPONSE']._serialized_start=1143
-  _globals['_GETTRACERESPONSE']._serialized_end=1237
-  _globals['_CLUSTER']._serialized_start=1240
-  _globals['_CLUSTER']._serialized_end=1461
-  _globals['_SUPERVISOR']._serialized_start=1463
-  _globals['_SUPERVISOR']._serialized_end=1542
+  _globals['_GETSTATUSREQUEST']._serialized_end=361
+  _globals['_GETSTATUSRESPONSE']._serialized_start=364
+  _globals['_GETSTATUSRESPONSE']._serialized_end=731
+  _globals['_GETSTATUSRESPONSE_REQUESTSBYSLOENTRY']._serialized_start=679
+  _globals['_GETSTATUSRESPONSE_REQUESTSBYSLOENTRY']._serialized_end=731
+  _globals['_MISMATCH']._serialized_start=733
+  _globals['_MISMATCH']._serialized_end=792
+  _globals['_WORKERSTATUS']._serialized_start=795
+  _globals['_WORKERSTATUS']._serialized_end=1118
+  _globals['_GETTRACEREQUEST']._serialized_start=1120
+  _globals['_GETTRACEREQUEST']._serialized_end=1157
+  _globals['_GETTRACERESPONSE']._serialized_start=1159
+  _globals['_GETTRACERESPONSE']._serialized_end=1253
+  _globals['_CLUSTER']._serialized_start=1256
+  _globals['_CLUSTER']._serialized_end=1477
+  _globals['_SUPERVISOR']._serialized_start=1479
+  _globals['_SUPERVISOR']._serialized_end=1558
 # @@protoc_insertion_point(module_scope)

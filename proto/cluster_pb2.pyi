@@ -42,8 +42,10 @@ class ChangeProgress(_message.Message):
     def __init__(self, worker_id: _Optional[str] = ..., step: _Optional[str] = ...) -> None: ...
 
 class GetStatusRequest(_message.Message):
-    __slots__ = ()
-    def __init__(self) -> None: ...
+    __slots__ = ("glance",)
+    GLANCE_FIELD_NUMBER: _ClassVar[int]
+    glance: bool
+    def __init__(self, glance: _Optional[bool] = ...) -> None: ...
 
 class GetStatusResponse(_message.Message):
     __slots__ = ("model", "gateway_id", "workers", "queued_requests", "running_requests", "queued_tokens", "requests_by_slo", "metrics_address", "mismatches")

@@ -229,8 +229,9 @@ class GatewayServices:
             return pb.HealthResponse(ready=True, detail=states)
         return pb.HealthResponse(detail=f"no worker that decodes is ready: {states or 'none is known'}")
 
-    async def _get_status(self, _: cluster_pb2.GetStatusRequest) -> cluster_pb2.GetStatusResponse:
-        usable = [worker for worker in self._pool.handles() if worker.usable]
+    async def _get_status(self, request: cluster_pb2.GetStatusRequest) -> cluster_pb2.GetStatusResponse:
+        # Whoever asks whether this gateway hangs must not wait for a worker that does.
+        usable = [worker for worker in self._pool.handles() if worker.usable and not request.glance]
         answers = await self._pool.inspector.ask(usable)
         dispatcher, now = self._dispatcher, self._clock.now()
         admission = dispatcher.admission

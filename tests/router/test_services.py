@@ -169,6 +169,20 @@ def test_a_bug_fails_its_request_alone(
     assert [record.getMessage() for record in caplog.records if record.exc_info] == ["generate_failed"]
 
 
+def test_a_glance_does_not_wait_for_a_stopped_worker() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            async with cluster.router() as router:
+                services = services_of(router, client_stall_s=60.0)
+                cluster.network.silence("d0:1")
+                began_at = asyncio.get_running_loop().time()
+                status = await services._get_status(cluster_pb2.GetStatusRequest(glance=True))
+                assert asyncio.get_running_loop().time() == began_at
+                assert {worker.state for worker in status.workers} == {"ready"}
+
+    run_virtually(main())
+
+
 def test_the_status_tells_where_the_gateways_metrics_are() -> None:
     async def main() -> None:
         with fake_cluster() as cluster:
