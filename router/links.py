@@ -24,7 +24,7 @@ FIRST_FRAME_S = 5.0
 """A worker that was dialled answers the hello within this."""
 
 
-class WorkerSilent(WorkerLost):
+class WorkerSilent(TimeoutError):
     """Somebody is there, and says nothing."""
 
 
@@ -51,7 +51,8 @@ class Link(Protocol):
         has returned, raised or been cancelled, nothing is delivered any more.
 
         Raises:
-            WorkerLost: always, when the stream ends; the message says why.
+            WorkerLost: when the stream ends; the message says why.
+            WorkerSilent: nothing came within FIRST_FRAME_S.
         """
         ...
 

@@ -161,8 +161,8 @@ class WorkerPool:
                 await handle.link.run(lambda frame: self._on_frame(handle, frame))
             except WorkerLost as exc:
                 reason = exc.message
-                if isinstance(exc, WorkerSilent):  # stopped, perhaps, before this gateway had ever heard it
-                    state = WorkerState.HUNG
+            except WorkerSilent as exc:  # stopped, perhaps, before this gateway had ever heard it
+                reason, state = str(exc), WorkerState.HUNG
             except Exception as exc:
                 reason = f"this gateway failed: {type(exc).__name__}: {exc}"
                 logger.exception("worker_stream_failed worker=%s", handle.worker_id)
