@@ -182,7 +182,7 @@ def test_an_unknown_transport_is_refused_with_those_that_exist() -> None:
 def test_a_transport_whose_library_is_missing_is_skipped_by_auto_and_an_error_by_name(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="diphase")
     (tmp_path / "transport_without_library.py").write_text("import cupy.cuda\n")
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setitem(sys.modules, "cupy", None)
@@ -260,7 +260,7 @@ def test_tcp_makes_as_many_connections_as_configured() -> None:
 def test_the_transport_of_one_process_is_tried_only_where_there_is_a_hub(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level("INFO")
+    caplog.set_level("INFO", logger="diphase")
     for hub, wanted in ((LocalHub(), True), (None, False)):
         transports = open_transports(
             KvTransferConfig(), incarnation="a", pools=[region()], clock=MonotonicClock(), hub=hub

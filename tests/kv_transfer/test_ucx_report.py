@@ -50,7 +50,7 @@ def test_a_log_read_in_two_pieces_says_the_same(at: int) -> None:
 def test_each_choice_is_told_once(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     report = UcxReport()
     monkeypatch.setattr(report, "_new_text", lambda: LOG)
-    with caplog.at_level(logging.INFO):
+    with caplog.at_level(logging.INFO, logger="diphase"):
         report.tell()
         report.tell()
     lanes = [r.getMessage() for r in caplog.records if r.getMessage().startswith("ucx_lanes")]
