@@ -56,7 +56,7 @@ class KvTransferConfig:
     """Reservations that may wait for room on a decode worker; more are refused."""
     host: str = "127.0.0.1"
     """Address that network transports listen on and announce to their peers."""
-    tcp_sockets: int = 1
+    tcp_sockets: int = 4
     """Connections that the tcp transport makes to each peer and stripes transfers of 2 MiB or more over; more
     than one where the network gives a single connection less than the link has."""
 
