@@ -157,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--mib", type=int, default=128, help="moved in a round by each mover")
-    parser.add_argument("--transports", nargs="+", default=["shm", "tcp", "tcp:4", "nixl"])
+    parser.add_argument("--transports", nargs="+", default=["shm", "tcp", "tcp:1", "nixl"])
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     context = mp.get_context("spawn")
