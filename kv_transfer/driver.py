@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
@@ -106,7 +105,6 @@ class HandoffDriver(ABC, Generic[H, R]):
         self._queue: deque[tuple[H, k.Event]] = deque()
         self._running = False
         self._reports: deque[R] = deque()
-        self._due = math.inf
         self._idle = asyncio.Event()
         self._idle.set()
         side.transports.listen(self._timer.wake)
@@ -303,7 +301,7 @@ class HandoffDriver(ABC, Generic[H, R]):
                 if handoff.machine.state == "over":
                     self._forget(handoff)
                 else:
-                    self._arm(handoff.machine.due)
+                    self._timer.arm(handoff.machine.due)
         finally:
             self._running = False
 
@@ -313,21 +311,15 @@ class HandoffDriver(ABC, Generic[H, R]):
         if not self._handoffs:
             self._idle.set()
 
-    def _arm(self, due: float) -> None:
-        if due < self._due:
-            self._due = due
-            self._timer.arm(due)
-
     def _tick(self) -> None:
         now = self._clock.now()
-        if now < self._due:
+        if not self._timer.take_due(now):
             return
-        self._due = math.inf
         for handoff in list(self._handoffs.values()):
             if handoff.machine.due <= now:
                 self._post(handoff, k.Tick())
             else:
-                self._arm(handoff.machine.due)
+                self._timer.arm(handoff.machine.due)
         self._run()
 
     def _settle(self) -> None:

@@ -28,11 +28,12 @@ class PumpTimer:
         """`broken` is told once when the pump raises, after which it is called no more."""
         self._broken = broken
         self._loop = asyncio.get_running_loop()
+        self._schedule()
         self.wake()
 
     def stop(self) -> None:
         self._loop = None
-        self._cancel()
+        self._unschedule()
 
     def wake(self) -> None:
         """From any thread; any number of wakes before the loop comes round are one."""
@@ -48,19 +49,28 @@ class PumpTimer:
     def arm(self, due: float) -> None:
         """The pump is called at `due` (clock seconds) at the latest; a later time does not replace an
         earlier."""
-        if self._loop is None or due >= self._due:
-            return
-        self._cancel()
-        self._due = due
-        self._handle = self._loop.call_later(max(0.0, due - self._clock.now()), self._on_time)
+        if due < self._due:
+            self._due = due
+            self._schedule()
+
+    def take_due(self, now: float) -> bool:
+        """For the pump, whyever it was called: whether the time has come that was armed, which is over then.
+        Until it is taken, the pump is called for it."""
+        if now < self._due:
+            return False
+        self._due = math.inf
+        self._unschedule()
+        return True
 
     def _on_wake(self) -> None:
         self._woken = False
         self._call()
 
     def _on_time(self) -> None:
-        self._handle, self._due = None, math.inf
+        self._handle = None
         self._call()
+        if self._handle is None:
+            self._schedule()
 
     def _call(self) -> None:
         if self._loop is None:
@@ -72,7 +82,12 @@ class PumpTimer:
             self.stop()
             self._broken(error)
 
-    def _cancel(self) -> None:
+    def _schedule(self) -> None:
+        self._unschedule()
+        if self._loop is not None and self._due < math.inf:
+            self._handle = self._loop.call_later(max(0.0, self._due - self._clock.now()), self._on_time)
+
+    def _unschedule(self) -> None:
         if self._handle is not None:
             self._handle.cancel()
-        self._handle, self._due = None, math.inf
+            self._handle = None

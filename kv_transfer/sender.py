@@ -96,7 +96,7 @@ class HandoffSender(HandoffDriver[Outgoing, SenderEvent]):
             cached_tokens=cached_tokens,
         )
         self._add(handoff)
-        self._arm(handoff.machine.due)
+        self._timer.arm(handoff.machine.due)
         if session.closing:
             self._post(
                 handoff, k.PeerGone(k.Fault("peer_lost", "the last connection to this worker still closes"))

@@ -177,6 +177,7 @@ async def play(cluster: FaultCluster, hold: str, victim: str, fault: str) -> Pla
         await cluster.idle()
         played.idle_s = time.monotonic() - played.struck_at
     await cluster.heal(victim)
+    await cluster.idle(victim)  # a worker that goes on first learns what it missed
     played.again = await cluster.ended(cluster.submit(SHORT, NEW_TOKENS))
     await cluster.idle()
     await look_back(cluster, played, healthy)

@@ -48,6 +48,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
     def time(self) -> float:
         return self._jumping.now
 
+    def busy(self, seconds: float) -> None:
+        """A callback takes so long: timers are late by that."""
+        self._jumping.now += seconds
+
     @property
     def _clock_resolution(self) -> float:
         """How early timers may fire: not at all, so that what is due at t runs at t."""
