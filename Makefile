@@ -10,8 +10,9 @@ STAMP := $(VENV)/installed
 run: $(STAMP)
 	$(BIN)/diphase demo
 
+# Two files at a time: much of the suite waits for processes to start, or for deadlines to pass.
 test: $(STAMP)
-	$(BIN)/python -P -m pytest -q
+	$(BIN)/python -P -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .
