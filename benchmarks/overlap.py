@@ -8,7 +8,10 @@ whole pushes only, and with whole prompts in one chunk pushed at their end, whic
 From the trace of each request:
 
 - alone: from the KV of the last layer to the last part verified, when all of it is sent then;
-- tail: the same when layers left as they were computed; hidden = 1 - tail / alone;
+- tail: the same when layers left as they were computed. The rest of the last layer, the head and the first
+  token are computed meanwhile;
+- exposed: what is left of the hand-off when nothing is computed any more, from the first token to the
+  hand-off's end at the decode worker; hidden = 1 - exposed / alone, hidden_from_last_kv = 1 - tail / alone;
 - prefill: what the pushes cost the prompt, as a ratio of its time with them to that without.
 """
 
@@ -20,6 +23,7 @@ import random
 import statistics
 import tempfile
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +45,28 @@ ARRANGEMENTS: dict[str, tuple[str, ...]] = {
 }
 
 
-def times(trace: GetTraceResponse, num_layers: int) -> tuple[float, float]:
-    """(prefill, from the KV of the last layer to the last part verified), ms."""
+@dataclass(frozen=True)
+class Times:
+    """Of one request, ms."""
+
+    prefill: float
+    tail: float
+    exposed: float
+
+
+def times(trace: GetTraceResponse) -> Times:
     [prefill] = [e for e in trace.events if e.name == "prefill"]
     verified = max(e.end_s for e in trace.events if e.name == "verify")
     computed = [e for e in trace.events if e.name == "computed"]
+    num_layers = max(ends_at(e.detail) for e in computed)
     there = max(e.begin_s for e in computed if ends_at(e.detail) == num_layers)
-    return (prefill.end_s - prefill.begin_s) * 1e3, (verified - there) * 1e3
+    [token] = [e.begin_s for e in trace.events if e.name == "seeded"]
+    over = max(verified, *(e.begin_s for e in trace.events if e.name == "peer completed"))
+    return Times(
+        prefill=(prefill.end_s - prefill.begin_s) * 1e3,
+        tail=(verified - there) * 1e3,
+        exposed=(over - token) * 1e3,
+    )
 
 
 def ends_at(detail: str) -> int:
@@ -56,7 +75,7 @@ def ends_at(detail: str) -> int:
     return int(fields["first_layer"]) + int(fields["num_layers"])
 
 
-async def one(address: str, client: StatusClient, length: int, rng: random.Random) -> tuple[float, float]:
+async def one(address: str, client: StatusClient, length: int, rng: random.Random) -> Times:
     prompt = [rng.randrange(16, VOCABULARY) for _ in range(length)]
     request = pb.GenerateRequest(
         token_ids=pb.TokenIds(ids=prompt), sampling=pb.Sampling(max_tokens=3, ignore_eos=True)
@@ -65,8 +84,7 @@ async def one(address: str, client: StatusClient, length: int, rng: random.Rando
     async for response in stream(address, "", request):
         last = response
     trace = await client.trace(address, last.request_id, 5.0)
-    layers = max(ends_at(event.detail) for event in trace.events if event.name == "computed")
-    return times(trace, layers)
+    return times(trace)
 
 
 async def measure(transport: str, rounds: int, folder: Path) -> list[dict[str, Any]]:
@@ -88,7 +106,7 @@ async def measure(transport: str, rounds: int, folder: Path) -> list[dict[str, A
             for name, more in ARRANGEMENTS.items()
         }
         for length in LENGTHS:
-            samples: dict[str, list[tuple[float, float]]] = {name: [] for name in addresses}
+            samples: dict[str, list[Times]] = {name: [] for name in addresses}
             for number in range(rounds + 1):
                 for name, address in addresses.items():
                     sample = await one(address, client, length, rng)
@@ -99,15 +117,18 @@ async def measure(transport: str, rounds: int, folder: Path) -> list[dict[str, A
     return rows
 
 
-def row(length: int, samples: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    prefill = {name: statistics.median(each[0] for each in found) for name, found in samples.items()}
-    tail = {name: statistics.median(each[1] for each in found) for name, found in samples.items()}
+def row(length: int, samples: dict[str, list[Times]]) -> dict[str, Any]:
+    prefill = {name: statistics.median(each.prefill for each in found) for name, found in samples.items()}
+    tail = {name: statistics.median(each.tail for each in found) for name, found in samples.items()}
+    exposed = statistics.median(each.exposed for each in samples["layered"])
     return {
         "prompt_tokens": length,
         "alone_ms": round(tail["alone"], 2),
         "tail_ms": round(tail["layered"], 2),
         "tail_whole_pushes_ms": round(tail["whole"], 2),
-        "hidden": round(1.0 - tail["layered"] / tail["alone"], 3),
+        "exposed_ms": round(exposed, 2),
+        "hidden": round(1.0 - exposed / tail["alone"], 3),
+        "hidden_from_last_kv": round(1.0 - tail["layered"] / tail["alone"], 3),
         "prefill_ms": round(prefill["layered"], 1),
         "prefill_to_that_of_whole_pushes": round(prefill["layered"] / prefill["whole"], 3),
     }
