@@ -14,7 +14,7 @@ import logging
 import mmap
 import os
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -25,13 +25,17 @@ from numpy.typing import NDArray
 from ...proto.errors import TransferError
 from ..base import CancelKind, Capabilities, Region, TransportContext
 from .framing import FrameError
+from .shm_copier import Copier, Copy, Lane
 from .socket_medium import Targets
 from .socket_peer import Job, Peer, commit
 from .socket_transport import SocketTransport
 from .unix_door import UnixDoor
 
-SLICE_BYTES = 4 * 1024 * 1024
-"""Copied before commands, deadlines and other peers get their turn."""
+MAX_INLINE = 256 * 1024
+"""Bytes of a job that the transport's thread copies itself when nothing is before it: a word to the copier
+and back would take longer."""
+MAX_COPIES = 16
+"""Jobs of a peer that the copier has."""
 PREFAULT_BYTES = 8 * 1024 * 1024
 """Of a peer's pool that are mapped page by page in one go, while nothing is to be copied: the first transfers
 need not pay for it."""
@@ -44,24 +48,16 @@ _log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Copy:
-    """A job in progress."""
-
-    job: Job
-    segments: list[list[int]]
-    next_segment: int = 0
-    offset: int = 0
-    """Bytes of that segment that are done."""
-
-
-@dataclass(slots=True, eq=False)
 class _Attachment:
     """The peer's regions as they are mapped here."""
 
     regions: list[NDArray[np.uint8]]
     unmapped: deque[tuple[mmap.mmap, int]] = field(default_factory=deque)
     """Ranges whose pages this process has not seen: from an offset to the end of the mapping."""
-    copy: _Copy | None = None
+    lane: Lane = field(default_factory=deque)
+    """The copier's."""
+    copies: list[Copy] = field(default_factory=list)
+    """In the lane, or finished and not looked at."""
 
 
 class ShmMedium(UnixDoor):
@@ -74,15 +70,16 @@ class ShmMedium(UnixDoor):
     severs = False
     lanes = 1
 
-    def __init__(self, regions: list[Region]) -> None:
-        """
+    def __init__(self, regions: list[Region], stir: Callable[[], None]) -> None:
+        """`stir`, called from any thread, has the transport's thread look at poll_in_s again.
+
         Raises:
             TransferError: this is not Linux.
         """
         super().__init__(self.name)
         self._regions = regions
         self._sources: list[NDArray[np.uint8]] = []
-        self._copying: dict[str, Peer] = {}
+        self._copier = Copier(stir)
         self._prefaulting: dict[str, _Attachment] = {}
 
     def check(self, region: Region) -> None:
@@ -126,29 +123,45 @@ class ShmMedium(UnixDoor):
         peer.attachment = self._prefaulting[peer.incarnation] = attachment
 
     def detach(self, peer: Peer) -> None:
-        self._copying.pop(peer.incarnation, None)
         self._prefaulting.pop(peer.incarnation, None)
-        peer.attachment = None
+        self._part(peer)
 
     def ready(self, peer: Peer) -> bool:
         attachment: _Attachment = peer.attachment
-        return attachment.copy is None and peer.writer is not None and peer.writer.num_queued < MAX_FRAMES
+        return (
+            len(attachment.copies) < MAX_COPIES
+            and peer.writer is not None
+            and peer.writer.num_queued < MAX_FRAMES
+        )
 
     def begin(self, peer: Peer, job: Job) -> None:
-        if job.num_bytes:
-            peer.attachment.copy = _Copy(job, job.segments.tolist())
-            self._copying[peer.incarnation] = peer
+        attachment: _Attachment = peer.attachment
+        copy = Copy(
+            peer=peer,
+            job=job,
+            sources=self._sources,
+            targets=attachment.regions,
+            segments=job.segments.tolist(),
+        )
+        if attachment.copies or job.num_bytes > MAX_INLINE:
+            attachment.copies.append(copy)
+            self._copier.submit(attachment.lane, copy)
         else:
+            copy.advance(job.num_bytes)
             commit(peer, job)
 
     def abandon(self, peer: Peer, job: Job) -> None:
-        if peer.attachment.copy is not None and peer.attachment.copy.job is job:
-            self._stop_copy(peer)
-        elif peer.writer is not None:
+        attachment: _Attachment = peer.attachment
+        for copy in attachment.copies:
+            if copy.job is job:
+                copy.void = True
+                return
+        if peer.writer is not None:
             peer.writer.retract(job)
 
     def quiet(self, peer: Peer) -> bool:
-        return True  # the copy is on this thread: abandoned is stopped
+        attachment: _Attachment | None = peer.attachment
+        return attachment is None or not any(copy.void for copy in attachment.copies)
 
     def expect(self, peer: Peer, transfer_id: int, targets: Targets) -> None:
         raise FrameError("transport shm announces no transfers")
@@ -164,22 +177,29 @@ class ShmMedium(UnixDoor):
 
     @property
     def poll_in_s(self) -> float | None:
-        return 0.0 if self._copying or self._prefaulting else None
+        return 0.0 if self._copier.has_finished or self._prefaulting else None
 
     def work(self) -> list[Peer]:
-        if not self._copying:
-            self._prefault()
-        finished = []
-        for peer in list(self._copying.values()):
-            copy: _Copy = peer.attachment.copy
-            if self._copy_slice(copy, peer.attachment.regions):
-                self._stop_copy(peer)
+        changed = {}
+        for copy in self._copier.finished():
+            peer = copy.peer
+            peer.attachment.copies.remove(copy)
+            if not copy.void:
                 commit(peer, copy.job)
-                finished.append(peer)
-        return finished
+            self._part(peer)
+            changed[peer.incarnation] = peer
+        if not changed and self._prefaulting:
+            self._prefault()
+        return list(changed.values())
 
     def close(self) -> None:
-        """Every mapping ended with its peer."""
+        self._copier.close()
+
+    def _part(self, peer: Peer) -> None:
+        """Lets go of the pool of a peer that is being dropped, once nothing is copied there."""
+        attachment: _Attachment | None = peer.attachment
+        if peer.down is not None and attachment is not None and not attachment.copies:
+            peer.attachment = None
 
     def _prefault(self) -> None:
         """Some more pages of one peer's pool."""
@@ -197,30 +217,13 @@ class ShmMedium(UnixDoor):
         if end < len(mapping):
             attachment.unmapped.appendleft((mapping, end))
 
-    def _stop_copy(self, peer: Peer) -> None:
-        peer.attachment.copy = None
-        del self._copying[peer.incarnation]
-
-    def _copy_slice(self, copy: _Copy, targets: list[NDArray[np.uint8]]) -> bool:
-        """Copies some bytes; True when the job has none left. numpy lets go of the interpreter lock."""
-        left, i, done = SLICE_BYTES, copy.next_segment, copy.offset
-        sources, segments = self._sources, copy.segments
-        while i < len(segments) and left > 0:
-            region, begin, target, target_begin, length = segments[i]
-            if done or length > left:
-                begin, target_begin, length = begin + done, target_begin + done, min(length - done, left)
-                done += length
-            targets[target][target_begin : target_begin + length] = sources[region][begin : begin + length]
-            left -= length
-            if done in (0, segments[i][4]):
-                i, done = i + 1, 0
-        copy.next_segment, copy.offset = i, done
-        return i == len(segments)
-
 
 class ShmTransport(SocketTransport):
     """See base.Transport."""
 
     def __init__(self, context: TransportContext) -> None:
         regions: list[Region] = []
-        super().__init__(context, ShmMedium(regions), regions)
+        super().__init__(context, ShmMedium(regions, self._stir), regions)
+
+    def _stir(self) -> None:
+        self._thread.stir()

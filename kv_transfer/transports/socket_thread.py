@@ -87,6 +87,10 @@ class SocketThread:
             with contextlib.suppress(BlockingIOError):  # a full pipe has woken the thread already
                 os.write(self._alarm_in, b"!")
 
+    def stir(self) -> None:
+        """From any thread: has the crew asked again whether it wants to work."""
+        self.post(_nothing)
+
     def stop(self, crew: Crew) -> None:
         """Ends the thread and everything it has. Blocks."""
         if self._thread.ident is not None:
@@ -196,3 +200,7 @@ class SocketThread:
         self.run_commands()  # whose writes fail now
         self._selector.close()
         self._tell()
+
+
+def _nothing() -> None:
+    """A command that only wakes the thread."""
