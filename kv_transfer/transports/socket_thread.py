@@ -12,6 +12,7 @@ import logging
 import os
 import selectors
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from heapq import heappop, heappush
@@ -22,6 +23,8 @@ from .framing import Connection
 
 MAX_UNREAD = 4096
 """Events that nobody polled; until somebody does, no connection that brings notices is read."""
+SELECTOR_S = 0.001
+"""Selectors round their timeouts up to this: shorter pauses, in which no socket is looked at, are slept."""
 
 _log = logging.getLogger(__name__)
 
@@ -178,6 +181,9 @@ class SocketThread:
         elif self._timers:
             until = max(0.0, self._timers[0][0] - now)
             timeout = until if timeout is None else min(timeout, until)
+        if timeout is not None and 0.0 < timeout < SELECTOR_S:
+            time.sleep(timeout)
+            timeout = 0.0
         for key, mask in self._selector.select(timeout):
             key.data(mask)
             self._tell()
