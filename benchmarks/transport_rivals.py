@@ -160,6 +160,7 @@ class MooncakeEnd:
     """A transfer engine over TCP with one pool; peers find each other without a metadata server."""
 
     def __init__(self) -> None:
+        os.environ.setdefault("GLOG_minloglevel", "2")  # else a line for each batch
         from mooncake.engine import TransferEngine
 
         self.memory = pool()[1]
