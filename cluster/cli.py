@@ -46,8 +46,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     if unknown:
         args.parser.refuse(args, unknown)
-    # gRPC's core tells stderr of every connection that ends; what matters comes as an error.
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger(__name__.partition(".")[0]).setLevel(logging.DEBUG if args.verbose else logging.WARNING)
     try:

@@ -14,7 +14,7 @@ import grpc.aio
 
 from ..proto import cluster_pb2 as pb
 from ..proto.cluster_pb2_grpc import SupervisorServicer, add_SupervisorServicer_to_server
-from ..proto.errors import ConfigError, DiphaseError, InternalError
+from ..proto.errors import ConfigError, DiphaseError
 from ..proto.rpc import INTERNAL_OPTIONS, host_port
 from .changes import Changes
 
@@ -60,24 +60,30 @@ class Control(SupervisorServicer):
         if not hmac.compare_digest(str(shown).encode(), self._bearer.encode()):
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "the cluster's token is missing or wrong")
         progress: asyncio.Queue[pb.ChangeProgress | None] = asyncio.Queue()
-        task = asyncio.create_task(self._make(request, progress))
+        task = asyncio.create_task(self._make(request, progress), name="change")
         self._running.add(task)
-        task.add_done_callback(self._made)
+        task.add_done_callback(self._ended)
         while (step := await progress.get()) is not None:
             yield step
         try:
             await task
-        except DiphaseError as exc:
+        except Exception as exc:  # the top of a change: whoever asked is told; _ended logs it
             # Never UNAVAILABLE: by that gateways know that there is no supervisor.
             mine = isinstance(exc, ConfigError)
             await context.abort(
-                grpc.StatusCode.INVALID_ARGUMENT if mine else grpc.StatusCode.ABORTED, exc.message
+                grpc.StatusCode.INVALID_ARGUMENT if mine else grpc.StatusCode.ABORTED,
+                exc.message if isinstance(exc, DiphaseError) else f"{type(exc).__name__}: {exc}",
             )
 
-    def _made(self, task: asyncio.Task[None]) -> None:
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        """However it ended, and whether or not anybody listens still."""
         self._running.discard(task)
-        if not task.cancelled():
-            task.exception()  # seen: whoever asked may be gone
+        if task.cancelled():
+            logger.warning("change_given_up")
+        elif isinstance(error := task.exception(), DiphaseError):
+            logger.warning("change_failed error=%r", error.message)
+        elif error is not None:
+            logger.error("change_failed", exc_info=error)
 
     async def _make(
         self, request: pb.ChangeRequest, progress: asyncio.Queue[pb.ChangeProgress | None]
@@ -88,11 +94,5 @@ class Control(SupervisorServicer):
 
         try:
             await self._changes.make(request, say)
-        except DiphaseError as exc:
-            logger.warning("change_failed error=%r", exc.message)
-            raise
-        except Exception as exc:  # the top of a change: whoever asked is told
-            logger.exception("change_failed")
-            raise InternalError(f"{type(exc).__name__}: {exc}") from exc
         finally:
             progress.put_nowait(None)

@@ -44,7 +44,7 @@ class OutgoingPart:
     """Of KV."""
     piece_bytes: int
     """That a staged part takes at most, at either end."""
-    segments: Segments
+    segments: Segments = field(default_factory=lambda: np.empty((0, 5), dtype=np.int64))
     """Straight from blocks to blocks; of a staged part, from piece to piece once it has both."""
     piece: int = 0
     """Number of the piece of the peer's window; 0: none."""
@@ -126,8 +126,6 @@ class PartWriter:
         return self._local.used
 
     def push(self, handoff: Outgoing, push: k.Push) -> None:
-        cached = handoff.machine.num_blocks - len(handoff.remote_ids)
-        begin, end = push.first_block, push.first_block + push.num_blocks
         size = self._bytes.size(push.num_blocks, push.num_layers)
         part = OutgoingPart(
             handoff=handoff,
@@ -135,22 +133,13 @@ class PartWriter:
             queued_at=self._clock.now(),
             num_bytes=size,
             piece_bytes=size if handoff.codec is None else handoff.codec.max_bytes(self._spec(handoff, push)),
-            segments=reshard_segments(
-                self._layout,
-                self._sharding,
-                handoff.session.sharding,
-                handoff.block_ids[begin:end],
-                handoff.remote_ids[begin - cached : end - cached],
-                first_layer=push.first_layer,
-                num_layers=push.num_layers,
-            ),
         )
         handoff.parts[push.part] = part
-        if self._is_staged(part):
+        if self._choose_path(part):
             self._waiting.append(part)
             self._stage_waiting()
         elif self._config.digest:
-            blocks = handoff.block_ids[begin:end]
+            blocks = handoff.block_ids[push.first_block : push.first_block + push.num_blocks]
             job = partial(self._bytes.digests, blocks, push.first_layer, push.num_layers)
             self._transports.worker.submit(part, job)
         else:
@@ -265,17 +254,41 @@ class PartWriter:
         self._local.shrink(part.local_offset, encoded.length)
         lent.shrink(part.piece, encoded.length)
 
-    def _is_staged(self, part: OutgoingPart) -> bool:
+    def _choose_path(self, part: OutgoingPart) -> bool:
+        """True: it is to be staged, and gets its segments with its pieces. False: it goes straight, and has
+        them."""
         session = part.handoff.session
         lent, transport = session.credits, session.transport
-        if lent is None or transport is None or not part.num_bytes:
-            return False
-        if not (lent.fits(part.piece_bytes) and self._local.fits(part.piece_bytes)):
+        if (
+            lent is None
+            or transport is None
+            or not part.num_bytes
+            or not (lent.fits(part.piece_bytes) and self._local.fits(part.piece_bytes))
+        ):
+            part.segments = self._straight(part)
             return False
         if part.handoff.codec is not None or self._config.staging == "always":
             return True
-        short = part.num_bytes < len(part.segments) * transport.capabilities.stage_below_bytes
-        return short and lent.flowing and self._local.used + part.piece_bytes <= self._local.size
+        straight = self._straight(part)
+        short = part.num_bytes < len(straight) * transport.capabilities.stage_below_bytes
+        if short and lent.flowing and self._local.used + part.piece_bytes <= self._local.size:
+            return True
+        part.segments = straight
+        return False
+
+    def _straight(self, part: OutgoingPart) -> Segments:
+        handoff, push = part.handoff, part.push
+        cached = handoff.machine.num_blocks - len(handoff.remote_ids)
+        begin, end = push.first_block, push.first_block + push.num_blocks
+        return reshard_segments(
+            self._layout,
+            self._sharding,
+            handoff.session.sharding,
+            handoff.block_ids[begin:end],
+            handoff.remote_ids[begin - cached : end - cached],
+            first_layer=push.first_layer,
+            num_layers=push.num_layers,
+        )
 
     def _stage_waiting(self) -> None:
         """Gathers the parts that find room at both ends now."""

@@ -63,7 +63,8 @@ class TransportSet:
         waker: _Waker | None = None,
         byte_thread: bool = True,
     ) -> None:
-        """`transports` have registered nothing yet; those that cannot are closed and left out."""
+        """`transports` have registered nothing yet; those that cannot are closed and left out. When this
+        raises, they stay the caller's to close."""
         self.pools = list(pools)
         self.staging = staging
         self._waker = waker or _Waker()
@@ -227,13 +228,12 @@ def open_transports(
                 reasons[name] = str(error)
             else:
                 on_error.callback(opened[name].close)
+        transports = TransportSet(opened, pools, staging=staging, waker=waker)
+        if not transports.names:
+            reasons |= transports.left_out
+            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            raise TransferError(
+                f"kv_transfer.transport = {config.transport!r} does not work on this machine ({why})"
+            )
         on_error.pop_all()
-    transports = TransportSet(opened, pools, staging=staging, waker=waker)
-    if not transports.names:
-        transports.close()
-        reasons |= transports.left_out
-        why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
-        raise TransferError(
-            f"kv_transfer.transport = {config.transport!r} does not work on this machine ({why})"
-        )
     return transports

@@ -4,11 +4,12 @@ reads."""
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..proto import inference_pb2 as pb
 from ..proto import worker_pb2
-from ..proto.errors import Cancelled, DiphaseError
+from ..proto.errors import Cancelled, DiphaseError, Draining
 from .latency import RequestTimes
 from .text import PreparedRequest
 from .token_order import Logprobs, TokenOrder
@@ -64,7 +65,7 @@ class ActiveRequest:
         """Counted by admission: it has no token yet."""
         self.failed_workers: set[str] = set()
         self.moves = 0
-        """Attempts that ended because a worker drained."""
+        """Attempts that ended because a worker drained; they cost none."""
         self.give_up: asyncio.TimerHandle | None = None
         """Ends the wait for a placement."""
         self.finish_reason = 0
@@ -134,6 +135,16 @@ class ActiveRequest:
         if not self.ended:
             self.error = error
             self.stream.wake()
+
+    def blame(self, workers: Sequence[WorkerHandle], error: DiphaseError) -> None:
+        """The attempt ended by one of them. A drain is nobody's failure, however many workers drain: unless
+        none of these is known to leave and all have failed the request before, for then it could go on so
+        for ever."""
+        if isinstance(error, Draining) and any(
+            worker.leaves or worker.worker_id not in self.failed_workers for worker in workers
+        ):
+            self.moves += 1
+        self.failed_workers.update(worker.worker_id for worker in workers)
 
     def next_attempt(self) -> None:
         """Leaves its workers; what they sent in order is kept."""

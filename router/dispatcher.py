@@ -306,8 +306,7 @@ class Dispatcher:
             active.client_request_id, active.attempt, error.code, error.message,
         )  # fmt: skip
         self._cancel_attempt(active)
-        active.failed_workers.update(worker.worker_id for worker in blamed)
-        active.moves += isinstance(error, Draining)  # nobody's failure, however many workers drain
+        active.blame(blamed, error)
         if len(active.token_ids) >= active.request.sampling.max_tokens:
             active.finish(FINISH_REASON_LENGTH)  # only the terminal event was lost
         elif not retryable or active.attempt + 1 - active.moves >= self._config.max_attempts:

@@ -87,6 +87,11 @@ class WorkerHandle:
         return self.state in (WorkerState.READY, WorkerState.DRAINING)
 
     @property
+    def leaves(self) -> bool:
+        """It takes nothing new, by its own word or the registry's, or has left in order."""
+        return self.load.draining or self.retired or self.member.draining or self.parted
+
+    @property
     def model(self) -> LatencyModel:
         """Its own step times, or its role's while it has shown few."""
         return self._own_model if self._own_model.num_samples >= OWN_MODEL_SAMPLES else self._role_model
@@ -181,7 +186,7 @@ class WorkerHandle:
         """The state that an attached worker is in."""
         if hangs:
             return WorkerState.HUNG
-        if self.load.draining or self.retired or self.member.draining:
+        if self.leaves:
             return WorkerState.DRAINING
         return WorkerState.READY if self.clock.known else WorkerState.CONNECTING
 

@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
+import subprocess
+import sys
 import tomllib
 from collections.abc import AsyncIterator
 from importlib.metadata import version
@@ -19,6 +22,17 @@ from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import ConfigError, DiphaseError, InvalidRequest, Overloaded, WorkerLost
 from diphase.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 from diphase.proto.sampling import SamplingParams
+
+# What gRPC's core will find, told at the moment when it is imported.
+VERBOSITY = """
+import os, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name == "grpc":
+            print(os.environ.get("GRPC_VERBOSITY"))
+sys.meta_path.insert(0, Finder())
+import diphase.cluster.cli
+"""
 
 
 class FakeGateway(InferenceServicer):
@@ -286,3 +300,17 @@ def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"diphase {version('diphase')}\n"
+
+
+@pytest.mark.parametrize(("given", "found"), [({}, "NONE"), ({"GRPC_VERBOSITY": "ERROR"}, "ERROR")])
+def test_grpcs_core_is_silent_unless_the_user_wants_to_hear_it(given: dict[str, str], found: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "GRPC_VERBOSITY"}
+    done = subprocess.run(
+        [sys.executable, "-P", "-c", VERBOSITY],
+        env={**environment, **given},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.split() == [found]

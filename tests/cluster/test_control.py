@@ -4,6 +4,7 @@ asked."""
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -101,6 +102,28 @@ async def test_a_change_goes_on_when_whoever_asked_is_gone() -> None:
         await changes.made.wait()
 
 
+@pytest.mark.parametrize(
+    ("error", "level", "words"),
+    [
+        (WorkerLost("not complete"), logging.WARNING, "not complete"),
+        (ValueError("a bug"), logging.ERROR, "ValueError: a bug"),
+    ],
+)
+async def test_a_change_that_fails_when_whoever_asked_is_gone_is_in_the_log(
+    error: Exception, level: int, words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    changes = FakeChanges(error)
+    async with linked(changes) as link, asyncio.timeout(20.0):
+        stream = link.change(SCALE)
+        assert (await anext(stream)).step == "starts"
+        await stream.aclose()  # type: ignore[attr-defined]
+        changes.go_on.set()
+        await changes.made.wait()
+    [record] = [record for record in caplog.records if record.msg.startswith("change_failed")]
+    assert record.levelno == level
+    assert words in caplog.text
+
+
 async def test_a_supervisor_that_is_not_there_is_an_error_that_says_so() -> None:
     with pytest.raises(WorkerLost, match="no supervisor of this cluster is known here"):
         await said(SupervisorLink(lambda: "", ""))
@@ -108,7 +131,7 @@ async def test_a_supervisor_that_is_not_there_is_an_error_that_says_so() -> None
         await said(SupervisorLink(lambda: "127.0.0.1:1", ""))
 
 
-async def test_what_is_under_way_ends_with_the_supervisor() -> None:
+async def test_what_is_under_way_ends_with_the_supervisor(caplog: pytest.LogCaptureFixture) -> None:
     changes = FakeChanges()
     control = Control(changes, "secret")
     address = await control.open("127.0.0.1")
@@ -119,6 +142,7 @@ async def test_what_is_under_way_ends_with_the_supervisor() -> None:
         with pytest.raises((WorkerLost, grpc.aio.AioRpcError)):
             await anext(stream)
     assert not changes.made.is_set()
+    assert "change_given_up" in caplog.text
 
 
 async def test_an_address_of_another_machine_cannot_be_listened_on() -> None:

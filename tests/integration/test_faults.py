@@ -16,7 +16,6 @@ from collections.abc import Iterator
 import pytest
 from diphase.cluster import processes
 from diphase.cluster.endpoint import open_channel
-from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import generate
 from diphase.proto.inference_pb2_grpc import InferenceStub
@@ -41,14 +40,6 @@ def cluster() -> Iterator[Served]:
     settings = ("pools.prefill.workers=2", "pools.decode.workers=2", "gateway.replicas=2", "model.dtype=fp32")
     with served(*TINY, *settings, "pools.prefill.cpus=0.5", "pools.decode.cpus=0.5") as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    """To say what an undisturbed request gives."""
-    engine = TorchEngine.load(EngineConfig(model="dummy:tiny", dtype="fp32", kv_cache_mib=64))
-    yield engine
-    engine.close()
 
 
 def draw_prompts(seed: int) -> list[list[int]]:

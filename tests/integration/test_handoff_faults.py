@@ -13,7 +13,6 @@ from contextlib import ExitStack
 
 import pytest
 import pytest_asyncio
-from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import generate
 from diphase.proto.sampling import SamplingParams
@@ -57,14 +56,6 @@ async def over_shm(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Fa
     log = tmp_path_factory.mktemp("shm") / "workers.log"
     async with fault_cluster(log, None, transport="shm", staging="always") as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    """To say what an undisturbed request gives."""
-    engine = TorchEngine.load(EngineConfig(model="dummy:tiny", dtype="fp32", kv_cache_mib=64))
-    yield engine
-    engine.close()
 
 
 @pytest_asyncio.fixture(loop_scope="module", autouse=True)

@@ -19,7 +19,6 @@ import pytest
 import redis
 from diphase.cluster import processes
 from diphase.cluster.endpoint import StatusClient
-from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.engine.generate import generate
 from diphase.proto import cluster_pb2 as pb
@@ -49,14 +48,6 @@ def cluster() -> Iterator[Served]:
     settings = ("model.dtype=fp32", "gateway.replicas=2", "router.max_attempts=1", "host.drain_timeout_s=2")
     with served(*TINY, *settings, "pools.prefill.cpus=0.25", "pools.decode.cpus=0.25") as cluster:
         yield cluster
-
-
-@pytest.fixture(scope="module")
-def engine() -> Iterator[TorchEngine]:
-    """To say what an undisturbed request gives."""
-    engine = TorchEngine.load(EngineConfig(model="dummy:tiny", dtype="fp32", kv_cache_mib=64))
-    yield engine
-    engine.close()
 
 
 def reference(engine: TorchEngine, prompts: list[list[int]], max_tokens: int) -> list[list[int]]:

@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import pytest
 from diphase.cluster import processes
-from diphase.engine.config import EngineConfig
 from diphase.engine.engine import TorchEngine
 from diphase.proto.sampling import SamplingParams
 
@@ -24,13 +23,6 @@ from .test_equivalence import prompts, truth
 
 NUM_TOKENS = 16
 LENGTHS = (1, 15, 16, 17, 130, 511, 1500)
-
-
-@pytest.fixture(scope="module")
-def single_engine() -> Iterator[TorchEngine]:
-    engine = TorchEngine.load(EngineConfig(model="dummy:tiny", dtype="fp32", kv_cache_mib=64))
-    yield engine
-    engine.close()
 
 
 @pytest.mark.parametrize(
@@ -46,10 +38,10 @@ def single_engine() -> Iterator[TorchEngine]:
     ids=str,
 )
 async def test_pools_of_any_two_sizes_give_the_single_engines_tokens(
-    single_engine: TorchEngine, ranks: tuple[int, int], transport: str, staging: str
+    engine: TorchEngine, ranks: tuple[int, int], transport: str, staging: str
 ) -> None:
     """The model has two KV heads: four ranks keep two copies of each."""
-    of = prompts(LENGTHS, single_engine.limits.vocab_size, seed=sum(ranks))
+    of = prompts(LENGTHS, engine.limits.vocab_size, seed=sum(ranks))
     params = [SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)] * len(of)
     outputs, _ = await run_pair(
         of,
@@ -63,7 +55,7 @@ async def test_pools_of_any_two_sizes_give_the_single_engines_tokens(
         layerwise_tokens=256,
         layers_per_push=1,
     )
-    assert outputs == truth(single_engine, of, params)
+    assert outputs == truth(engine, of, params)
     assert not rank_pids()
 
 
@@ -78,9 +70,9 @@ def cluster() -> Iterator[Served]:
     "number", [None, signal.SIGKILL, signal.SIGSTOP], ids=["served", "killed", "stopped"]
 )
 async def test_a_live_cluster_serves_and_a_worker_that_loses_a_rank_starts_anew(
-    cluster: Served, single_engine: TorchEngine, number: signal.Signals | None
+    cluster: Served, engine: TorchEngine, number: signal.Signals | None
 ) -> None:
-    of = prompts((100, 700, 2000), single_engine.limits.vocab_size, seed=number or 0)
+    of = prompts((100, 700, 2000), engine.limits.vocab_size, seed=number or 0)
     params = [SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)] * len(of)
     before = cluster.pid("prefill-0")
     (rank,) = rank_pids(before)
@@ -92,7 +84,7 @@ async def test_a_live_cluster_serves_and_a_worker_that_loses_a_rank_starts_anew(
         for i, (prompt, completion) in enumerate(zip(of, completions, strict=True)):
             request = prompt_request(prompt, NUM_TOKENS, request_id=f"r{number}-{i}")
             group.create_task(follow(cluster.addresses, request, completion))
-    assert [completion.token_ids for completion in completions] == truth(single_engine, of, params)
+    assert [completion.token_ids for completion in completions] == truth(engine, of, params)
     if number is None:
         assert all(c.last and c.last.stages.prefill_worker == "prefill-0" for c in completions)
     else:

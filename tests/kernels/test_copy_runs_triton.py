@@ -1,9 +1,6 @@
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +10,11 @@ from diphase.kernels.copy_runs_triton import LAUNCHES, PIECE_BYTES, WARPS, cut
 from diphase.proto.errors import KernelError
 
 from .ahead_of_time import ARCHITECTURES, MAX_REGISTERS, MAX_SHARED_BYTES, compile_for
-
-INTERPRETED = Path(__file__).with_name("interpreted_copy_runs.py")
+from .interpreter import check_interpreted
 
 
 def test_kernel_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", str(INTERPRETED)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_interpreted("interpreted_copy_runs.py")
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch[0]}x{launch[2]}")

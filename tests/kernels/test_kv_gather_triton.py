@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,21 +9,13 @@ from diphase.proto.errors import KernelError
 
 from . import kv_gather_cases as cases
 from .ahead_of_time import ARCHITECTURES, MAX_REGISTERS, MAX_SHARED_BYTES, compile_for
+from .interpreter import check_interpreted
 
-INTERPRETED = Path(__file__).with_name("interpreted_kv_gather.py")
 POINTERS = {8: "*i64", 4: "*i32", 2: "*i16", 1: "*u8"}
 
 
 def test_kernel_in_the_interpreter() -> None:
-    done = subprocess.run(
-        [sys.executable, "-P", "-m", "pytest", "-q", str(INTERPRETED)],
-        env={**os.environ, "TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
-        timeout=150,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    check_interpreted("interpreted_kv_gather.py")
 
 
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: f"{launch.word_bytes}x{launch.columns}")

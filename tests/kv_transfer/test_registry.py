@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 
-from diphase.kv_transfer.config import IN_PROCESS
-from diphase.kv_transfer.registry import TRANSPORTS, auto_order, has_fabric
+import pytest
+from diphase.kv_transfer.base import Region
+from diphase.kv_transfer.config import IN_PROCESS, KvTransferConfig
+from diphase.kv_transfer.registry import TRANSPORTS, auto_order, has_fabric, open_transports
+from diphase.kv_transfer.transports.tcp import TcpTransport
+from diphase.proto.clock import MonotonicClock
 
 
 def test_a_fabric_is_an_rdma_device(tmp_path: Path) -> None:
@@ -30,3 +35,24 @@ def test_without_a_fabric_nixl_is_not_opened() -> None:
 def test_only_roles_of_one_process_meet_in_it() -> None:
     assert IN_PROCESS not in auto_order(TRANSPORTS, fabric=True, in_process=False)
     assert auto_order(TRANSPORTS, fabric=True, in_process=True)[0] == IN_PROCESS
+
+
+class CrashingTransport(TcpTransport):
+    """Has a mistake."""
+
+    def register(self, region: Region) -> int:
+        raise AttributeError("a bug")
+
+
+def test_a_transport_that_crashes_leaves_no_other_one_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    offered = {"tcp": TRANSPORTS["tcp"], "crashing": f"{__name__}:{CrashingTransport.__name__}"}
+    monkeypatch.setattr("diphase.kv_transfer.registry.TRANSPORTS", offered)
+    before = set(threading.enumerate())
+    with pytest.raises(AttributeError, match="a bug"):
+        open_transports(
+            KvTransferConfig(),
+            incarnation="a",
+            pools=[Region(buffer=memoryview(bytearray(64)))],
+            clock=MonotonicClock(),
+        )
+    assert set(threading.enumerate()) == before

@@ -58,6 +58,17 @@ async def test_parts_that_find_no_room_wait_for_it(make_pair: Any) -> None:
     assert idle(pair)
 
 
+async def test_of_what_is_staged_anyway_nobody_asks_how_it_would_go_directly(
+    make_pair: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = make_pair(staging="always")
+    monkeypatch.delattr("diphase.kv_transfer.outgoing_parts.reshard_segments")
+    blocks = send(pair)
+    pair.pump()
+    [ready] = pair.received()
+    assert pair.read(pair.d, ready.block_ids) == pair.read(pair.p, blocks)
+
+
 async def test_what_the_window_cannot_hold_goes_directly(make_pair: Any) -> None:
     pair = make_pair(num_blocks=4096, staging="always")
     pair.sender._parts._local = Arena(0, 1 << 19)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 
+import pytest
 from diphase.proto import inference_pb2 as pb
 from diphase.proto import worker_pb2 as wpb
 from diphase.router.active_request import ActiveRequest
@@ -157,6 +158,20 @@ def test_a_worker_that_gives_up_is_retried() -> None:
         scene.say("p0", 0, 0, [], wpb.Terminal(cancelled=True))
         assert scene.active.attempt == 1
         assert not scene.active.ended
+
+    play(body)
+
+
+@pytest.mark.parametrize("drains", [True, False])
+def test_a_drain_that_is_known_costs_no_attempt_whoever_was_blamed_before(drains: bool) -> None:
+    async def body(scene: Scene) -> None:
+        for attempt in range(2):
+            scene.say("p0", attempt, 0, [], failed())
+        scene.cluster.workers["d0"].load.draining = drains
+        await asyncio.sleep(0.3)  # its next heartbeat
+        scene.say("p0", 2, 0, [], failed("draining"))
+        assert scene.active.attempt == (3 if drains else 2)
+        assert scene.active.ended is not drains
 
     play(body)
 

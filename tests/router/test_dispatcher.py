@@ -178,6 +178,35 @@ def test_the_last_failure_is_the_clients_error() -> None:
     run_virtually(main())
 
 
+DRAINS = wpb.WireError(code="draining", message="this worker takes no new work", retryable=True)
+
+
+def test_a_worker_that_refuses_as_if_it_drained_and_stays_is_not_tried_for_ever() -> None:
+    async def main() -> None:
+        with fake_cluster() as cluster:
+            cluster.workers["p0"].refuse = [DRAINS] * 1000
+            async with cluster.router(max_attempts=3) as router:
+                outcome = await generate(router, token_request(PROMPT))
+                assert isinstance(outcome.error, Draining)
+                assert outcome.terminals == 1
+            assert len(cluster.workers["p0"].submits) == 1 + 3
+
+    run_virtually(main())
+
+
+def test_the_first_such_refusal_of_each_worker_costs_no_attempt() -> None:
+    async def main() -> None:
+        with fake_cluster(prefill=2) as cluster:
+            for name in ("p0", "p1"):
+                cluster.workers[name].refuse = [DRAINS]
+            async with cluster.router(max_attempts=1) as router:
+                outcome = await generate(router, token_request(PROMPT))
+                assert outcome.token_ids == expected_tokens(PROMPT, 8)
+                assert outcome.last.stages.attempts == 3
+
+    run_virtually(main())
+
+
 def test_a_hand_off_that_a_decode_worker_has_no_room_for_goes_to_another_one() -> None:
     async def main() -> None:
         with fake_cluster(decode=2) as cluster:

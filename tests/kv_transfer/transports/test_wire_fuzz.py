@@ -310,7 +310,7 @@ def test_nothing_that_comes_is_unpickled(ends: tuple[End, End], capsys: pytest.C
         stranger.leave()
     end.goes_on(friend)
     assert capsys.readouterr().out == ""
-    modules = Path(sys.modules[End.__module__].__file__ or "").parents[2] / "kv_transfer"
+    modules = Path(sys.modules[End.__module__].__file__ or "").parents[3] / "kv_transfer"
     found = subprocess.run(
         [
             "grep",

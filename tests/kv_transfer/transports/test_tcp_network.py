@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from ..network_namespaces import Refused, device, join, namespaces, shape
+from ...network_namespaces import Refused, device, join, namespaces, shape
 
 CHILD = "tests.conformance.transport_child"
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 MIB = 1024 * 1024
 SIZE = 24 * MIB
 needs_nixl = pytest.mark.skipif(

@@ -22,8 +22,8 @@ from diphase.kv_transfer.transports.peer_process import PeerProcess
 from diphase.kv_transfer.transports.regions import coalesce
 from diphase.proto.errors import TransferError
 
-from ..conformance.host_gpu import ROOT, HostDevice
-from ..conformance.transport_ends import PATIENCE_S, End, table
+from ...conformance.host_gpu import ROOT, HostDevice
+from ...conformance.transport_ends import PATIENCE_S, End, table
 
 MakeEnd = Callable[[str], tuple[End, HostDevice]]
 Dying = Callable[..., subprocess.Popen[str]]

@@ -23,8 +23,8 @@ from diphase.kv_transfer.transports.nccl_owner import UNIQUE_ID_BYTES, Word
 from diphase.kv_transfer.transports.nccl_process import Named, OwnerProcess
 from diphase.proto.errors import DiphaseError, InternalError, PeerLost, TransferError
 
-from ..conformance.host_gpu import HOST_COMMUNICATOR, ROOT, HostDevice
-from ..conformance.transport_ends import PATIENCE_S, End
+from ...conformance.host_gpu import HOST_COMMUNICATOR, ROOT, HostDevice
+from ...conformance.transport_ends import PATIENCE_S, End
 
 MODULE = HOST_COMMUNICATOR.partition(":")[0]
 MakeEnd = Callable[..., End]
