@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from ..proto.kv_layout import ITEM_BYTES, UNSHARDED, KvLayout, Sharding
 from .base import Segments
+from .segments import coalesce
 
 
 def canonical_runs(
@@ -76,7 +77,7 @@ def reshard_segments(
         table[:, :, 2] = lane.target_rank + remote_region
         table[:, :, 3] = remote[:, None] * lane.target_bytes + lane.moves[:, 1]
         table[:, :, 4] = lane.moves[:, 2]
-        tables.append(_coalesced(table.reshape(-1, 5)))
+        tables.append(coalesce(table.reshape(-1, 5)))
     return np.concatenate(tables)
 
 
@@ -174,15 +175,3 @@ def _block_runs(layout: KvLayout, sharding: Sharding, first_layer: int, num_laye
 
 def _common(*ranges: range) -> range:
     return range(max(r.start for r in ranges), min(r.stop for r in ranges))
-
-
-def _coalesced(rows: Segments) -> Segments:
-    """Rows that continue the one before at both ends are joined with it."""
-    ends = rows[:-1, [1, 3]] + rows[:-1, 4:]
-    joined = (
-        (rows[1:, 0] == rows[:-1, 0]) & (rows[1:, 1] == ends[:, 0]) & (rows[1:, 3] == ends[:, 1])
-    )  # column 2, the target rank, is one for all
-    starts = np.concatenate(([0], np.flatnonzero(~joined) + 1))
-    segments = rows[starts]
-    segments[:, 4] = np.add.reduceat(rows[:, 4], starts)
-    return segments

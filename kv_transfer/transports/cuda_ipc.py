@@ -25,7 +25,6 @@ from .cuda_device import DeviceFactory, cuda_device_of
 from .cuda_memory import Device, Runs, cuda_runtime, num_devices
 from .framing import FrameError
 from .peer_process import PeerProcess
-from .regions import coalesce
 from .socket_medium import Targets
 from .socket_peer import Job, Peer, commit
 from .socket_transport import SocketTransport
@@ -239,7 +238,7 @@ class CudaIpcMedium(UnixDoor):
         peer.attachment = None
 
     def _runs(self, attachment: _Attachment, job: Job) -> Runs:
-        segments = coalesce(job.segments)
+        segments = job.segments
         sources = np.array([self.device.address(region) for region in self._regions], dtype=np.int64)
         runs = np.empty((len(segments), 3), dtype=np.int64)
         runs[:, 0] = sources[segments[:, 0]] + segments[:, 1]

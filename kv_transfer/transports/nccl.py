@@ -27,7 +27,6 @@ from .framing import Connection, FrameError
 from .nccl_communicator import load_nccl
 from .nccl_owner import UNIQUE_ID_BYTES
 from .nccl_process import Named, Opened, OwnerProcess, Passed, Told
-from .regions import coalesce
 from .socket_medium import Targets
 from .socket_peer import Job, Peer, announce, commit
 from .socket_thread import SocketThread
@@ -180,7 +179,7 @@ class NcclMedium:
         if job.num_bytes:
             # Both ends post what the announcement says: as many, in this order, of these lengths. It is not
             # retracted with the job, therefore it is of another.
-            announced = replace(job, segments=coalesce(job.segments))
+            announced = replace(job)
             announce(peer, announced)
             self._move(peer, lane, job.transfer_id, announced.segments[:, (0, 1, 4)])
         lane.posted.append(_Posted(job, has_passed=not job.num_bytes))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...proto.errors import TransferError
 from .nixl_agent import NixlAgent
-from .nixl_slices import Bases, Slice, coalesce, cut, describe, overlap, spans
+from .nixl_slices import Bases, Slice, cut, describe, overlap, spans
 from .socket_peer import ID, Job
 
 SLICE_BYTES = 8 * 1024 * 1024
@@ -66,7 +66,7 @@ class Moves:
         return len(self._queue)
 
     def begin(self, job: Job) -> None:
-        whole = describe(coalesce(job.segments), self._here, self._there, SLICE_BYTES)
+        whole = describe(job.segments, self._here, self._there, SLICE_BYTES)
         parts = [part for each in whole for part in cut(each, SLICE_BYTES, SLICE_ROWS)]
         move = Move(job, deque(parts), [spans(each.remote) for each in whole])
         # Lanes overtake each other: what writes the same bytes goes after.

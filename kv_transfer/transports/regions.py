@@ -132,24 +132,6 @@ def cut_segments(segments: Segments, num_parts: int, align: int) -> list[Segment
     return parts
 
 
-def coalesce(segments: Segments) -> Segments:
-    """Segments that follow each other at both ends become one; empty ones are dropped."""
-    segments = segments[segments[:, 4] > 0]
-    if len(segments) < 2:
-        return segments
-    before, after, lengths = segments[:-1], segments[1:], segments[:-1, 4]
-    follows = (
-        (after[:, 0] == before[:, 0])
-        & (after[:, 1] == before[:, 1] + lengths)
-        & (after[:, 2] == before[:, 2])
-        & (after[:, 3] == before[:, 3] + lengths)
-    )
-    starts = np.concatenate(([0], np.flatnonzero(~follows) + 1))
-    runs = segments[starts].copy()
-    runs[:, 4] = np.add.reduceat(segments[:, 4], starts)
-    return runs
-
-
 def copy_segments(segments: Segments, sources: Sequence[Region], targets: Sequence[Region]) -> None:
     """Copies checked segments within this process's address space."""
     source = [np.frombuffer(region.host_bytes(), dtype=np.uint8) for region in sources]

@@ -46,6 +46,7 @@ class Job:
     transfer_id: int
     peer: str
     segments: Segments
+    """Coalesced: none is empty, none continues the one before."""
     num_bytes: int
     tag: bytes
     deadline: float

@@ -12,6 +12,7 @@ import numpy as np
 
 from ...proto.errors import InternalError, TransferError
 from ..base import Done, Event, Failed, PeerDown, Region, Segments, TransportContext
+from ..segments import coalesce
 from .endpoint import read_endpoint, read_sizes, write_endpoint
 from .regions import check_segments, check_tag
 from .socket_medium import Medium
@@ -87,7 +88,7 @@ class SocketTransport:
         job = Job(
             transfer_id=transfer_id,
             peer=peer,
-            segments=segments,
+            segments=coalesce(segments),
             num_bytes=num_bytes,
             tag=tag,
             deadline=self._deadline(deadline_s),

@@ -12,18 +12,16 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 
-import numpy as np
 import pytest
 from diphase.kv_transfer.base import DeviceMemory, Done, Failed, Fenced, PeerDown, Region
 from diphase.kv_transfer.transports.cuda_device import cuda_device_of
 from diphase.kv_transfer.transports.cuda_ipc import CudaIpcTransport
 from diphase.kv_transfer.transports.cuda_memory import Handle
 from diphase.kv_transfer.transports.peer_process import PeerProcess
-from diphase.kv_transfer.transports.regions import coalesce
 from diphase.proto.errors import TransferError
 
 from ...conformance.host_gpu import ROOT, HostDevice
-from ...conformance.transport_ends import PATIENCE_S, End, table
+from ...conformance.transport_ends import PATIENCE_S, End
 
 MakeEnd = Callable[[str], tuple[End, HostDevice]]
 Dying = Callable[..., subprocess.Popen[str]]
@@ -235,28 +233,3 @@ def test_a_handle_survives_the_wire_and_nothing_else_is_taken_for_one() -> None:
     assert Handle.unpack(handle.pack()) == handle
     with pytest.raises(TransferError, match="87 bytes, not 88"):
         Handle.unpack(handle.pack()[1:])
-
-
-@pytest.mark.parametrize(
-    ("segments", "runs"),
-    [
-        ([(0, 100, 10), (10, 110, 5), (15, 115, 1)], [(0, 100, 16)]),
-        ([(0, 100, 10), (10, 111, 5)], [(0, 100, 10), (10, 111, 5)]),
-        ([(0, 100, 10), (11, 110, 5)], [(0, 100, 10), (11, 110, 5)]),
-        ([(0, 100, 10), (7, 7, 0), (10, 110, 5)], [(0, 100, 15)]),
-        ([(0, 0, 0)], []),
-        ([(5, 6, 7)], [(5, 6, 7)]),
-        ([(10, 110, 5), (0, 100, 10)], [(10, 110, 5), (0, 100, 10)]),
-    ],
-)
-def test_segments_that_follow_each_other_at_both_ends_are_one_run(
-    segments: list[tuple[int, int, int]], runs: list[tuple[int, int, int]]
-) -> None:
-    np.testing.assert_array_equal(coalesce(table(segments)), table(runs))
-
-
-@pytest.mark.parametrize("end", [0, 2])
-def test_segments_of_different_regions_are_different_runs(end: int) -> None:
-    segments = table([(0, 100, 10), (10, 110, 5)])
-    segments[1, end] = 1
-    np.testing.assert_array_equal(coalesce(segments), segments)

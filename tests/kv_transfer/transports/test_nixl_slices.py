@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,53 +12,22 @@ from hypothesis import strategies as st
 pytest.importorskip("nixl_cu13")
 
 from diphase.kv_transfer.base import DeviceMemory, Region, Segments
+from diphase.kv_transfer.segments import coalesce
 from diphase.kv_transfer.transports.nixl_slices import (
     DEVICE,
     HOST,
     Bases,
     bases_of,
-    coalesce,
     cut,
     describe,
     overlap,
     spans,
 )
 
-SIZE = 64
+from ..segment_tables import SIZE, moved, tables
+
 HERE = Bases(np.array([1000, 5000, 9000]), np.array([-1, 2, -1]))
 THERE = Bases(np.array([20_000, 60_000, 70_000]), np.array([0, -1, 1]))
-
-
-@st.composite
-def tables(draw: st.DrawFn) -> Segments:
-    """Rows in any regions, no byte written twice."""
-    rows: list[list[int]] = []
-    for region in range(3):
-        cuts = sorted(draw(st.sets(st.integers(0, SIZE), min_size=2, max_size=10)))
-        for begin, end in pairwise(cuts):
-            if draw(st.booleans()):
-                source = draw(st.integers(0, 2)), draw(st.integers(0, SIZE - (end - begin)))
-                if draw(st.booleans()) and rows and rows[-1][2] == region:  # a neighbour of the last
-                    source = rows[-1][0], min(rows[-1][1] + rows[-1][4], SIZE - (end - begin))
-                rows.append([*source, region, begin, end - begin])
-    return np.array(rows, dtype=np.int64).reshape(-1, 5)
-
-
-def moved(table: Segments) -> dict[tuple[int, int], tuple[int, int]]:
-    """Byte there to the byte here that it gets."""
-    return {(d, e + i): (a, b + i) for a, b, d, e, n in table.tolist() for i in range(n)}
-
-
-class TestCoalesce:
-    @given(tables())
-    def test_neighbours_are_joined_and_every_byte_stays(self, table: Segments) -> None:
-        joined = coalesce(table)
-        assert moved(joined) == moved(table)
-        for one, other in pairwise(joined.tolist()):
-            assert [one[0], one[1] + one[4], one[2], one[3] + one[4]] != other[:4]
-
-    def test_what_is_empty_goes(self) -> None:
-        assert len(coalesce(np.zeros((3, 5), dtype=np.int64))) == 0
 
 
 class TestSlices:
