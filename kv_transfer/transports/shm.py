@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from ...proto.errors import TransferError
 from ..base import CancelKind, Capabilities, Region, TransportContext
 from .framing import FrameError
-from .shm_copier import Copier, Copy, Lane
+from .shm_copier import Copier, Copy, Lane, put
 from .socket_medium import Targets
 from .socket_peer import Job, Peer, commit
 from .socket_transport import SocketTransport
@@ -54,7 +54,7 @@ class _Attachment:
     regions: list[NDArray[np.uint8]]
     unmapped: deque[tuple[mmap.mmap, int]] = field(default_factory=deque)
     """Ranges whose pages this process has not seen: from an offset to the end of the mapping."""
-    lane: Lane = field(default_factory=deque)
+    lane: Lane = field(default_factory=Lane)
     """The copier's."""
     copies: list[Copy] = field(default_factory=list)
     """In the lane, or finished and not looked at."""
@@ -147,7 +147,7 @@ class ShmMedium(UnixDoor):
             attachment.copies.append(copy)
             self._copier.submit(attachment.lane, copy)
         else:
-            copy.advance(job.num_bytes)
+            put(copy.take(job.num_bytes))
             commit(peer, job)
 
     def abandon(self, peer: Peer, job: Job) -> None:

@@ -1,22 +1,24 @@
-"""The thread that copies for shm: the transport's own thread talks to peers meanwhile. Knows arrays and
+"""The threads that copy for shm: the transport's own thread talks to peers meanwhile. Knows arrays and
 segments; no peers, no connections."""
 
 from __future__ import annotations
 
-import queue
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
-
-import numpy as np
-from numpy.typing import NDArray
+from dataclasses import dataclass, field
+from typing import Any
 
 from ...proto.errors import InternalError
 from .socket_peer import Job, Peer
 
-SLICE_BYTES = 4 * 1024 * 1024
+THREADS = 2
+"""While one waits for the interpreter lock between two pieces, the other one copies."""
+SLICE_BYTES = 2 * 1024 * 1024
 """Copied before other peers get their turn, and before a copy that was given up ends."""
+
+Piece = tuple[Any, Any]
+"""A view of a target and the view of a source that goes there."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -25,55 +27,81 @@ class Copy:
 
     peer: Peer
     job: Job
-    sources: list[NDArray[np.uint8]]
-    targets: list[NDArray[np.uint8]]
-    """The regions, ours and the peer's; alive as long as somebody may copy between them."""
+    sources: list[Any]
+    targets: list[Any]
+    """The regions, ours and the peer's, as arrays of bytes; alive as long as somebody may copy between
+    them."""
     segments: list[list[int]]
     void: bool = False
     """Given up: no further slice of it is copied."""
     next_segment: int = 0
     offset: int = 0
-    """Bytes of that segment that are done."""
+    """Bytes of that segment that were taken."""
+    in_hand: int = 0
+    """Slices that are being copied."""
 
-    def advance(self, num_bytes: int) -> bool:
-        """Copies about so many bytes; True when none are left. numpy lets go of the interpreter lock."""
-        left, i, done = num_bytes, self.next_segment, self.offset
-        sources, targets, segments = self.sources, self.targets, self.segments
-        while i < len(segments) and left > 0:
-            region, begin, target, target_begin, length = segments[i]
-            if done or length > left:
-                begin, target_begin, length = begin + done, target_begin + done, min(length - done, left)
-                done += length
-            targets[target][target_begin : target_begin + length] = sources[region][begin : begin + length]
-            left -= length
-            if done in (0, segments[i][4]):
-                i, done = i + 1, 0
-        self.next_segment, self.offset = i, done
-        return i == len(segments)
+    @property
+    def is_taken(self) -> bool:
+        """Whether no slice of it is left to take."""
+        return self.void or self.next_segment == len(self.segments)
+
+    def take(self, num_bytes: int) -> list[Piece]:
+        """The next so many bytes, or what is left."""
+        pieces, left = [], num_bytes
+        while left and self.next_segment < len(self.segments):
+            region, begin, target, target_begin, length = self.segments[self.next_segment]
+            count = min(length - self.offset, left)
+            begin, target_begin = begin + self.offset, target_begin + self.offset
+            pieces.append(
+                (
+                    self.targets[target][target_begin : target_begin + count],
+                    self.sources[region][begin : begin + count],
+                )
+            )
+            left -= count
+            self.offset += count
+            if self.offset == length:
+                self.next_segment, self.offset = self.next_segment + 1, 0
+        return pieces
 
 
-Lane = deque[Copy]
-"""Copies of one peer, in order."""
+def put(pieces: list[Piece]) -> None:
+    """Copies. numpy lets go of the interpreter lock for each piece."""
+    for target, source in pieces:
+        target[:] = source
+
+
+@dataclass(slots=True, eq=False)
+class Lane:
+    """Copies of one peer. They go one after the other: a later one may write the same bytes."""
+
+    copies: deque[Copy] = field(default_factory=deque)
 
 
 class Copier:
-    """Used from one thread; `stir`, which says that finished() has something, is called from its own."""
+    """Used from one thread; `stir`, which says that finished() has something, is called from others."""
 
     def __init__(self, stir: Callable[[], None]) -> None:
         self._stir = stir
-        self._turns: queue.SimpleQueue[Lane | None] = queue.SimpleQueue()
-        """A lane stands here once for each of its copies, so that lanes take turns by the slice."""
+        self._changed = threading.Condition()
+        self._lanes: deque[Lane] = deque()
+        """Those with copies; they take turns by the slice."""
         self._finished: deque[Copy] = deque()
-        self._thread: threading.Thread | None = None
+        self._threads: list[threading.Thread] = []
+        self._closing = False
         self._crash: Exception | None = None
 
     def submit(self, lane: Lane, copy: Copy) -> None:
         """Lanes go side by side, the copies of one lane one after the other."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="kv-shm-copies", daemon=True)
-            self._thread.start()
-        lane.append(copy)
-        self._turns.put(lane)
+        while len(self._threads) < THREADS:
+            thread = threading.Thread(target=self._run, name="kv-shm-copies", daemon=True)
+            self._threads.append(thread)
+            thread.start()
+        with self._changed:
+            lane.copies.append(copy)
+            if len(lane.copies) == 1:
+                self._lanes.append(lane)
+            self._changed.notify_all()
 
     @property
     def has_finished(self) -> bool:
@@ -83,34 +111,62 @@ class Copier:
         """Copies that are over, void ones too: nothing of them is read or written any more.
 
         Raises:
-            InternalError: the thread has crashed.
+            InternalError: a thread has crashed.
         """
         if self._crash is not None:
-            raise InternalError(f"the thread that copies for shm crashed: {self._crash!r}")
+            raise InternalError(f"a thread that copies for shm crashed: {self._crash!r}")
         copies = []
         while self._finished:
             copies.append(self._finished.popleft())
         return copies
 
     def close(self) -> None:
-        """Ends the thread, after the copies that are not void. Blocks. Idempotent."""
-        if self._thread is not None:
-            self._turns.put(None)
-            self._thread.join()
-            self._thread = None
+        """Ends the threads, after the copies that are not void. Blocks. Idempotent."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        for thread in self._threads:
+            thread.join()
+        self._threads.clear()
 
     def _run(self) -> None:
-        closing = False
         try:
-            while not (closing and self._turns.empty()):
-                lane = self._turns.get()
-                if lane is None:
-                    closing = True
-                elif lane[0].void or lane[0].advance(SLICE_BYTES):
-                    self._finished.append(lane.popleft())
-                    self._stir()
-                else:
-                    self._turns.put(lane)
+            while (taken := self._take()) is not None:
+                lane, copy, pieces = taken
+                put(pieces)
+                del taken, pieces  # with the views: a peer's memory may be unmapped when its copies are over
+                self._end(lane, copy)
         except Exception as error:  # the top of this thread: nobody above it could know
-            self._crash = error
+            with self._changed:
+                self._crash = error
+                self._changed.notify_all()
             self._stir()
+
+    def _take(self) -> tuple[Lane, Copy, list[Piece]] | None:
+        """The next slice; None when there will be no more."""
+        with self._changed:
+            while True:
+                for _ in range(len(self._lanes)):
+                    lane = self._lanes[0]
+                    self._lanes.rotate(-1)
+                    copy = lane.copies[0]
+                    # A copy that was given up, or is empty, ends with a slice of nothing.
+                    if not copy.is_taken or not copy.in_hand:
+                        pieces = [] if copy.is_taken else copy.take(SLICE_BYTES)
+                        copy.in_hand += 1
+                        return lane, copy, pieces
+                if self._crash is not None or (self._closing and not self._lanes):
+                    return None
+                self._changed.wait()
+
+    def _end(self, lane: Lane, copy: Copy) -> None:
+        with self._changed:
+            copy.in_hand -= 1
+            if copy.in_hand or not copy.is_taken:
+                return
+            lane.copies.popleft()
+            if not lane.copies:
+                self._lanes.remove(lane)
+            self._finished.append(copy)
+            self._changed.notify_all()
+        self._stir()
