@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from ...proto.errors import TransferError
 from ..base import CancelKind, Capabilities, Region, TransportContext
 from .framing import FrameError
-from .shm_copier import Copier, Copy, Lane, put
+from .shm_copier import Copier, Copy, Lane
+from .shm_slices import slices
 from .socket_medium import Targets
 from .socket_peer import Job, Peer, commit
 from .socket_transport import SocketTransport
@@ -136,18 +137,14 @@ class ShmMedium(UnixDoor):
 
     def begin(self, peer: Peer, job: Job) -> None:
         attachment: _Attachment = peer.attachment
-        copy = Copy(
-            peer=peer,
-            job=job,
-            sources=self._sources,
-            targets=attachment.regions,
-            segments=job.segments.tolist(),
-        )
+        cut = slices(job.segments, self._sources, attachment.regions)
         if attachment.copies or job.num_bytes > MAX_INLINE:
+            copy = Copy(peer=peer, job=job, slices=cut, left=job.num_bytes)
             attachment.copies.append(copy)
             self._copier.submit(attachment.lane, copy)
         else:
-            put(copy.take(job.num_bytes))
+            for _, put in cut:
+                put()
             commit(peer, job)
 
     def abandon(self, peer: Peer, job: Job) -> None:

@@ -1,24 +1,19 @@
-"""The threads that copy for shm: the transport's own thread talks to peers meanwhile. Knows arrays and
-segments; no peers, no connections."""
+"""The threads that copy for shm: the transport's own thread talks to peers meanwhile. Knows no
+connections and no memory (shm_slices.py)."""
 
 from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
 
 from ...proto.errors import InternalError
+from .shm_slices import Slice
 from .socket_peer import Job, Peer
 
 THREADS = 2
-"""While one waits for the interpreter lock between two pieces, the other one copies."""
-SLICE_BYTES = 2 * 1024 * 1024
-"""Copied before other peers get their turn, and before a copy that was given up ends."""
-
-Piece = tuple[Any, Any]
-"""A view of a target and the view of a source that goes there."""
+"""While one waits for the interpreter lock between two calls, the other one copies."""
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -27,48 +22,32 @@ class Copy:
 
     peer: Peer
     job: Job
-    sources: list[Any]
-    targets: list[Any]
-    """The regions, ours and the peer's, as arrays of bytes; alive as long as somebody may copy between
-    them."""
-    segments: list[list[int]]
+    slices: Iterator[Slice]
+    """Not taken; they hold the arrays, alive as long as somebody may copy between them."""
+    left: int
+    """Bytes of them."""
     void: bool = False
     """Given up: no further slice of it is copied."""
-    next_segment: int = 0
-    offset: int = 0
-    """Bytes of that segment that were taken."""
     in_hand: int = 0
     """Slices that are being copied."""
 
     @property
     def is_taken(self) -> bool:
         """Whether no slice of it is left to take."""
-        return self.void or self.next_segment == len(self.segments)
+        return self.void or not self.left
 
-    def take(self, num_bytes: int) -> list[Piece]:
-        """The next so many bytes, or what is left."""
-        pieces, left = [], num_bytes
-        while left and self.next_segment < len(self.segments):
-            region, begin, target, target_begin, length = self.segments[self.next_segment]
-            count = min(length - self.offset, left)
-            begin, target_begin = begin + self.offset, target_begin + self.offset
-            pieces.append(
-                (
-                    self.targets[target][target_begin : target_begin + count],
-                    self.sources[region][begin : begin + count],
-                )
-            )
-            left -= count
-            self.offset += count
-            if self.offset == length:
-                self.next_segment, self.offset = self.next_segment + 1, 0
-        return pieces
+    @property
+    def is_ready(self) -> bool:
+        """Whether a slice may be taken now; that of a copy that was given up is empty."""
+        return not (self.is_taken and self.in_hand)
 
-
-def put(pieces: list[Piece]) -> None:
-    """Copies. numpy lets go of the interpreter lock for each piece."""
-    for target, source in pieces:
-        target[:] = source
+    def take(self) -> Callable[[], None]:
+        """What copies the next slice."""
+        if self.is_taken:
+            return _nothing
+        num_bytes, put = next(self.slices)
+        self.left -= num_bytes
+        return put
 
 
 @dataclass(slots=True, eq=False)
@@ -132,9 +111,9 @@ class Copier:
     def _run(self) -> None:
         try:
             while (taken := self._take()) is not None:
-                lane, copy, pieces = taken
-                put(pieces)
-                del taken, pieces  # with the views: a peer's memory may be unmapped when its copies are over
+                lane, copy, put = taken
+                put()
+                del taken, put  # with the arrays: a peer's memory is unmapped when its copies are over
                 self._end(lane, copy)
         except Exception as error:  # the top of this thread: nobody above it could know
             with self._changed:
@@ -142,7 +121,7 @@ class Copier:
                 self._changed.notify_all()
             self._stir()
 
-    def _take(self) -> tuple[Lane, Copy, list[Piece]] | None:
+    def _take(self) -> tuple[Lane, Copy, Callable[[], None]] | None:
         """The next slice; None when there will be no more."""
         with self._changed:
             while True:
@@ -150,11 +129,9 @@ class Copier:
                     lane = self._lanes[0]
                     self._lanes.rotate(-1)
                     copy = lane.copies[0]
-                    # A copy that was given up, or is empty, ends with a slice of nothing.
-                    if not copy.is_taken or not copy.in_hand:
-                        pieces = [] if copy.is_taken else copy.take(SLICE_BYTES)
+                    if copy.is_ready:
                         copy.in_hand += 1
-                        return lane, copy, pieces
+                        return lane, copy, copy.take()
                 if self._crash is not None or (self._closing and not self._lanes):
                     return None
                 self._changed.wait()
@@ -165,8 +142,13 @@ class Copier:
             if copy.in_hand or not copy.is_taken:
                 return
             lane.copies.popleft()
+            copy.slices = iter(())
             if not lane.copies:
                 self._lanes.remove(lane)
             self._finished.append(copy)
             self._changed.notify_all()
         self._stir()
+
+
+def _nothing() -> None:
+    """Copies no byte."""

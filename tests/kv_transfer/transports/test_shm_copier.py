@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from diphase.kv_transfer.transports.shm_copier import SLICE_BYTES, THREADS, Copier, Copy, Lane
+from diphase.kv_transfer.transports.shm_copier import THREADS, Copier, Copy, Lane
+from diphase.kv_transfer.transports.shm_slices import SLICE_BYTES, slices
 from diphase.kv_transfer.transports.socket_peer import Job, Peer
 from diphase.proto.errors import InternalError
 
@@ -33,9 +34,8 @@ class Bench:
         return Copy(
             peer=Peer(incarnation="p"),
             job=job,
-            sources=[self.source],
-            targets=[self.target] if targets is None else targets,
-            segments=table.tolist(),
+            slices=slices(table, [self.source], [self.target] if targets is None else targets),
+            left=num_bytes,
         )
 
     def finished(self, count: int) -> list[Copy]:
