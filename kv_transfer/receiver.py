@@ -146,7 +146,8 @@ class HandoffReceiver(HandoffDriver[Incoming, ReceiverEvent]):
             window=self._lender.lend(),
         )
         self._run()
-        _log.info("session_up worker=%s transport=%s", hello.worker_id, name)
+        staged = "no" if session.window is None else "yes"
+        _log.info("session_up worker=%s transport=%s staging=%s", hello.worker_id, name, staged)
         session.codecs = self._coders.shared(hello.codecs)
         answer = self._identity.hello({name: transport.endpoint()}, name, session.codecs)
         if session.window is not None:

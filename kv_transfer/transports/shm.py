@@ -221,6 +221,3 @@ class ShmTransport(SocketTransport):
     def __init__(self, context: TransportContext) -> None:
         regions: list[Region] = []
         super().__init__(context, ShmMedium(regions, self._stir), regions)
-
-    def _stir(self) -> None:
-        self._thread.stir()

@@ -117,24 +117,29 @@ class Copier:
                 self._end(lane, copy)
         except Exception as error:  # the top of this thread: nobody above it could know
             with self._changed:
-                self._crash = error
+                self._crash = self._crash or error
                 self._changed.notify_all()
             self._stir()
 
     def _take(self) -> tuple[Lane, Copy, Callable[[], None]] | None:
         """The next slice; None when there will be no more."""
         with self._changed:
-            while True:
+            while self._crash is None:
                 for _ in range(len(self._lanes)):
                     lane = self._lanes[0]
                     self._lanes.rotate(-1)
                     copy = lane.copies[0]
                     if copy.is_ready:
                         copy.in_hand += 1
-                        return lane, copy, copy.take()
-                if self._crash is not None or (self._closing and not self._lanes):
+                        try:
+                            return lane, copy, copy.take()
+                        except Exception as error:  # told before the other thread asks for the next slice
+                            self._crash = error
+                            raise
+                if self._closing and not self._lanes:
                     return None
                 self._changed.wait()
+            return None
 
     def _end(self, lane: Lane, copy: Copy) -> None:
         with self._changed:

@@ -133,6 +133,10 @@ class SocketTransport:
             self._closed = True
             self._thread.stop(self._peers)
 
+    def _stir(self) -> None:
+        """From any thread, for a medium with threads of its own."""
+        self._thread.stir()
+
     def _deadline(self, seconds: float) -> float:
         return self._context.clock.now() + seconds
 
