@@ -1,6 +1,6 @@
-"""Which transports there are, which of them this process opens, and which one two workers use.
+"""Which transports this process opens, and which one two workers use.
 
-A new transport is one file plus one line in TRANSPORTS; its module is imported when it is opened.
+A new transport is one file plus one line in config.TRANSPORTS; its module is imported when it is opened.
 """
 
 from __future__ import annotations
@@ -16,17 +16,7 @@ from ..proto.clock import Clock
 from ..proto.errors import ConfigError, TransferError
 from .base import Event, LocalPeers, Region, Transport, TransportContext, TransportFactory
 from .byte_worker import ByteWorker
-from .config import IN_PROCESS, KvTransferConfig
-
-TRANSPORTS: Mapping[str, str] = {
-    IN_PROCESS: "diphase.kv_transfer.transports.local:LocalTransport",
-    "cuda_ipc": "diphase.kv_transfer.transports.cuda_ipc:CudaIpcTransport",
-    "shm": "diphase.kv_transfer.transports.shm:ShmTransport",
-    "nixl": "diphase.kv_transfer.transports.nixl:NixlTransport",
-    "nccl": "diphase.kv_transfer.transports.nccl:NcclTransport",
-    "tcp": "diphase.kv_transfer.transports.tcp:TcpTransport",
-}
-"""Name to "module:Class", best first: the order in which `auto` prefers them."""
+from .config import IN_PROCESS, TRANSPORTS, KvTransferConfig, unknown_transport
 
 FOR_FABRICS = frozenset({"nixl"})
 """What `auto` opens only where there is an RDMA device. Elsewhere NIXL goes over TCP, slower than tcp does
@@ -147,8 +137,7 @@ def load_factory(name: str) -> TransportFactory:
         ConfigError: there is no such transport, or what it needs is not installed.
     """
     if name not in TRANSPORTS:
-        known = ", ".join(("auto", *(each for each in TRANSPORTS if each != IN_PROCESS)))
-        raise ConfigError(f"kv_transfer.transport = {name!r} is unknown; use one of {known}")
+        raise unknown_transport(name)
     module, _, attribute = TRANSPORTS[name].partition(":")
     try:
         factory: TransportFactory = getattr(importlib.import_module(module), attribute)

@@ -18,6 +18,8 @@ import pytest
 from diphase.cluster import generate
 from diphase.cluster.cli import COMMANDS, main
 from diphase.cluster.endpoint import StatusClient, credentials, from_rpc
+from diphase.kv_transfer.codecs.codec import CODECS, RAW
+from diphase.kv_transfer.config import TRANSPORT_CHOICES
 from diphase.proto import inference_pb2 as pb
 from diphase.proto.errors import ConfigError, DiphaseError, InvalidRequest, Overloaded, WorkerLost
 from diphase.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
@@ -193,6 +195,9 @@ def test_config_prints_toml_with_comments(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert tomllib.loads(text)["pools"]["prefill"]["workers"] == 3
     assert "# Worker processes of the pool." in text
+    comments = " ".join(line.removeprefix("# ") for line in text.splitlines())
+    assert f"Names: {', '.join(TRANSPORT_CHOICES)}." in comments
+    assert f"Names: {', '.join(name for name in CODECS if name != RAW)}." in comments
 
 
 @pytest.mark.parametrize(

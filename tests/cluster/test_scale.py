@@ -126,6 +126,7 @@ def test_deadlines_are_checked(key: str, value: str) -> None:
         ("pools.prefill.gpus=1", "pools.prefill: a restart leaves how many workers"),
         ("engine.block_sise=8", "engine.block_size"),
         ("engine.block_size=7", "engine.block_size = 7 is not possible"),
+        ("kv_transfer.transport=ib", "kv_transfer.transport = 'ib' is unknown; use one of auto, cuda_ipc"),
         ("engine", "write it as section.key=value"),
     ],
 )

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from diphase.kv_transfer.base import Region
-from diphase.kv_transfer.config import IN_PROCESS, KvTransferConfig
-from diphase.kv_transfer.registry import TRANSPORTS, auto_order, has_fabric, open_transports
+from diphase.kv_transfer.config import IN_PROCESS, TRANSPORTS, KvTransferConfig
+from diphase.kv_transfer.registry import auto_order, has_fabric, open_transports
 from diphase.kv_transfer.transports.tcp import TcpTransport
 from diphase.proto.clock import MonotonicClock
 
