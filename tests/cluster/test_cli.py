@@ -210,6 +210,17 @@ def test_config_prints_toml_with_comments(capsys: pytest.CaptureFixture[str]) ->
         (["generate", "hi", "--max-tokens", "-4"], "max_tokens"),
         (["config", "--set", "kv_transfer.host=224.0.0.1"], "kv_transfer.host = '224.0.0.1' is no address"),
         (["config", "--set", "kv_transfer.host=::0"], "kv_transfer.host = '::0' is no address"),
+        (
+            ["scale", "decode", "2", "--set", "engine.block_size=32"],
+            "scale reads gateway.host, gateway.port, sec",
+        ),
+        (["generate", "hi", "--set", "engine.block_size=32"], "`diphase restart --with`"),
+        (
+            ["restart", "--set", "engine.block_size=32"],
+            "would change nothing: restart reads gateway.host, gateway.port, security.cluster_token only; "
+            "--with engine.block_size=32 gives it to the new workers",
+        ),
+        (["status", "--set", "gateway.port=1"], "no gateway answers at 127.0.0.1:1"),
         (["generate", "\udcff"], "PROMPT '\\udcff' is not UTF-8"),
         (["trace", "a\udcff"], "REQUEST_ID 'a\\udcff' is not UTF-8"),
         (["restart", "--with", "engine.block_size=\udcff"], "is not UTF-8"),
