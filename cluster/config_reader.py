@@ -43,8 +43,10 @@ class Source:
     """Where values come from, for messages."""
 
     file: str
+    option: str = "--set"
+    """Of the command line, that overrides it."""
     overrides: dict[str, str] = field(default_factory=dict)
-    """Dotted path to the text of the `--set` that gave it."""
+    """Dotted path to the option with its text that gave it."""
     given: Mapping[str, object] = field(default_factory=dict)
     """Dotted path to a value that the program sets itself; the key is unknown to the file."""
 
@@ -88,18 +90,18 @@ def apply_overrides(table: dict[str, Any], settings: Iterable[str], source: Sour
         path, equals, text = setting.partition("=")
         path = path.strip()
         if not equals or not all(path.split(".")):
-            raise ConfigError(f"--set {setting}: write it as section.key=value")
+            raise ConfigError(f"{source.option} {setting}: write it as section.key=value")
         *parents, last = path.split(".")
         target = table
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"--set {setting}: {parent} is a value, not a section")
+                raise ConfigError(f"{source.option} {setting}: {parent} is a value, not a section")
         try:
             target[last] = parse_value(text.strip())
         except ValueError as exc:
-            raise ConfigError(f"--set {path}=...: {exc}") from exc
-        source.overrides[path] = f"--set {setting}"
+            raise ConfigError(f"{source.option} {path}=...: {exc}") from exc
+        source.overrides[path] = f"{source.option} {setting}"
 
 
 def _parse(text: str) -> dict[str, Any]:
