@@ -225,6 +225,10 @@ def test_config_prints_toml_with_comments(capsys: pytest.CaptureFixture[str]) ->
         (["trace", "a\udcff"], "REQUEST_ID 'a\\udcff' is not UTF-8"),
         (["restart", "--with", "engine.block_size=\udcff"], "is not UTF-8"),
         (
+            ["config", "--set", "kv_transfer.codecs=int8"],
+            'must be an array like ["int8"] (in a shell: --set kv_transfer.codecs=\'["int8"]\'), not',
+        ),
+        (
             ["config", "--set", 'kv_transfer.codecs=["gzip"]'],
             "kv_transfer.codecs = ['gzip']: codec 'gzip' is",
         ),
