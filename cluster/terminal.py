@@ -125,17 +125,20 @@ def _used(total: int, available: int) -> str:
 
 def stages_table(responses: Sequence[pb.GenerateResponse]) -> Table:
     """Finished requests (their last responses), one a column: what was measured, milliseconds where not
-    said."""
+    said; in how many attempts, where one failed."""
     table = Table(title="Measured, ms")
     table.add_column("prompt", no_wrap=True)
     for number in range(1, len(responses) + 1):
-        table.add_column(str(number), justify="right")
+        table.add_column(str(number), justify="right", overflow="fold")  # an id must be whole
     for name, value in _MEASURED:
         table.add_row(name, *(value(response) for response in responses), end_section=name.startswith("TPOT"))
+    if any(response.stages.attempts > 1 for response in responses):
+        table.add_row("attempts", *(str(response.stages.attempts) for response in responses))
     return table
 
 
 _MEASURED: tuple[tuple[str, Callable[[pb.GenerateResponse], str]], ...] = (
+    ("request", lambda r: r.request_id),
     ("tokens in / out", lambda r: f"{r.usage.prompt_tokens} / {r.usage.completion_tokens}"),
     ("TTFT", lambda r: f"{r.stages.ttft_ms:.1f}"),
     (
