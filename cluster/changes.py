@@ -71,7 +71,10 @@ class Changes:
         have = fleet.workers(pool)
         if wanted > len(have):
             placement = fleet.configs[pool].pools.placements()[pool]
-            places = await fleet.places.more(pool, placement, wanted - len(have))
+            try:
+                places = await fleet.places.more(pool, placement, wanted - len(have))
+            except ConfigError as exc:
+                raise ConfigError(f"{exc.message}. {pool} still has {_workers(len(have))}") from exc
             await _together(fleet.add(pool, place, say) for place in places)
         elif wanted < len(have):
             # Those that do not serve at the moment first, then the youngest.

@@ -34,6 +34,9 @@ DEMO_SETTINGS = (
 
 COMMANDS = ("serve", "generate", "status", "trace", "scale", "restart", "bench", "config", "demo")
 
+REACHING = ("gateway.host", "gateway.port", "security.cluster_token")
+"""All that the commands which talk to a running cluster read of a configuration."""
+
 _USER_CAN_CHANGE = (ConfigError, CheckpointError, InvalidRequest, NotFound)
 
 
@@ -91,29 +94,32 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"diphase {version('diphase')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
-    def add(name: str, text: str) -> argparse.ArgumentParser:
+    def add(name: str, text: str, sets: str = "section.key=value") -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text)
         command.set_defaults(parser=command)
         command.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
         command.add_argument("--config", type=Path, metavar="FILE", help="TOML file; see `diphase config`")
-        command.add_argument(
-            "--set", action="append", default=[], metavar="K=V", dest="settings", help="section.key=value"
-        )
+        command.add_argument("--set", action="append", default=[], metavar="K=V", dest="settings", help=sets)
         return command
 
+    def ask(name: str, text: str) -> argparse.ArgumentParser:
+        return add(name, text, f"how to reach the gateway: {', '.join(REACHING)}")
+
     add("serve", "start a cluster and serve until Ctrl-C")
-    generate.add_arguments(add("generate", "send one prompt and stream the answer"))
-    status.add_arguments(add("status", "show pools, load, KV use and hand-offs in flight"))
-    trace.add_arguments(add("trace", "show one request's way through gateway and workers"))
-    scale.add_scale_arguments(add("scale", "give a pool another number of workers while it serves"))
-    scale.add_restart_arguments(add("restart", "replace workers one after the other while they serve"))
-    bench.add_arguments(add("bench", "measure latency, attainment and goodput under load"))
+    generate.add_arguments(ask("generate", "send one prompt and stream the answer"))
+    status.add_arguments(ask("status", "show pools, load, KV use and hand-offs in flight"))
+    trace.add_arguments(ask("trace", "show one request's way through gateway and workers"))
+    scale.add_scale_arguments(ask("scale", "give a pool another number of workers while it serves"))
+    scale.add_restart_arguments(ask("restart", "replace workers one after the other while they serve"))
+    bench.add_arguments(ask("bench", "measure latency, attainment and goodput under load"))
     add("config", "print the resolved configuration, with what every key means")
     add("demo", "start a cluster, send it three prompts, print answers and timings, stop")
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command not in ("serve", "config", "demo"):
+        _check_settings(args)
     settings = [*DEMO_SETTINGS, *args.settings] if args.command == "demo" else args.settings
     config = load(args.config, settings, system_rng())
     if args.command == "config":
@@ -122,6 +128,25 @@ def _run(args: argparse.Namespace) -> int:
     if args.command in ("serve", "demo"):
         return _run_cluster(args.command, config)
     return _ask(args, config)
+
+
+def _check_settings(args: argparse.Namespace) -> None:
+    """
+    Raises:
+        ConfigError: a `--set` of a command that talks to a running cluster would change nothing.
+    """
+    for setting in args.settings:
+        if setting.partition("=")[0].strip() in REACHING:
+            continue
+        instead = (
+            f"--with {setting} gives it to the new workers"
+            if args.command == "restart"
+            else "others are for `diphase serve`, and for workers that run `diphase restart --with`"
+        )
+        raise ConfigError(
+            f"--set {setting} would change nothing: {args.command} reads {', '.join(REACHING)} only; "
+            f"{instead}"
+        )
 
 
 def _check_text(args: argparse.Namespace) -> None:

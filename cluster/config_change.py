@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from ..proto.errors import ConfigError
-from .config import GIVEN, ClusterConfig, PoolsConfig, given
+from .config import GIVEN, ClusterConfig, PlacementConfig, PoolsConfig, given
 from .config_reader import Source, apply_overrides, build, keys_of
 from .config_writer import to_toml
 
@@ -26,7 +26,7 @@ def changed(config: ClusterConfig, settings: Sequence[str]) -> ClusterConfig:
     """
     if not settings:
         return config
-    source = Source("the running configuration")
+    source = Source("the running configuration", option="--with")
     table: dict[str, Any] = tomllib.loads(to_toml(config, hidden=(*GIVEN, *KEPT)))
     apply_overrides(table, settings, source)
     for path in source.overrides:  # what is not known to the table, as the token, would not show below
@@ -40,9 +40,25 @@ def changed(config: ClusterConfig, settings: Sequence[str]) -> ClusterConfig:
     new = build(ClusterConfig, table, source)
     new = replace(new, name=config.name, store=config.store, security=config.security)
     for pool in fields(PoolsConfig):
-        if getattr(new.pools, pool.name).placement != getattr(config.pools, pool.name).placement:
-            raise ConfigError(
-                f"pools.{pool.name}: a restart leaves how many workers there are, and what each takes, as it "
-                "is; `diphase scale` changes how many"
-            )
+        _check_placement(
+            pool.name, getattr(config.pools, pool.name).placement, getattr(new.pools, pool.name).placement
+        )
     return new
+
+
+def _check_placement(pool: str, before: PlacementConfig, wanted: PlacementConfig) -> None:
+    """
+    Raises:
+        ConfigError: they differ.
+    """
+    for key in fields(PlacementConfig):
+        if getattr(before, key.name) != getattr(wanted, key.name):
+            how = (
+                f"`diphase scale {pool} {wanted.workers}` does that"
+                if key.name == "workers"
+                else "it needs a new start of the cluster"
+            )
+            raise ConfigError(
+                f"pools.{pool}.{key.name}: a restart leaves how many workers there are, and what each takes, "
+                f"as it is; {how}"
+            )

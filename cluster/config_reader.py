@@ -7,6 +7,7 @@ nearest key. A field marked with `FLATTEN` holds a dataclass whose keys stand in
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 import types
 import typing
@@ -43,8 +44,10 @@ class Source:
     """Where values come from, for messages."""
 
     file: str
+    option: str = "--set"
+    """Of the command line, that overrides it."""
     overrides: dict[str, str] = field(default_factory=dict)
-    """Dotted path to the text of the `--set` that gave it."""
+    """Dotted path to the option with its text that gave it."""
     given: Mapping[str, object] = field(default_factory=dict)
     """Dotted path to a value that the program sets itself; the key is unknown to the file."""
 
@@ -88,18 +91,18 @@ def apply_overrides(table: dict[str, Any], settings: Iterable[str], source: Sour
         path, equals, text = setting.partition("=")
         path = path.strip()
         if not equals or not all(path.split(".")):
-            raise ConfigError(f"--set {setting}: write it as section.key=value")
+            raise ConfigError(f"{source.option} {setting}: write it as section.key=value")
         *parents, last = path.split(".")
         target = table
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise ConfigError(f"--set {setting}: {parent} is a value, not a section")
+                raise ConfigError(f"{source.option} {setting}: {parent} is a value, not a section")
         try:
             target[last] = parse_value(text.strip())
         except ValueError as exc:
-            raise ConfigError(f"--set {path}=...: {exc}") from exc
-        source.overrides[path] = f"--set {setting}"
+            raise ConfigError(f"{source.option} {path}=...: {exc}") from exc
+        source.overrides[path] = f"{source.option} {setting}"
 
 
 def _parse(text: str) -> dict[str, Any]:
@@ -219,7 +222,7 @@ def _convert(hint: Any, value: Any, source: Source, path: str) -> Any:
         return value
     if origin in (list, tuple):
         if not isinstance(value, list):
-            raise _wrong(source, path, "an array", value)
+            raise _wrong(source, path, f"an array{_like(value, source.of(path))}", value)
         item = typing.get_args(hint)[0]
         items = [_convert(item, entry, source, f"{path}[{i}]") for i, entry in enumerate(value)]
         return items if origin is list else tuple(items)
@@ -229,6 +232,18 @@ def _convert(hint: Any, value: Any, source: Source, path: str) -> Any:
         item = typing.get_args(hint)[1]
         return {key: _convert(item, entry, source, _join(path, key)) for key, entry in value.items()}
     return _convert_scalar(hint, value, source, path)
+
+
+def _like(value: object, given: str) -> str:
+    """How the array would be written that was probably meant: its elements alone, or in brackets whose
+    quotes a shell took away."""
+    if isinstance(value, (int, float)) and abs(value) <= LARGEST[int]:
+        return f" like {json.dumps([value])}"
+    if not isinstance(value, str) or len(value) > 80:
+        return ""
+    array = json.dumps([word.strip() for word in value.strip("[]").split(",")], ensure_ascii=False)
+    in_shell = f" (in a shell: {given.partition('=')[0]}='{array}')" if given.startswith("--") else ""
+    return f" like {array}{in_shell}"
 
 
 def _convert_union(choices: tuple[Any, ...], value: Any, source: Source, path: str) -> Any:

@@ -7,7 +7,7 @@ import inspect
 import json
 import re
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -75,8 +75,14 @@ def _keys(config: Any, path: str, hidden: Collection[str], sections: list[tuple[
         elif name in hidden:
             continue
         else:
-            yield from _comment(docs.get(item.name, ""))
+            yield from _comment(f"{docs.get(item.name, '')} {_choices(item.metadata)}")
             yield _line(item.name, value, secret=bool(item.metadata.get("secret")))
+
+
+def _choices(metadata: Mapping[str, Any]) -> str:
+    """The names that a field marked with them may have, which are written down in one place only."""
+    choices = metadata.get("choices", ())
+    return f"Names: {', '.join(choices)}." if choices else ""
 
 
 def _line(name: str, value: Any, *, secret: bool) -> str:

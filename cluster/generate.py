@@ -35,7 +35,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K")
     parser.add_argument("--seed", type=int, metavar="N")
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
-    parser.add_argument("--stages", action="store_true", help="print where the time went, to stderr")
+    parser.add_argument(
+        "--request-id", default="", metavar="ID", help="for `diphase trace` (default: drawn by the gateway)"
+    )
+    parser.add_argument(
+        "--stages", action="store_true", help="print the request's id and where the time went, to stderr"
+    )
 
 
 def request_from(args: argparse.Namespace) -> pb.GenerateRequest:
@@ -54,7 +59,7 @@ def request_from(args: argparse.Namespace) -> pb.GenerateRequest:
             except ValueError as exc:
                 SamplingParams(**{name: value})  # says which values are in range
                 raise InvalidRequest(f"sampling.{name} = {value} is out of range: {exc}") from exc
-    request = pb.GenerateRequest(sampling=sampling)
+    request = pb.GenerateRequest(request_id=args.request_id, sampling=sampling)
     if args.chat:
         messages = [pb.ChatMessage(role="system", content=args.system)] if args.system else []
         messages.append(pb.ChatMessage(role="user", content=prompt))

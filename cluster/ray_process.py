@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import ray
@@ -26,6 +27,8 @@ RETRY_S = 0.05
 AGENT_S = 5.0
 MAX_CONCURRENCY = 64
 """Calls of one actor that may be pending; a handful are."""
+_KEYS = {"CPU": "cpus", "GPU": "gpus"}
+"""Ray's name of what a worker takes to the pool's key."""
 _NOT_SHOWN = re.compile(r":|_group_(\d+_)?[0-9a-f]{24,}$")
 """Resources that Ray makes up itself: one for each node, and some for each bundle of each placement group."""
 
@@ -162,14 +165,24 @@ async def reserve(role: str, placement: PlacementConfig, workers: int, timeout_s
         has = {
             name: amount for name, amount in ray.cluster_resources().items() if not _NOT_SHOWN.search(name)
         }
-        raise ConfigError(
-            f"pools.{role}: no room for {workers} workers of {bundles[0]} with strategy "
-            f"{placement.strategy} within {timeout_s:.0f} s; the Ray cluster has {has} in all"
-        ) from None
+        raise no_room(role, placement, workers, timeout_s, has) from None
     except BaseException:
         ray.util.remove_placement_group(group)
         raise
     return group
+
+
+def no_room(
+    role: str, placement: PlacementConfig, workers: int, timeout_s: float, has: Mapping[str, float]
+) -> ConfigError:
+    """The refusal of a pool that a Ray cluster with so much in all has no room for."""
+    bundle = placement.bundle()
+    keys = dict.fromkeys(_KEYS.get(name, "resources") for name in bundle)
+    return ConfigError(
+        f"pools.{role}: no room for {workers} workers of {bundle} with strategy {placement.strategy} within "
+        f"{timeout_s:.0f} s; the Ray cluster has {has} in all: start it with less in "
+        f"{' or '.join(f'pools.{role}.{key}' for key in keys)}, or with more nodes"
+    )
 
 
 def create_worker(

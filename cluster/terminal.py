@@ -93,28 +93,39 @@ def status_table(status: cluster_pb2.GetStatusResponse, not_ready: str) -> Table
 
 
 def transfers_table(status: cluster_pb2.GetStatusResponse) -> Table | None:
-    """What each worker sent (→) or received (←), by peer; None before the first hand-off. "took" is the
-    sum over parts, of their time on the wire where they were sent and of their check where they arrived."""
-    table = Table(title="KV transfers", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    """What each worker sent (→) or received (←), by peer, and below why what failed, failed; None before the
+    first hand-off. It fits a terminal of 80 columns."""
+    table = Table(title="KV transfers", box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     table.add_column("between", no_wrap=True)
     table.add_column("over", no_wrap=True)
-    for name in ("done", "MiB", "KiB/run", "took", "fences", "quarant."):
+    for name in ("done", "moved", "took", "fences", "quarant.", "failed"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("failed")
+    notes = ["took: on the wire (→ sent), in its check (← received), summed"]
     for worker in sorted(status.workers, key=lambda worker: worker.worker_id):
         for peer in sorted(worker.transfers, key=lambda peer: (peer.peer, peer.transport)):
+            between = f"{worker.worker_id} {'→' if peer.outgoing else '←'} {peer.peer}"
             table.add_row(
-                f"{worker.worker_id} {'→' if peer.outgoing else '←'} {peer.peer}",
+                between,
                 peer.transport,
                 str(peer.transfers),
-                f"{peer.bytes / 2**20:.0f}",
-                f"{peer.bytes / peer.segments / 1024:.0f}" if peer.segments else "-",
+                _size(peer.bytes),
                 f"{peer.wire_s if peer.outgoing else peer.verify_s:.2f} s",
                 str(peer.fences),
                 str(peer.quarantined_blocks),
-                ", ".join(f"{count} {code}" for code, count in sorted(peer.failures.items())) or "-",
+                str(sum(peer.failures.values())),
             )
+            if peer.failures:
+                reasons = ", ".join(f"{count} {code}" for code, count in sorted(peer.failures.items()))
+                notes.append(f"{between}, failed: {reasons}")
+    table.caption = Text("\n".join(notes))
     return table if table.row_count else None
+
+
+def _size(num_bytes: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20)):
+        if num_bytes >= size:
+            return f"{num_bytes / size:.{1 if num_bytes < 10 * size else 0}f} {unit}"
+    return f"{num_bytes / 1024:.0f} KiB"
 
 
 def _used(total: int, available: int) -> str:
@@ -125,17 +136,20 @@ def _used(total: int, available: int) -> str:
 
 def stages_table(responses: Sequence[pb.GenerateResponse]) -> Table:
     """Finished requests (their last responses), one a column: what was measured, milliseconds where not
-    said."""
+    said; in how many attempts, where one failed."""
     table = Table(title="Measured, ms")
     table.add_column("prompt", no_wrap=True)
     for number in range(1, len(responses) + 1):
-        table.add_column(str(number), justify="right")
+        table.add_column(str(number), justify="right", overflow="fold")  # an id must be whole
     for name, value in _MEASURED:
         table.add_row(name, *(value(response) for response in responses), end_section=name.startswith("TPOT"))
+    if any(response.stages.attempts > 1 for response in responses):
+        table.add_row("attempts", *(str(response.stages.attempts) for response in responses))
     return table
 
 
 _MEASURED: tuple[tuple[str, Callable[[pb.GenerateResponse], str]], ...] = (
+    ("request", lambda r: r.request_id),
     ("tokens in / out", lambda r: f"{r.usage.prompt_tokens} / {r.usage.completion_tokens}"),
     ("TTFT", lambda r: f"{r.stages.ttft_ms:.1f}"),
     (

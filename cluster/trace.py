@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..proto.cluster_pb2 import GetTraceResponse
-from ..proto.errors import ConfigError, WorkerLost
+from ..proto.errors import ConfigError, NotFound, WorkerLost
 from .endpoint import CONNECT_S, StatusClient
 
 _MICROSECONDS = 1e6
@@ -20,7 +20,11 @@ _MICROSECONDS = 1e6
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `diphase trace`."""
-    parser.add_argument("request_id", metavar="REQUEST_ID", help="the client's, or the gateway's own")
+    parser.add_argument(
+        "request_id",
+        metavar="REQUEST_ID",
+        help="as `diphase generate --stages` prints it, or --request-id sets it; or the gateway's own",
+    )
     parser.add_argument(
         "--address", metavar="HOST:PORT", help="of the gateway that served it (default: as configured)"
     )
@@ -33,6 +37,11 @@ def run(args: argparse.Namespace, address: str, token: str) -> int:
         trace = asyncio.run(_ask(args.request_id, address, token))
     except TimeoutError as exc:
         raise WorkerLost(str(exc)) from exc
+    except NotFound as exc:
+        raise NotFound(
+            f"{exc.message}. `diphase generate --stages` prints a request's id, its --request-id sets it, "
+            "and every response of the API has it"
+        ) from exc
     if args.chrome is None:
         sys.stdout.write("\n".join(text_lines(trace)) + "\n")
         return 0

@@ -64,7 +64,7 @@ class Coders:
             size_bytes,
             num_tokens=num_tokens,
             backlog_bytes=backlog_bytes,
-            bytes_per_s=link.bytes_per_s(self._clock.now()),
+            bytes_per_s=link.settled_bytes_per_s(self._clock.now()),
             allowed=[self._codecs[name] for name in names],
             estimates=self.estimates,
             prefill_tokens_per_s=self.prefill.value if recompute else None,

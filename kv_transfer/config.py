@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..proto.errors import ConfigError
-from .codecs.codec import RAW, load_codecs
+from .codecs.codec import CODECS, RAW, load_codecs
 
 MIB = 1024 * 1024
 MAX_TCP_SOCKETS = 16
 """Connections that a peer may make."""
 IN_PROCESS = "local"
 """The transport that joins roles of one process: who composes them gives it a hub; nobody configures it."""
+TRANSPORTS: Mapping[str, str] = {
+    IN_PROCESS: "diphase.kv_transfer.transports.local:LocalTransport",
+    "cuda_ipc": "diphase.kv_transfer.transports.cuda_ipc:CudaIpcTransport",
+    "shm": "diphase.kv_transfer.transports.shm:ShmTransport",
+    "nixl": "diphase.kv_transfer.transports.nixl:NixlTransport",
+    "nccl": "diphase.kv_transfer.transports.nccl:NcclTransport",
+    "tcp": "diphase.kv_transfer.transports.tcp:TcpTransport",
+}
+"""Name to "module:Class", best first: the order in which "auto" prefers them."""
+TRANSPORT_CHOICES = ("auto", *(name for name in TRANSPORTS if name != IN_PROCESS))
 STAGING = ("auto", "always", "never")
 
 
@@ -20,8 +31,8 @@ STAGING = ("auto", "always", "never")
 class KvTransferConfig:
     """Section [kv_transfer]."""
 
-    transport: str = "auto"
-    """Name of a transport in registry.py, or "auto": the best one that both ends have."""
+    transport: str = field(default="auto", metadata={"choices": TRANSPORT_CHOICES})
+    """How blocks move; "auto": over the best transport that both ends have."""
     layerwise_tokens: int = 1024
     """Prompts of at least this many tokens push each chunk of layers as soon as it is computed; shorter ones
     go whole. 0 pushes every prompt layer by layer."""
@@ -36,7 +47,9 @@ class KvTransferConfig:
     """Staging buffer of a worker, MiB; pages are taken when they are used. 0: nothing is staged."""
     staging_window_mib: int = 16
     """What a decode worker lends each prefill worker of its staging buffer, MiB."""
-    codecs: tuple[str, ...] = ()
+    codecs: tuple[str, ...] = field(
+        default=(), metadata={"choices": tuple(name for name in CODECS if name != RAW)}
+    )
     """Codecs beside raw that a hand-off may use where the link is so slow that they pay. All of them
     change the KV, and with it what the model says (benchmarks/codecs.py)."""
     recompute: bool = True
@@ -68,6 +81,8 @@ class KvTransferConfig:
                 f'kv_transfer.transport = "{IN_PROCESS}" joins roles of one process, and every worker is a '
                 'process of its own; use "auto" or the name of another transport'
             )
+        if self.transport not in TRANSPORTS and self.transport != "auto":
+            raise unknown_transport(self.transport)
         if not _dialable(self.host):
             raise ConfigError(
                 f"kv_transfer.host = {self.host!r} is no address that a peer could dial; "
@@ -129,6 +144,13 @@ class KvTransferConfig:
                 f"kv_transfer.staging_mib = {self.staging_mib}: no prefill worker would get a window; "
                 "lower the one or raise the other"
             )
+
+
+def unknown_transport(name: str) -> ConfigError:
+    """The refusal of a name that no transport has."""
+    return ConfigError(
+        f"kv_transfer.transport = {name!r} is unknown; use one of {', '.join(TRANSPORT_CHOICES)}"
+    )
 
 
 def _dialable(host: str) -> bool:

@@ -1,6 +1,6 @@
-"""Which transports there are, which of them this process opens, and which one two workers use.
+"""Which transports this process opens, and which one two workers use.
 
-A new transport is one file plus one line in TRANSPORTS; its module is imported when it is opened.
+A new transport is one file plus one line in config.TRANSPORTS; its module is imported when it is opened.
 """
 
 from __future__ import annotations
@@ -11,22 +11,13 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import MappingProxyType
 
 from ..proto.clock import Clock
 from ..proto.errors import ConfigError, TransferError
 from .base import Event, LocalPeers, Region, Transport, TransportContext, TransportFactory
 from .byte_worker import ByteWorker
-from .config import IN_PROCESS, KvTransferConfig
-
-TRANSPORTS: Mapping[str, str] = {
-    IN_PROCESS: "diphase.kv_transfer.transports.local:LocalTransport",
-    "cuda_ipc": "diphase.kv_transfer.transports.cuda_ipc:CudaIpcTransport",
-    "shm": "diphase.kv_transfer.transports.shm:ShmTransport",
-    "nixl": "diphase.kv_transfer.transports.nixl:NixlTransport",
-    "nccl": "diphase.kv_transfer.transports.nccl:NcclTransport",
-    "tcp": "diphase.kv_transfer.transports.tcp:TcpTransport",
-}
-"""Name to "module:Class", best first: the order in which `auto` prefers them."""
+from .config import IN_PROCESS, TRANSPORTS, KvTransferConfig, unknown_transport
 
 FOR_FABRICS = frozenset({"nixl"})
 """What `auto` opens only where there is an RDMA device. Elsewhere NIXL goes over TCP, slower than tcp does
@@ -60,17 +51,18 @@ class TransportSet:
         pools: Sequence[Region],
         *,
         staging: Region | None = None,
+        left_out: Mapping[str, str] = MappingProxyType({}),
         waker: _Waker | None = None,
         byte_thread: bool = True,
     ) -> None:
         """`transports` have registered nothing yet; those that cannot are closed and left out. When this
-        raises, they stay the caller's to close."""
+        raises, they stay the caller's to close. `left_out`: see there."""
         self.pools = list(pools)
         self.staging = staging
         self._waker = waker or _Waker()
         self._transports: dict[str, Transport] = {}
-        self.left_out: dict[str, str] = {}
-        """Name to reason."""
+        self.left_out: dict[str, str] = dict(left_out)
+        """Transports that were wanted and are not open: name to reason."""
         for name, transport in transports.items():
             try:
                 for region in (*pools, *([staging] if staging else [])):
@@ -105,12 +97,13 @@ class TransportSet:
         return {name: transport.endpoint() for name, transport in self._transports.items()}
 
     def choose(self, offered: Mapping[str, bytes], wanted: str = "auto") -> str:
-        """The best transport that both ends have and that reaches the peer.
+        """The best transport that both ends have and that reaches the peer. The log says why others that
+        were wanted are not used.
 
         Raises:
             TransferError: there is none; the message says why for each.
         """
-        reasons: list[str] = []
+        reasons = [f"{name}: {why}" for name, why in self.left_out.items()]
         for name, transport in self._transports.items():
             if wanted not in ("auto", name):
                 continue
@@ -119,9 +112,9 @@ class TransportSet:
                 _log.info("transport_chosen name=%s passed_over=%r", name, "; ".join(reasons))
                 return name
             reasons.append(f"{name}: {why}")
-        raise TransferError(
-            f"no common transport: {'; '.join(reasons) or f'{wanted} is not open here, only {self.names}'}"
-        )
+        if wanted not in ("auto", *self.names):
+            reasons.append(f"{wanted} is not open here, only {self.names}")
+        raise TransferError(f"no common transport: {'; '.join(reasons)}")
 
     def poll(self, max_events: int = 64) -> list[tuple[str, Event]]:
         """(transport's name, event) so far; never blocks."""
@@ -147,8 +140,7 @@ def load_factory(name: str) -> TransportFactory:
         ConfigError: there is no such transport, or what it needs is not installed.
     """
     if name not in TRANSPORTS:
-        known = ", ".join(("auto", *(each for each in TRANSPORTS if each != IN_PROCESS)))
-        raise ConfigError(f"kv_transfer.transport = {name!r} is unknown; use one of {known}")
+        raise unknown_transport(name)
     module, _, attribute = TRANSPORTS[name].partition(":")
     try:
         factory: TransportFactory = getattr(importlib.import_module(module), attribute)
@@ -210,28 +202,31 @@ def open_transports(
         hub=hub,
     )
     opened: dict[str, Transport] = {}
-    reasons: dict[str, str] = {}
-    every = auto_order(TRANSPORTS, fabric=has_fabric(), in_process=hub is not None)
+    left_out: dict[str, str] = {}
+    wanted = [config.transport]
+    if config.transport == "auto":
+        wanted = auto_order(TRANSPORTS, fabric=has_fabric(), in_process=hub is not None)
+        left_out = dict.fromkeys(FOR_FABRICS.difference(wanted), "there is no RDMA device")
     with ExitStack() as on_error:
-        for name in every if config.transport == "auto" else (config.transport,):
+        for name in wanted:
             try:
                 factory = load_factory(name)
             except ConfigError as error:
                 if config.transport != "auto":
                     raise
                 _log.info("transport_not_installed name=%s why=%r", name, error.message)
+                left_out[name] = error.message
                 continue
             try:
                 opened[name] = factory(context)
             except (TransferError, OSError) as error:
                 _log.info("transport_unusable name=%s why=%r", name, str(error))
-                reasons[name] = str(error)
+                left_out[name] = str(error)
             else:
                 on_error.callback(opened[name].close)
-        transports = TransportSet(opened, pools, staging=staging, waker=waker)
+        transports = TransportSet(opened, pools, staging=staging, left_out=left_out, waker=waker)
         if not transports.names:
-            reasons |= transports.left_out
-            why = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+            why = "; ".join(f"{name}: {reason}" for name, reason in transports.left_out.items())
             raise TransferError(
                 f"kv_transfer.transport = {config.transport!r} does not work on this machine ({why})"
             )

@@ -20,6 +20,9 @@ SMALLEST_BURST_BYTES = 64 * 1024
 """What moves fewer bytes tells of latency, not of bandwidth."""
 STALE_AFTER_S = 60.0
 """A link that was not measured for so long is unknown again: it is sent to uncompressed and measured."""
+MEASUREMENTS = 4
+"""Of a link, before a choice trusts them. The first ones have the connection's start, the page faults of
+fresh memory and whoever else starts in them: by one alone, loopback may seem slow enough for a codec."""
 _LARGEST_BURST_BYTES = 8 * 1024 * 1024
 """A link that is never idle is measured each time that so much has moved."""
 _FORGET_BYTES = 64 * 1024 * 1024
@@ -59,6 +62,7 @@ class LinkEstimate:
         self._burst_bytes = 0
         self._burst_began = 0.0
         self._measured_at = -math.inf
+        self._measurements = 0
 
     def started(self, now: float) -> None:
         """A write has been handed to the transport."""
@@ -73,8 +77,11 @@ class LinkEstimate:
         if self._in_flight and self._burst_bytes < _LARGEST_BURST_BYTES:
             return
         if self._burst_bytes >= SMALLEST_BURST_BYTES and now > self._burst_began:
+            if now - self._measured_at > STALE_AFTER_S:
+                self._measurements = 0
             self._rate.add(self._burst_bytes, now - self._burst_began)
             self._measured_at = now
+            self._measurements += 1
         self._begin(now)
 
     def failed(self, now: float) -> None:
@@ -86,6 +93,11 @@ class LinkEstimate:
     def bytes_per_s(self, now: float) -> float | None:
         """None while nothing large enough to tell was measured, or only long ago."""
         return self._rate.value if now - self._measured_at <= STALE_AFTER_S else None
+
+    def settled_bytes_per_s(self, now: float) -> float | None:
+        """bytes_per_s() for who gives something up by it; None until MEASUREMENTS were made, none of them
+        long after the one before."""
+        return self.bytes_per_s(now) if self._measurements >= MEASUREMENTS else None
 
     def _begin(self, now: float) -> None:
         self._burst_bytes = 0

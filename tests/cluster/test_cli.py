@@ -18,8 +18,17 @@ import pytest
 from diphase.cluster import generate
 from diphase.cluster.cli import COMMANDS, main
 from diphase.cluster.endpoint import StatusClient, credentials, from_rpc
+from diphase.kv_transfer.codecs.codec import CODECS, RAW
+from diphase.kv_transfer.config import TRANSPORT_CHOICES
 from diphase.proto import inference_pb2 as pb
-from diphase.proto.errors import ConfigError, DiphaseError, InvalidRequest, Overloaded, WorkerLost
+from diphase.proto.errors import (
+    ConfigError,
+    DiphaseError,
+    InvalidRequest,
+    NotFound,
+    Overloaded,
+    WorkerLost,
+)
 from diphase.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 from diphase.proto.sampling import SamplingParams
 
@@ -116,6 +125,8 @@ def test_options_become_the_request() -> None:
         ("user", "hi"),
     ]
     assert request.sampling.max_tokens == 7
+    assert request.request_id == ""
+    assert generate.request_from(arguments("hi", "--request-id", "mine")).request_id == "mine"
     assert list(request.sampling.stop) == ["a", "b"]
     assert not request.sampling.HasField("temperature")
 
@@ -147,14 +158,18 @@ def test_a_prompt_can_come_from_stdin(monkeypatch: pytest.MonkeyPatch) -> None:
 class Scripted:
     """In place of generate.stream(): some text, then an end or an error."""
 
-    def __init__(self, error: DiphaseError | None = None) -> None:
+    def __init__(self, error: DiphaseError | None = None, attempts: int = 1) -> None:
         self.error = error
+        self.attempts = attempts
 
     async def __call__(self, *_args: object) -> AsyncIterator[pb.GenerateResponse]:
         yield pb.GenerateResponse(text="Paris")
         if self.error is not None:
             raise self.error
-        yield pb.GenerateResponse(stages=pb.Stages(ttft_ms=12.345678901234567, prefill_worker="prefill-0"))
+        yield pb.GenerateResponse(
+            request_id="0123abcd",
+            stages=pb.Stages(ttft_ms=12.345678901234567, prefill_worker="prefill-0", attempts=self.attempts),
+        )
 
 
 def test_stages_are_the_table_of_the_demo(
@@ -167,6 +182,31 @@ def test_stages_are_the_table_of_the_demo(
     [ttft] = [line for line in err.splitlines() if "TTFT  " in line]
     assert ttft.split() == ["│", "TTFT", "│", "12.3", "│"]
     assert "prefill-0" in err
+    rows = [line.strip("│ ").split() for line in err.splitlines() if line.startswith("│")]
+    assert rows[0] == ["request", "│", "0123abcd"]
+    assert "attempts" not in err
+
+
+def test_stages_say_how_many_attempts_there_were(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(generate, "stream", Scripted(attempts=2))
+    assert main(["generate", "hi", "--stages"]) == 0
+    [line] = [line for line in capsys.readouterr().err.splitlines() if "attempts" in line]
+    assert line.strip("│ ").split() == ["attempts", "│", "2"]
+
+
+def test_an_id_that_no_gateway_knows_is_answered_with_where_ids_are(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def unknown(*_args: object) -> None:
+        raise NotFound("this gateway knows no request 'x'")
+
+    monkeypatch.setattr(StatusClient, "trace", unknown)
+    assert main(["trace", "x"]) == 2
+    assert capsys.readouterr().err.startswith(
+        "diphase trace: this gateway knows no request 'x'. `diphase generate --stages` prints"
+    )
 
 
 def test_an_error_after_some_text_stands_on_its_own_line(
@@ -193,6 +233,9 @@ def test_config_prints_toml_with_comments(capsys: pytest.CaptureFixture[str]) ->
     text = capsys.readouterr().out
     assert tomllib.loads(text)["pools"]["prefill"]["workers"] == 3
     assert "# Worker processes of the pool." in text
+    comments = " ".join(line.removeprefix("# ") for line in text.splitlines())
+    assert f"Names: {', '.join(TRANSPORT_CHOICES)}." in comments
+    assert f"Names: {', '.join(name for name in CODECS if name != RAW)}." in comments
 
 
 @pytest.mark.parametrize(
@@ -205,9 +248,24 @@ def test_config_prints_toml_with_comments(capsys: pytest.CaptureFixture[str]) ->
         (["generate", "hi", "--max-tokens", "-4"], "max_tokens"),
         (["config", "--set", "kv_transfer.host=224.0.0.1"], "kv_transfer.host = '224.0.0.1' is no address"),
         (["config", "--set", "kv_transfer.host=::0"], "kv_transfer.host = '::0' is no address"),
+        (
+            ["scale", "decode", "2", "--set", "engine.block_size=32"],
+            "scale reads gateway.host, gateway.port, sec",
+        ),
+        (["generate", "hi", "--set", "engine.block_size=32"], "`diphase restart --with`"),
+        (
+            ["restart", "--set", "engine.block_size=32"],
+            "would change nothing: restart reads gateway.host, gateway.port, security.cluster_token only; "
+            "--with engine.block_size=32 gives it to the new workers",
+        ),
+        (["status", "--set", "gateway.port=1"], "no gateway answers at 127.0.0.1:1"),
         (["generate", "\udcff"], "PROMPT '\\udcff' is not UTF-8"),
         (["trace", "a\udcff"], "REQUEST_ID 'a\\udcff' is not UTF-8"),
         (["restart", "--with", "engine.block_size=\udcff"], "is not UTF-8"),
+        (
+            ["config", "--set", "kv_transfer.codecs=int8"],
+            'must be an array like ["int8"] (in a shell: --set kv_transfer.codecs=\'["int8"]\'), not',
+        ),
         (
             ["config", "--set", 'kv_transfer.codecs=["gzip"]'],
             "kv_transfer.codecs = ['gzip']: codec 'gzip' is",

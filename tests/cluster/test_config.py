@@ -95,6 +95,7 @@ def test_sections_of_every_folder_are_read_from_one_file(tmp_path: Path) -> None
         ("engine.tensor_parallel=2", "unknown key engine.tensor_parallel"),
         ("router.admission=maybe", "router.admission"),
         ("name=a/b", "must be up to 64"),
+        ("kv_transfer.transport=infiniband", "'infiniband' is unknown; use one of auto, cuda_ipc, shm,"),
         ("gateway.host=0.0.0.0", "set security.cluster_token"),
         ("ray.address=ray://x:1", "not a ray:// client address"),
         ("supervisor.hang_grace_s=0", "supervisor.hang_grace_s"),

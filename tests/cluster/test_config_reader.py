@@ -33,6 +33,7 @@ class Engine:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Car:
     owner: str
+    tags: tuple[str, ...] = ()
     engine: Engine = field(default_factory=Engine)
     wheels: Wheels = field(default_factory=Wheels, metadata=FLATTEN)
 
@@ -64,7 +65,7 @@ def test_every_kind_of_value_is_taken() -> None:
     [
         ({"engine": {"powr": 1.0}}, "car.toml: unknown key engine.powr; did you mean engine.power?"),
         ({"engin": {}}, "car.toml: unknown key engin; did you mean engine?"),
-        ({"zzz": 1}, "car.toml: unknown key zzz; known are owner, engine, count, spare"),
+        ({"zzz": 1}, "car.toml: unknown key zzz; known are owner, tags, engine, count, spare"),
         ({"count": True}, "count must be an integer, not true"),
         ({"count": 1.0}, "count must be an integer, not 1.0"),
         ({"count": "4"}, "count must be an integer, not '4'"),
@@ -73,7 +74,9 @@ def test_every_kind_of_value_is_taken() -> None:
         ({"engine": {"power": False}}, "engine.power must be a number, not false"),
         ({"engine": {"fuel": "coal"}}, "engine.fuel must be one of 'diesel', 'petrol', not 'coal'"),
         ({"engine": {"label": 3}}, "engine.label must be a string, not 3"),
-        ({"engine": {"gears": 3}}, "engine.gears must be an array, not 3"),
+        ({"engine": {"gears": 3}}, "engine.gears must be an array like [3], not 3"),
+        ({"engine": {"gears": {}}}, "engine.gears must be an array, not {}"),
+        ({"engine": {"gears": "3" * 999}}, "engine.gears must be an array, not '333"),
         ({"engine": {"gears": ["a"]}}, "engine.gears[0] must be an integer, not 'a'"),
         ({"engine": {"parts": {"bolt": "x"}}}, "engine.parts.bolt must be a number, not 'x'"),
         ({"engine": {"limit": 1.5}}, "engine.limit must be an integer or 'auto', not 1.5"),
@@ -108,6 +111,17 @@ def test_an_override_wins_over_the_file_and_is_blamed_for_its_own_mistakes() -> 
         car({}, "engine.power=much")
     with pytest.raises(ConfigError, match=r"--set engine\.gears=\[1, 2\.5\]: engine\.gears\[1\] must be"):
         car({}, "engine.gears=[1, 2.5]")
+
+
+@pytest.mark.parametrize("text", ["a", "[a]"])
+def test_an_array_that_is_none_is_shown_as_one_that_a_shell_leaves_alone(text: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        car({}, f"tags={text}")
+    assert caught.value.message.endswith(
+        f"""tags must be an array like ["a"] (in a shell: --set tags='["a"]'), not '{text}'"""
+    )
+    with pytest.raises(ConfigError, match=r'car.toml: tags must be an array like \["a", "b"\], not'):
+        car({"tags": "a, b"})
 
 
 def test_an_override_makes_the_sections_it_names() -> None:

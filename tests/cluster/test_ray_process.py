@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from diphase.cluster.config import load
-from diphase.cluster.ray_process import _NOT_SHOWN, NodeAgents, RayProcess
+from diphase.cluster.config import PlacementConfig, load
+from diphase.cluster.ray_process import _NOT_SHOWN, NodeAgents, RayProcess, no_room
 from diphase.cluster.roles import Assignment, StartFailed
 from diphase.cluster.slot import ProcessGone
 from diphase.proto.clock import system_rng
@@ -31,6 +31,24 @@ def test_what_ray_makes_up_itself_is_not_among_what_a_cluster_has(name: str) -> 
     assert not any(
         _NOT_SHOWN.search(real) for real in ("CPU", "GPU", "memory", "accelerator_group_a", "left")
     )
+
+
+@pytest.mark.parametrize(
+    ("placement", "keys"),
+    [
+        (PlacementConfig(), "less in pools.decode.cpus, or"),
+        (PlacementConfig(cpus=0.0, gpus=1.0), "less in pools.decode.gpus, or"),
+        (
+            PlacementConfig(resources={"left": 1.0, "up": 1.0}),
+            "less in pools.decode.cpus or pools.decode.resources, or",
+        ),
+    ],
+)
+def test_who_finds_no_room_is_told_which_keys_take_it(placement: PlacementConfig, keys: str) -> None:
+    message = no_room("decode", placement, 1, 30.0, {"CPU": 2.0}).message
+    assert message.startswith("pools.decode: no room for 1 workers of {'")
+    assert "{'CPU': 2.0} in all" in message
+    assert keys in message
 
 
 class FakeActor:

@@ -123,10 +123,16 @@ def test_deadlines_are_checked(key: str, value: str) -> None:
         ("name=other", "name: a restart changes workers only"),
         ("store.url=redis://127.0.0.1:1", "store: a restart changes workers only"),
         ("security.cluster_token=other", "security: a restart changes workers only"),
-        ("pools.prefill.gpus=1", "pools.prefill: a restart leaves how many workers"),
-        ("engine.block_sise=8", "engine.block_size"),
+        (
+            "pools.prefill.gpus=1",
+            r"pools\.prefill\.gpus: a restart leaves .* needs a new start of the cluster",
+        ),
+        ("pools.decode.tensor_parallel=3", r"pools\.decode\.tensor_parallel: .* a new start of the cluster"),
+        ("pools.decode.workers=3", r"pools\.decode\.workers: .*; `diphase scale decode 3` does that"),
+        ("engine.block_sise=8", "--with engine.block_sise=8: unknown key .* did you mean engine.block_size"),
         ("engine.block_size=7", "engine.block_size = 7 is not possible"),
-        ("engine", "write it as section.key=value"),
+        ("kv_transfer.transport=ib", "kv_transfer.transport = 'ib' is unknown; use one of auto, cuda_ipc"),
+        ("engine", "--with engine: write it as section.key=value"),
     ],
 )
 def test_what_a_restart_cannot_change_is_refused(setting: str, sentence: str) -> None:

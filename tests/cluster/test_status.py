@@ -7,10 +7,10 @@ from io import StringIO
 
 import pytest
 from diphase.cluster.status import ask, watch
-from diphase.cluster.terminal import status_table
+from diphase.cluster.terminal import status_table, transfers_table
 from diphase.proto import cluster_pb2
 from diphase.proto.errors import ConfigError
-from diphase.proto.worker_pb2 import Load
+from diphase.proto.worker_pb2 import Load, TransferFigures
 from rich.console import Console, RenderableType
 
 from ..simulation.virtual_loop import run_virtually
@@ -92,3 +92,28 @@ def test_the_table_fits_80_columns() -> None:
     for word in ("connecting", "120 ", " 16 ", "12345/12345 100 %", " 12 ", "120 s"):
         assert word in row
     assert "…" not in "".join(lines)
+
+
+def test_the_table_of_transfers_fits_80_columns_and_shows_the_last_one() -> None:
+    sent = TransferFigures(
+        peer="decode-10", transport="cuda_ipc", outgoing=True, transfers=12_345, bytes=1001 * 2**20,
+        wire_s=1234.5, fences=123, quarantined_blocks=1234, failures={"deadline_exceeded": 90, "lost": 9},
+    )  # fmt: skip
+    received = TransferFigures(peer="prefill-10", transport="tcp", transfers=1, bytes=9 * 1024, verify_s=0.5)
+    status = cluster_pb2.GetStatusResponse(
+        workers=[
+            cluster_pb2.WorkerStatus(worker_id="prefill-10", transfers=[sent]),
+            cluster_pb2.WorkerStatus(worker_id="decode-10", transfers=[received]),
+        ]
+    )
+    table = transfers_table(status)
+    assert table is not None
+    text = "\n".join(lines := shown(table))
+    for word in ("prefill-10 → decode-10", "cuda_ipc", "12345", "1001 MiB", "1234.50 s", "123", "1234", "99"):
+        assert word in text
+    [row] = [line for line in lines if "decode-10 ← prefill-10" in line]
+    assert row.split()[3:] == ["tcp", "1", "9", "KiB", "0.50", "s", "0", "0", "0"]
+    assert "took: on the wire (→ sent), in its check (← received), summed" in text
+    assert "prefill-10 → decode-10, failed: 90 deadline_exceeded, 9 lost" in text
+    assert "…" not in text
+    assert transfers_table(cluster_pb2.GetStatusResponse()) is None

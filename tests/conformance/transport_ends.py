@@ -19,8 +19,8 @@ from diphase.kv_transfer.base import (
     Transport,
     TransportContext,
 )
-from diphase.kv_transfer.config import IN_PROCESS
-from diphase.kv_transfer.registry import TRANSPORTS, load_factory
+from diphase.kv_transfer.config import IN_PROCESS, TRANSPORTS
+from diphase.kv_transfer.registry import load_factory
 from diphase.kv_transfer.transports.local import LocalHub
 from diphase.kv_transfer.transports.socket_transport import SocketTransport
 from diphase.kv_transfer.transports.tcp import TcpMedium

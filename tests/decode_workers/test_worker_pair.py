@@ -164,7 +164,7 @@ async def test_a_decode_worker_that_closes_fails_its_requests_for_a_retry_elsewh
         await prefill.close()
 
 
-async def test_an_unknown_transport_fails_the_start_and_frees_the_engine() -> None:
+async def test_an_address_of_another_machine_fails_the_start_and_frees_the_engine() -> None:
     closed = []
 
     class Watched(FakeEngine):
@@ -172,8 +172,8 @@ async def test_an_unknown_transport_fails_the_start_and_frees_the_engine() -> No
             closed.append(True)
             super().close()
 
-    config = PrefillWorkerConfig(kv_transfer=KvTransferConfig(transport="pigeon"))
-    with pytest.raises(ConfigError, match="pigeon"):
+    config = PrefillWorkerConfig(kv_transfer=KvTransferConfig(host="192.0.2.1"))
+    with pytest.raises(ConfigError, match=r"kv_transfer\.host = '192\.0\.2\.1'"):
         await start_prefill(
             config, worker_id="p", incarnation="p", load=lambda config, *, progress: Watched(num_blocks=4)
         )

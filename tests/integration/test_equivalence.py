@@ -80,7 +80,7 @@ async def test_prompts_that_are_quicker_computed_again_than_sent_change_no_token
 
     choose_truly = Coders.choose
     monkeypatch.setattr(Coders, "choose", choose)
-    monkeypatch.setattr(LinkEstimate, "bytes_per_s", lambda self, now: 1e3)
+    monkeypatch.setattr(LinkEstimate, "settled_bytes_per_s", lambda self, now: 1e3)
     of = prompts(LENGTHS[:13:2], single_engine.limits.vocab_size, seed=11)
     params = [SamplingParams(max_tokens=NUM_TOKENS, ignore_eos=True)] * len(of)
     outputs, _ = await run_pair(of, params, transport="tcp", chunk_budget=512, batch=1)

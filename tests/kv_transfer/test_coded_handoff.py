@@ -28,6 +28,8 @@ class Measured(LinkEstimate):
     def bytes_per_s(self, now: float) -> float | None:
         return self._measured
 
+    settled_bytes_per_s = bytes_per_s
+
 
 def connected(pair: Any, bytes_per_s: float) -> None:
     """A session that has moved something before, over a link of this speed."""

@@ -19,11 +19,11 @@ from diphase.kv_transfer import wire
 from diphase.kv_transfer.admission import REMEMBERED, NewestAttempts, check_reservation
 from diphase.kv_transfer.base import Done, Event, Region, TransportContext
 from diphase.kv_transfer.byte_worker import ByteWorker
-from diphase.kv_transfer.config import KvTransferConfig
+from diphase.kv_transfer.config import TRANSPORTS, KvTransferConfig
 from diphase.kv_transfer.counters import MAX_PEERS, HandoffCollector, HandoffCounters
 from diphase.kv_transfer.pool_bytes import PoolBytes
 from diphase.kv_transfer.push_plan import advance, pieces, push_stops
-from diphase.kv_transfer.registry import TRANSPORTS, TransportSet, load_factory, open_transports
+from diphase.kv_transfer.registry import TransportSet, load_factory, open_transports
 from diphase.kv_transfer.transports.local import LocalHub, LocalTransport
 from diphase.proto.clock import MonotonicClock
 from diphase.proto.errors import (
@@ -158,6 +158,7 @@ def test_progress_of_layers_never_goes_back() -> None:
         {"staging_mib": 8},
         {"staging_window_mib": 65},
         {"codecs": ("int8",), "staging": "never"},
+        {"transport": "pigeon"},
         {"codecs": ("fp8",), "staging_mib": 0},
     ],
 )

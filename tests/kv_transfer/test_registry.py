@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 from diphase.kv_transfer.base import Region
-from diphase.kv_transfer.config import IN_PROCESS, KvTransferConfig
-from diphase.kv_transfer.registry import TRANSPORTS, auto_order, has_fabric, open_transports
+from diphase.kv_transfer.config import IN_PROCESS, TRANSPORTS, KvTransferConfig
+from diphase.kv_transfer.registry import auto_order, has_fabric, open_transports
 from diphase.kv_transfer.transports.tcp import TcpTransport
 from diphase.proto.clock import MonotonicClock
 
@@ -35,6 +35,30 @@ def test_without_a_fabric_nixl_is_not_opened() -> None:
 def test_only_roles_of_one_process_meet_in_it() -> None:
     assert IN_PROCESS not in auto_order(TRANSPORTS, fabric=True, in_process=False)
     assert auto_order(TRANSPORTS, fabric=True, in_process=True)[0] == IN_PROCESS
+
+
+def test_the_log_says_why_each_other_transport_is_not_used(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("diphase.kv_transfer.registry.has_fabric", lambda: False)
+    caplog.set_level("INFO", logger="diphase.kv_transfer.registry")
+    here, there = (
+        open_transports(
+            KvTransferConfig(),
+            incarnation=incarnation,
+            pools=[Region(buffer=memoryview(bytearray(64)))],
+            clock=MonotonicClock(),
+        )
+        for incarnation in ("a", "b")
+    )
+    assert here.choose(there.endpoints()) == "tcp"
+    chosen = caplog.messages[-1]
+    assert chosen.startswith("transport_chosen name=tcp passed_over=")
+    assert "nixl: there is no RDMA device" in chosen
+    for name in ("cuda_ipc", "shm", "nccl"):  # no memory of a GPU, no memfd
+        assert f"{name}: " in chosen
+    here.close()
+    there.close()
 
 
 class CrashingTransport(TcpTransport):

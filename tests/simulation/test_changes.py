@@ -47,7 +47,7 @@ def test_what_cannot_be_done_is_refused_before_anything_happens() -> None:
                 ("decode", 0, "nobody could decode; keep one there, or scale colocated"),
                 ("decoed", 1, "there is no pool 'decoed'; did you mean decode"),
                 ("prefill", 2000, "2000 workers are too many"),
-                ("prefill", 4, "pools.prefill: no room for 1 workers"),
+                ("prefill", 4, "pools.prefill: no room for 1 workers. prefill still has 1 worker$"),
             ):
                 with pytest.raises(ConfigError, match=sentence):
                     await stage.scale(pool, workers)
@@ -55,7 +55,9 @@ def test_what_cannot_be_done_is_refused_before_anything_happens() -> None:
                 await stage.restart("colocated")
             with pytest.raises(ConfigError, match=r"model: a restart changes workers only"):
                 await stage.restart("prefill", "model.name=dummy:small")
-            with pytest.raises(ConfigError, match=r"pools.prefill: a restart leaves how many workers"):
+            with pytest.raises(
+                ConfigError, match=r"pools.prefill.workers: a restart leaves how many workers"
+            ):
                 await stage.restart("prefill", "pools.prefill.workers=3")
             assert stage.room == 2
             assert set(states(router)) == {"prefill-0", "decode-0"}

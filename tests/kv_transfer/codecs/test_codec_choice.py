@@ -6,6 +6,7 @@ import pytest
 from diphase.kv_transfer.codecs.codec import RAW, Codec, load_codecs
 from diphase.kv_transfer.codecs.codec_calibration import calibrate
 from diphase.kv_transfer.codecs.codec_choice import (
+    MEASUREMENTS,
     RECOMPUTE,
     SMALLEST_BURST_BYTES,
     STALE_AFTER_S,
@@ -157,6 +158,19 @@ def test_bandwidth_is_bytes_over_the_time_that_something_was_on_its_way() -> Non
     link.started(40.0)  # the pause does not count
     link.done(2 * MIB, 42.0)
     assert link.bytes_per_s(42.0) == pytest.approx(MIB)
+
+
+def test_a_link_counts_as_slow_only_after_a_few_measurements_and_again_after_a_pause() -> None:
+    link, now = LinkEstimate(), 0.0
+    for began in (0.0, MEASUREMENTS + STALE_AFTER_S + 0.5):
+        for number in range(MEASUREMENTS):
+            assert link.settled_bytes_per_s(began + number) is None
+            link.started(began + number)
+            now = began + number + 0.5
+            link.done(MIB, now)
+            assert link.bytes_per_s(now) == pytest.approx(2 * MIB), "good enough for the size of a push"
+        assert link.settled_bytes_per_s(now) == pytest.approx(2 * MIB)
+        assert link.settled_bytes_per_s(now + STALE_AFTER_S + 0.1) is None
 
 
 def test_tiny_writes_tell_nothing_of_the_bandwidth() -> None:
