@@ -16,7 +16,7 @@ import hmac
 import logging
 import socket
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -29,7 +29,6 @@ from . import nixl_agent
 from .framing import FrameError
 from .nixl_agent import NixlAgent
 from .nixl_moves import Move, Moves
-from .nixl_poster import Poster
 from .nixl_slices import DEVICE, HOST, Bases, bases_of, place
 from .socket_medium import Targets
 from .socket_peer import ID, WRITE_HEAD, Job, Kind, Peer, announce, commit
@@ -86,9 +85,8 @@ class NixlMedium:
     severs = False
     lanes = 1
 
-    def __init__(self, context: TransportContext, regions: list[Region], stir: Callable[[], None]) -> None:
-        """`stir`, called from any thread, has the transport's thread look at poll_in_s again.
-
+    def __init__(self, context: TransportContext, regions: list[Region]) -> None:
+        """
         Raises:
             TransferError: NIXL does not work here.
         """
@@ -98,7 +96,6 @@ class NixlMedium:
         self._sockets = TcpMedium(context.host, regions)
         # An incarnation whose transport is opened anew is another agent.
         self._agent = NixlAgent(f"{context.incarnation[: MAX_NAME - 33]}-{uuid.uuid4().hex}")
-        self._poster = Poster(stir)
         self._here = bases_of([])
         self._writing: dict[str, Peer] = {}
         """Peers with moves."""
@@ -177,7 +174,7 @@ class NixlMedium:
         if name != fields["agent"]:
             self._agent.leave(name)
             raise TransferError(f"agent: {fields['agent'][:MAX_NAME]!r} announced, {name!r} described")
-        peer.attachment = Moves(self._agent, self._poster, name, self._here, there)
+        peer.attachment = Moves(self._agent, name, self._here, there)
 
     def detach(self, peer: Peer) -> None:
         inbox: _Inbox | None = peer.inbox
@@ -251,32 +248,24 @@ class NixlMedium:
 
     @property
     def poll_in_s(self) -> float | None:
-        if self._poster.is_busy:
-            return 0.0 if self._poster.has_outcome else None
         if not self._writing and not self._expecting:
             return None
         stalled = self._clock.now() - self._progress_at
         return 0.0 if stalled < SPIN_S else min(stalled / 10, LONGEST_PAUSE_S)
 
     def work(self) -> list[Peer]:
-        if not self._poster.take():
-            return []
         changed: dict[str, Peer] = {}
-        if self._expecting:
-            for peer in [*self._take(), *self._drained()]:
-                changed[peer.incarnation] = peer
         for peer in list(self._writing.values()):
             if self._push(peer):
                 changed[peer.incarnation] = peer
-            if self._poster.is_busy:  # with this peer's slice; the others are first next time
-                self._writing[peer.incarnation] = self._writing.pop(peer.incarnation)
-                break
+        if self._expecting:
+            for peer in [*self._take(), *self._drained()]:
+                changed[peer.incarnation] = peer
         if changed:
             self._progress_at = self._clock.now()
         return list(changed.values())
 
     def close(self) -> None:
-        self._poster.close()
         for peer in self._writing.values():
             peer.attachment = None  # with the handles of what is in flight, which would keep the agent
         self._writing.clear()
@@ -379,4 +368,4 @@ class NixlTransport(SocketTransport):
             TransferError: NIXL does not work here, or nothing can listen on the context's host.
         """
         regions: list[Region] = []
-        super().__init__(context, NixlMedium(context, regions, self._stir), regions)
+        super().__init__(context, NixlMedium(context, regions), regions)

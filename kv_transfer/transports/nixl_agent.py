@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.metadata
 import importlib.util
 import logging
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -38,8 +37,8 @@ def version() -> str:
 
 
 class NixlAgent:
-    """One call at a time, others wait; without a thread of its own that makes progress: that happens in
-    done() and notifications()."""
+    """Not thread-safe, and without a thread of its own that makes progress: that happens in done() and
+    notifications()."""
 
     def __init__(self, name: str) -> None:
         """
@@ -47,7 +46,6 @@ class NixlAgent:
             TransferError: NIXL or its UCX backend does not work here.
         """
         self.name = name
-        self._lock = threading.Lock()
         with REPORT.listening():
             library = _load()
             names = vars(library._bindings).values()
@@ -151,8 +149,7 @@ class NixlAgent:
     @contextmanager
     def _mapped(self, what: str) -> Iterator[None]:
         try:
-            with self._lock:
-                yield
+            yield
         except self._errors as error:
             raise TransferError(f"NIXL: {what}: {error}") from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,15 +12,12 @@ from numpy.typing import NDArray
 
 from ...proto.errors import TransferError
 from .nixl_agent import NixlAgent
-from .nixl_poster import Poster
 from .nixl_slices import Bases, Slice, cut, describe, overlap, spans
 from .socket_peer import ID, Job
 
 SLICE_BYTES = 8 * 1024 * 1024
-"""Posted at a time: over some lanes the bytes are copied before the post returns, and NIXL does nothing else
-meanwhile."""
-MAX_INLINE = 256 * 1024
-"""Bytes of a slice that is posted without a change of thread."""
+"""Posted at a time: over some lanes the bytes are copied before the post returns, and nothing else happens on
+this thread meanwhile."""
 SLICE_ROWS = 2048
 MAX_SLICES = 8
 """In flight to a peer."""
@@ -42,12 +38,10 @@ class Move:
     """Failed or cancelled: it ends without a notification and a COMMIT."""
     handles: list[Any] = field(default_factory=list)
     """In flight."""
-    is_posting: bool = False
-    """Whether the poster has a slice of it."""
 
     @property
     def over(self) -> bool:
-        return not self.slices and not self.handles and not self.is_posting
+        return not self.slices and not self.handles
 
     def meets(self, other: Move) -> bool:
         """Whether both write the same byte."""
@@ -57,14 +51,13 @@ class Move:
 class Moves:
     """What is on its way to the agent `name`."""
 
-    def __init__(self, agent: NixlAgent, poster: Poster, name: str, here: Bases, there: Bases) -> None:
+    def __init__(self, agent: NixlAgent, name: str, here: Bases, there: Bases) -> None:
         self.name = name
         self.failure: str | None = None
         """Why nothing goes any more."""
         self.told = False
         """Whether the lanes that UCX has chosen were logged."""
         self._agent = agent
-        self._poster = poster
         self._here = here
         self._there = there
         self._queue: deque[Move] = deque()
@@ -95,8 +88,8 @@ class Moves:
         return not any(move.void for move in self._queue)
 
     def work(self) -> tuple[list[Move], bool]:
-        """Looks what has arrived and posts more; only while the poster is free. Returns the moves that
-        ended, in order, and whether anything went on."""
+        """Looks what has arrived and posts more. Returns the moves that ended, in order, and whether anything
+        went on."""
         moving = False
         for move in self._queue:
             moving = self._look(move) or moving
@@ -126,31 +119,17 @@ class Moves:
             if any(not other.over for other in move.behind):
                 break
             move.behind.clear()
-            while move.slices and room and not self._poster.is_busy:
-                self._post_slice(move, move.slices.popleft())
+            while move.slices and room:
+                part = move.slices.popleft()
+                try:
+                    move.handles.append(self._agent.write(part.kinds, part.local, part.remote, self.name))
+                except TransferError as error:
+                    self._fail(error)
                 room -= 1
                 posted = True
-            if not room or self._poster.is_busy:
+            if not room:
                 break
         return posted
-
-    def _post_slice(self, move: Move, part: Slice) -> None:
-        write = partial(self._agent.write, part.kinds, part.local, part.remote, self.name)
-        if part.local[:, 1].sum() > MAX_INLINE:
-            move.is_posting = True
-            self._poster.submit(write, partial(self._posted, move))
-            return
-        try:
-            move.handles.append(write())
-        except TransferError as error:
-            self._fail(error)
-
-    def _posted(self, move: Move, outcome: Any) -> None:
-        move.is_posting = False
-        if isinstance(outcome, TransferError):
-            self._fail(outcome)
-        else:
-            move.handles.append(outcome)
 
     def _notify(self, job: Job) -> bool:
         try:

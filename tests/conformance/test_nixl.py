@@ -201,7 +201,7 @@ def mediums() -> Iterator[tuple[NixlMedium, NixlMedium]]:
             incarnation=incarnation, wake=lambda: None, clock=MonotonicClock(), token="secret"
         )
         regions: list[Region] = []
-        medium = NixlMedium(context, regions, lambda: None)
+        medium = NixlMedium(context, regions)
         region = Region(buffer=memoryview(bytearray(4096)))
         medium.check(region)
         regions.append(region)

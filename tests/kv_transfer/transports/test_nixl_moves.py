@@ -53,40 +53,9 @@ def agent() -> Agent:
     return Agent()
 
 
-@dataclass
-class Poster:
-    """nixl_poster.Poster without a thread: posts at once, or when the test says so."""
-
-    waits: bool = False
-    submitted: list[tuple[Callable[[], Any], Callable[[Any], None]]] = field(default_factory=list)
-
-    @property
-    def is_busy(self) -> bool:
-        return bool(self.submitted)
-
-    def submit(self, call: Callable[[], Any], report: Callable[[Any], None]) -> None:
-        assert not self.is_busy
-        self.submitted.append((call, report))
-        if not self.waits:
-            self.take()
-
-    def take(self) -> None:
-        call, report = self.submitted.pop()
-        try:
-            outcome = call()
-        except TransferError as error:
-            outcome = error
-        report(outcome)
-
-
 @pytest.fixture
-def poster() -> Poster:
-    return Poster()
-
-
-@pytest.fixture
-def moves(agent: Agent, poster: Poster) -> Moves:
-    return Moves(agent, poster, "there", BASES, BASES)  # type: ignore[arg-type]
+def moves(agent: Agent) -> Moves:
+    return Moves(agent, "there", BASES, BASES)  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -188,42 +157,3 @@ def test_one_failure_fails_all_and_what_is_in_flight_is_waited_for(
         assert all(void for _, void in ends(moves))
     assert moves.settled
     assert agent.notified == []
-
-
-def test_a_large_slice_is_the_poster_s_and_nothing_else_is_posted_meanwhile(
-    agent: Agent, poster: Poster, moves: Moves, begin: Callable[..., Job]
-) -> None:
-    poster.waits = True
-    begin(1, 0, 2 * SLICE_BYTES)
-    begin(2, 2 * SLICE_BYTES, 8)
-    ends(moves)
-    assert (agent.posted, poster.is_busy) == ([], True)
-    poster.take()
-    ends(moves)
-    assert (agent.posted, poster.is_busy) == ([0], True)
-    poster.take()
-    agent.arrived = {0, 1, 2}
-    assert ends(moves) == [(1, False)]
-    assert agent.posted == [0, SLICE_BYTES, 2 * SLICE_BYTES], "the short one took no thread"
-    assert ends(moves) == [(2, False)]
-
-
-@pytest.mark.parametrize("refuses", ["", "write"])
-def test_a_job_that_was_abandoned_while_it_was_posted_is_settled_when_nothing_is_in_flight(
-    agent: Agent, poster: Poster, moves: Moves, begin: Callable[..., Job], refuses: str
-) -> None:
-    poster.waits = True
-    job = begin(1, 0, 2 * SLICE_BYTES)
-    ends(moves)
-    assert moves.abandon(job)
-    assert not moves.settled
-    agent.refuses = refuses
-    poster.take()
-    if not refuses:
-        assert ends(moves) == []
-        assert not moves.settled, "it was posted and has not arrived"
-        agent.arrived = {0}
-    assert ends(moves) == [(1, True)]
-    assert moves.settled
-    assert not poster.is_busy
-    assert bool(moves.failure) == bool(refuses)
