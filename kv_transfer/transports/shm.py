@@ -158,7 +158,9 @@ class ShmMedium(UnixDoor):
 
     def quiet(self, peer: Peer) -> bool:
         attachment: _Attachment | None = peer.attachment
-        return attachment is None or not any(copy.void for copy in attachment.copies)
+        # Of a peer that is being dropped nothing may come later, not even a notice that waits behind copies.
+        over = peer.down is not None
+        return attachment is None or not any(copy.void or over for copy in attachment.copies)
 
     def expect(self, peer: Peer, transfer_id: int, targets: Targets) -> None:
         raise FrameError("transport shm announces no transfers")
