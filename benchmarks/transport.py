@@ -17,6 +17,7 @@ import multiprocessing as mp
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -48,14 +49,22 @@ YARDSTICK = {
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "transport.json"
 
 
-def movers(context: Any, names: list[str]) -> dict[str, Mover]:
-    """The yardsticks first, then the transports."""
-    found: dict[str, Mover] = {
-        "memcpy": Memcpy(shared=True),
-        "memcpy_anonymous": Memcpy(shared=False),
-        "socket": RawSocket(context),
+def movers(context: Any, names: list[str], yardsticks: list[str] | None) -> dict[str, Mover]:
+    """The yardsticks first, then the transports. Of the yardsticks those named, None: all."""
+    makers: dict[str, Callable[[], Mover]] = {
+        "memcpy": lambda: Memcpy(shared=True),
+        "memcpy_anonymous": lambda: Memcpy(shared=False),
+        "socket": lambda: RawSocket(context),
         **rivals(context),
     }
+    if yardsticks is not None:
+        makers = {name: makers[name] for name in yardsticks}
+    found = {}
+    for name, make in makers.items():
+        try:
+            found[name] = make()
+        except ImportError as error:
+            print(f"{name} is left out: {error}", flush=True)
     found.update((name, Transfers(context, name)) for name in names)
     return found
 
@@ -158,13 +167,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--mib", type=int, default=128, help="moved in a round by each mover")
     parser.add_argument("--transports", nargs="+", default=["shm", "tcp", "tcp:1", "nixl"])
+    parser.add_argument("--yardsticks", nargs="*", help="of the others that move bytes, these; else all")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     context = mp.get_context("spawn")
     cold = first_touch(context, options.transports)
     resting = idle(context, options.transports)
     print("first touch, GiB/s:", cold, "\nidle, cores:", resting, flush=True)
-    found = movers(context, options.transports)
+    found = movers(context, options.transports, options.yardsticks)
     warm = Shape(TRANSFER_BYTES, TRANSFER_BYTES, scattered=False)
     for mover in found.values():
         mover.move(warm, POOL_BYTES // TRANSFER_BYTES)

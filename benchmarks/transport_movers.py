@@ -69,22 +69,42 @@ class Mover(Protocol):
     def close(self) -> None: ...
 
 
-def pool() -> tuple[int, memoryview]:
-    """A memfd as the engine has one, all pages touched."""
-    fd = os.memfd_create("pool")
-    os.ftruncate(fd, POOL_BYTES)
-    memory = mmap.mmap(fd, POOL_BYTES)
-    memory.madvise(mmap.MADV_HUGEPAGE)  # as engine/kv_pool.py does
-    np.frombuffer(memory, dtype=np.uint8)[:] = 1
-    return fd, memoryview(memory)
+class Pool:
+    """A memfd as the engine has one, mapped, all pages touched. All movers of a run have the same two: where
+    the kernel finds the pages of a memfd changes how fast they are copied by a fifth (see decisions.md)."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.memory = memoryview(mmap.mmap(fd, POOL_BYTES))
+        np.frombuffer(self.memory, dtype=np.uint8)[:] = 1
+
+
+@cache
+def _memfds() -> tuple[int, int]:
+    """Of this process: to read from and to write to."""
+    found = []
+    for name in ("source", "target"):
+        found.append(os.memfd_create(name))
+        os.ftruncate(found[-1], POOL_BYTES)
+    return found[0], found[1]
+
+
+def source_pool() -> Pool:
+    return Pool(_memfds()[0])
+
+
+def target_pool() -> Pool:
+    return Pool(_memfds()[1])
 
 
 class Memcpy:
-    """numpy copies between two warm pools of this process: memfds, or plain anonymous memory."""
+    """numpy copies between two warm pools of this process: the memfds, or plain anonymous memory."""
 
     def __init__(self, shared: bool) -> None:
         if shared:
-            self.source, self.target = (np.frombuffer(pool()[1], dtype=np.uint8) for _ in range(2))
+            self.source, self.target = (
+                np.frombuffer(pool.memory, dtype=np.uint8) for pool in (source_pool(), target_pool())
+            )
         else:
             self.source, self.target = (np.ones(POOL_BYTES, dtype=np.uint8) for _ in range(2))
 
@@ -102,12 +122,17 @@ class Memcpy:
 
 
 class Far:
-    """A mover's other process."""
+    """A mover's other process. Runs `target` with its end of a pipe, the pool to write to, and `args`."""
 
     def __init__(self, context: Any, target: Callable[..., None], *args: Any) -> None:
         self.pipe, far = context.Pipe()
-        self.process = context.Process(target=target, args=(far, *args), daemon=True)
+        path = f"/proc/{os.getpid()}/fd/{_memfds()[1]}"
+        self.process = context.Process(target=_run_far, args=(target, path, far, *args), daemon=True)
         self.process.start()
+
+
+def _run_far(target: Callable[..., None], path: str, pipe: Connection, *args: Any) -> None:
+    target(pipe, Pool(os.open(path, os.O_RDWR)), *args)
 
 
 class RawSocket:
@@ -116,7 +141,7 @@ class RawSocket:
 
     def __init__(self, context: Any) -> None:
         self.far = Far(context, raw_destination)
-        self.memory = pool()[1]
+        self.memory = source_pool().memory
         self.sock = socket.create_connection(self.far.pipe.recv())
         self.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
@@ -137,8 +162,8 @@ class RawSocket:
         self.far.process.join()
 
 
-def raw_destination(pipe: Connection) -> None:
-    memory = pool()[1]
+def raw_destination(pipe: Connection, pool: Pool) -> None:
+    memory = pool.memory
     with socket.create_server(("127.0.0.1", 0)) as listener:
         pipe.send(listener.getsockname())
         sock, _ = listener.accept()
@@ -172,9 +197,8 @@ def run(views: list[memoryview], call: Callable[[list[memoryview]], int]) -> Non
 class End:
     """A transport with one pool. "tcp:4" is tcp over four sockets."""
 
-    def __init__(self, name: str, incarnation: str) -> None:
+    def __init__(self, name: str, incarnation: str, pool: Pool) -> None:
         self.woken = threading.Event()
-        fd, memory = pool()
         name, _, sockets = name.partition(":")
         context = TransportContext(
             incarnation=incarnation,
@@ -183,7 +207,7 @@ class End:
             tcp_sockets=int(sockets or KvTransferConfig().tcp_sockets),
         )
         self.transport = load_factory(name)(context)
-        self.transport.register(Region(buffer=memory, fd=fd))
+        self.transport.register(Region(buffer=pool.memory, fd=pool.fd))
 
 
 class Transfers:
@@ -191,7 +215,7 @@ class Transfers:
 
     def __init__(self, context: Any, name: str) -> None:
         self.far = Far(context, destination, name)
-        self.end = End(name, "source")
+        self.end = End(name, "source", source_pool())
         self.peer = self.end.transport.connect(self.far.pipe.recv(), 10.0)
 
     def move(self, shape: Shape, count: int, depth: int = DEPTH) -> None:
@@ -217,9 +241,9 @@ class Transfers:
         self.end.transport.close()
 
 
-def destination(pipe: Connection, name: str) -> None:
+def destination(pipe: Connection, pool: Pool, name: str) -> None:
     """Takes what comes until it is told to end."""
-    end = End(name, "destination")
+    end = End(name, "destination", pool)
     end.transport.admit("source")
     pipe.send(end.transport.endpoint())
     ended = threading.Event()

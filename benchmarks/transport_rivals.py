@@ -18,27 +18,20 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import numpy as np
-from diphase.benchmarks.transport_movers import DEPTH, POOL_BYTES, Far, Mover, Shape, pool
+from diphase.benchmarks.transport_movers import DEPTH, POOL_BYTES, Far, Mover, Pool, Shape, source_pool
 
 HOST = "127.0.0.1"
 MOONCAKE_PIECES = 1024
 """More in flight, and its TCP transport refuses some."""
 
 
-def rivals(context: Any) -> dict[str, Mover]:
-    """Those that can be had here; says why of the others."""
-    found: dict[str, Mover] = {}
-    makers: dict[str, Callable[[], Mover]] = {
+def rivals(context: Any) -> dict[str, Callable[[], Mover]]:
+    """Makers, which raise ImportError where the library is missing."""
+    return {
         "nixl_loop": lambda: NixlLoop(context),
         "nixl_loop_tcp": lambda: NixlLoop(context, tls="tcp"),
         "mooncake": lambda: Mooncake(context),
     }
-    for name, make in makers.items():
-        try:
-            found[name] = make()
-        except ImportError as error:
-            print(f"{name} is left out: {error}", flush=True)
-    return found
 
 
 @contextmanager
@@ -63,12 +56,12 @@ def address(memory: memoryview) -> int:
 class NixlEnd:
     """An agent with one pool and no thread of its own."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, pool: Pool) -> None:
         os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
         import nixl_cu13
 
-        self.memory = pool()[1]
-        self.address = address(self.memory)
+        self.pool = pool  # which has to stay mapped
+        self.address = address(pool.memory)
         self.agent = nixl_cu13.nixl_agent(
             name, nixl_cu13.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
         )
@@ -83,7 +76,7 @@ class NixlLoop:
     def __init__(self, context: Any, tls: str | None = None) -> None:
         name = f"loop-{tls or 'all'}"
         with ucx_lanes(tls):
-            self.end = NixlEnd(f"{name}-source")
+            self.end = NixlEnd(f"{name}-source", source_pool())
             self.far = Far(context, nixl_destination, f"{name}-destination")
             metadata, self.there = self.far.pipe.recv()
         self.peer = self.end.agent.add_remote_agent(metadata)
@@ -146,9 +139,9 @@ class NixlLoop:
         self.far.process.join()
 
 
-def nixl_destination(pipe: Connection, name: str) -> None:
+def nixl_destination(pipe: Connection, pool: Pool, name: str) -> None:
     """Polls until as many notifications have come as were announced; sleeps between."""
-    end = NixlEnd(name)
+    end = NixlEnd(name, pool)
     pipe.send((end.agent.get_agent_metadata(), end.address))
     while (left := pipe.recv()) is not None:
         while left > 0:
@@ -159,12 +152,12 @@ def nixl_destination(pipe: Connection, name: str) -> None:
 class MooncakeEnd:
     """A transfer engine over TCP with one pool; peers find each other without a metadata server."""
 
-    def __init__(self) -> None:
+    def __init__(self, pool: Pool) -> None:
         os.environ.setdefault("GLOG_minloglevel", "2")  # else a line for each batch
         from mooncake.engine import TransferEngine
 
-        self.memory = pool()[1]
-        self.address = address(self.memory)
+        self.pool = pool  # which has to stay mapped
+        self.address = address(pool.memory)
         self.engine = TransferEngine()
         if self.engine.initialize(HOST, "P2PHANDSHAKE", "tcp", ""):
             raise ImportError("the Mooncake transfer engine does not start over TCP")
@@ -177,7 +170,7 @@ class Mooncake:
     """Its batch write, of which several are in flight; threads of its own move the bytes at both ends."""
 
     def __init__(self, context: Any) -> None:
-        self.end = MooncakeEnd()
+        self.end = MooncakeEnd(source_pool())
         self.far = Far(context, mooncake_destination)
         self.peer, self.there = self.far.pipe.recv()
 
@@ -212,7 +205,7 @@ class Mooncake:
         self.far.process.join()
 
 
-def mooncake_destination(pipe: Connection) -> None:
-    end = MooncakeEnd()
+def mooncake_destination(pipe: Connection, pool: Pool) -> None:
+    end = MooncakeEnd(pool)
     pipe.send((end.name, end.address))
     pipe.recv()

@@ -15,9 +15,9 @@ from .nixl_agent import NixlAgent
 from .nixl_slices import Bases, Slice, cut, describe, overlap, spans
 from .socket_peer import ID, Job
 
-SLICE_BYTES = 8 * 1024 * 1024
+SLICE_BYTES = 32 * 1024 * 1024
 """Posted at a time: over some lanes the bytes are copied before the post returns, and nothing else happens on
-this thread meanwhile."""
+this thread meanwhile. Copies of this size push Python out of the caches; more and shorter ones cost more."""
 SLICE_ROWS = 2048
 MAX_SLICES = 8
 """In flight to a peer."""
@@ -99,7 +99,9 @@ class Moves:
             if move.job.num_bytes and not move.void:
                 move.void = not self._notify(move.job)
             ended.append(move)
-        return ended, self._post() or moving or bool(ended)
+        if ended:  # whose COMMITs need not wait for the next post
+            return ended, True
+        return ended, self._post() or moving
 
     def _look(self, move: Move) -> bool:
         before = len(move.handles)
@@ -113,23 +115,24 @@ class Moves:
         return len(move.handles) < before
 
     def _post(self) -> bool:
-        posted = False
+        """Slices up to SLICE_BYTES together, so that what has arrived is looked at between them."""
+        posted = 0
         room = MAX_SLICES - sum(len(move.handles) for move in self._queue)
         for move in self._queue:
             if any(not other.over for other in move.behind):
                 break
             move.behind.clear()
-            while move.slices and room:
+            while move.slices and room and posted < SLICE_BYTES:
                 part = move.slices.popleft()
                 try:
                     move.handles.append(self._agent.write(part.kinds, part.local, part.remote, self.name))
                 except TransferError as error:
                     self._fail(error)
                 room -= 1
-                posted = True
-            if not room:
+                posted += part.num_bytes
+            if not room or posted >= SLICE_BYTES:
                 break
-        return posted
+        return posted > 0
 
     def _notify(self, job: Job) -> bool:
         try:

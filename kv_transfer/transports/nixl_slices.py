@@ -31,6 +31,10 @@ class Slice:
     local: NDArray[np.int64]
     remote: NDArray[np.int64]
 
+    @property
+    def num_bytes(self) -> int:
+        return int(self.local[:, 1].sum())
+
 
 def bases_of(regions: list[Region]) -> Bases:
     places = [place(region) for region in regions]

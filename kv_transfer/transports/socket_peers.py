@@ -105,6 +105,7 @@ class SocketPeers:
 
     def work(self) -> float | None:
         medium, clock = self._medium, self._context.clock
+        self.flush()  # what has begun is announced before it moves
         began = now = clock.now()
         while (wait := medium.poll_in_s) is not None:
             if self._worked_at + wait > now or now >= began + WORK_S:

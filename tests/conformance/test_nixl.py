@@ -3,11 +3,15 @@ not know the cluster's token."""
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import gc
 import os
 import signal
+import struct
 import subprocess
 import sys
+import termios
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -160,6 +164,17 @@ class TestFailure:
         a.until(lambda: rests(a, b), b)
 
 
+def unread_bytes() -> int:
+    """In the sockets of this process."""
+    total = 0
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # closed meanwhile
+            if os.readlink(f"/proc/self/fd/{name}").startswith("socket:"):
+                (count,) = struct.unpack("i", fcntl.ioctl(int(name), termios.FIONREAD, bytes(4)))
+                total += count
+    return total
+
+
 class TestLateBytes:
     def test_what_a_killed_writer_left_on_the_way_is_in_before_it_counts_as_down(
         self, make: Any, monkeypatch: pytest.MonkeyPatch
@@ -180,7 +195,7 @@ class TestLateBytes:
             # NIXL is called again when the writer is known to be gone, not before.
             monkeypatch.setattr(agent, "notifications", lambda: {} if medium._senders else take())
             far.tell(write="b", fill=6, times=20)
-            b.until(lambda: on_thread(b, lambda: bool(medium._expecting)))
+            b.until(lambda: on_thread(b, lambda: bool(medium._expecting)) and unread_bytes() > 1 << 20)
             far.signal(signal.SIGKILL)
             b.until(lambda: bool(b.of(PeerDown)))
             assert (b.bytes == 6).any()

@@ -72,9 +72,13 @@ def begin(moves: Moves) -> Callable[..., Job]:
 
 
 def ends(moves: Moves) -> list[tuple[int, bool]]:
-    """Transfers that ended in one go, and whether without a COMMIT."""
-    ended, _ = moves.work()
-    return [(move.job.transfer_id, move.void) for move in ended]
+    """Transfers that ended before nothing went on any more, and whether without a COMMIT."""
+    found = []
+    moving = True
+    while moving:
+        ended, moving = moves.work()
+        found += [(move.job.transfer_id, move.void) for move in ended]
+    return found
 
 
 def test_jobs_that_write_apart_go_together_and_end_in_order(
@@ -102,6 +106,25 @@ def test_what_writes_the_same_byte_waits(agent: Agent, moves: Moves, begin: Call
     agent.arrived = {0}
     assert ends(moves) == [(1, False)]
     assert agent.posted == [0, 99, 500]
+
+
+def test_what_has_ended_is_told_before_more_is_posted_and_that_a_slice_at_a_time(
+    agent: Agent, moves: Moves, begin: Callable[..., Job]
+) -> None:
+    begin(1, 0, 2 * SLICE_BYTES)
+    begin(2, 2 * SLICE_BYTES, 100)
+    posted = []
+    for _ in range(3):
+        assert moves.work() == ([], True)
+        posted.append(len(agent.posted))
+    assert posted == [1, 2, 3]
+    begin(3, 3 * SLICE_BYTES, 100)
+    agent.arrived = {0, 1}
+    ended, moving = moves.work()
+    assert ([move.job.transfer_id for move in ended], moving) == ([1], True)
+    assert len(agent.posted) == 3
+    assert moves.work() == ([], True)
+    assert agent.posted[3] == 3 * SLICE_BYTES
 
 
 def test_large_jobs_are_posted_in_slices_and_only_so_many_at_a_time(
