@@ -71,7 +71,7 @@ class Mover(Protocol):
 
 class Pool:
     """A memfd as the engine has one, mapped, all pages touched. All movers of a run have the same two: where
-    the kernel finds the pages of a memfd changes how fast they are copied by a fifth (see decisions.md)."""
+    the kernel finds the pages of a memfd changes how fast they are copied (see docs/decisions.md)."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
