@@ -166,7 +166,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--mib", type=int, default=128, help="moved in a round by each mover")
-    parser.add_argument("--transports", nargs="+", default=["shm", "tcp", "tcp:1", "nixl"])
+    parser.add_argument("--transports", nargs="+", default=["shm", "tcp", "nixl"])
     parser.add_argument("--yardsticks", nargs="*", help="of the others that move bytes, these; else all")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()

@@ -27,10 +27,11 @@ MIN_STRIPE = 1024 * 1024
 STRIPE_ALIGN = 64 * 1024
 MAX_STRIPED = 8192
 """Transfers of a peer over several connections that have begun and not ended."""
-LOCAL_SNDBUF = 512 * 1024
+LOCAL_SNDBUF = 448 * 1024
 """Bytes that a connection within one host may have under way (the kernel takes twice that, its own structures
 included). They stay in the processor's caches between the two copies; left to itself, the kernel lets several
-MiB be under way, which a link with a delay needs and this one does not."""
+MiB be under way, which a link with a delay needs and this one does not. For the same reason there is one
+stripe."""
 LOST_S = 30.0
 """A connection ends when what was sent over it, or a question whether the peer is there, stays unanswered for
 so long. A link that is down for less costs nothing but time."""
@@ -62,9 +63,10 @@ class TcpMedium:
     severs = True
 
     def __init__(
-        self, host: str, regions: list[Region], num_sockets: int = 1, min_stripe: int = MIN_STRIPE
+        self, host: str, regions: list[Region], num_sockets: int = 1, min_stripe: int | None = None
     ) -> None:
-        """`min_stripe`, bytes: what is smaller goes over one connection.
+        """`min_stripe`, bytes: what is smaller goes over one connection. None: MIN_STRIPE, and everything
+        within one host.
 
         Raises:
             ConfigError: `host` cannot be resolved.
@@ -123,7 +125,7 @@ class TcpMedium:
         if code not in (0, errno.EINPROGRESS):
             sock.close()
             raise OSError(code, f"connect to {host}:{port}")
-        if sock.getsockname()[0] == address[0]:
+        if self._within_host(endpoint):
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, LOCAL_SNDBUF)
         return sock
 
@@ -160,9 +162,10 @@ class TcpMedium:
 
     def begin(self, peer: Peer, job: Job) -> None:
         """Every stripe has its COMMIT behind it on its lane: of a stripe that was blanked none is sent."""
-        num_stripes = min(len(peer.writers), job.num_bytes // self._min_stripe)
+        num_stripes = self._num_stripes(peer, job)
         if num_stripes > 1:
-            stripes = cut_segments(job.segments, num_stripes, min(STRIPE_ALIGN, self._min_stripe))
+            align = STRIPE_ALIGN if self._min_stripe is None else min(STRIPE_ALIGN, self._min_stripe)
+            stripes = cut_segments(job.segments, num_stripes, align)
             self._write(peer.writers[0], job, stripes[0], len(stripes))
             commit(peer, job)
             for connection, stripe in zip(peer.writers[1:], stripes[1:], strict=False):
@@ -172,6 +175,15 @@ class TcpMedium:
             if job.num_bytes:
                 self._write(peer.writers[0], job, job.segments, 1)
             commit(peer, job)
+
+    def _num_stripes(self, peer: Peer, job: Job) -> int:
+        if self._min_stripe is None and self._within_host(peer.endpoint):
+            return 1
+        return min(len(peer.writers), job.num_bytes // (self._min_stripe or MIN_STRIPE))
+
+    def _within_host(self, endpoint: dict[str, Any]) -> bool:
+        host: str = endpoint["host"]
+        return host == self._host
 
     def _write(self, connection: Connection, job: Job, segments: Segments, num_lanes: int) -> None:
         buffers = [region.host_bytes() for region in self._regions]
