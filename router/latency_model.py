@@ -13,16 +13,8 @@ prior does.
 from __future__ import annotations
 
 from dataclasses import astuple, dataclass
-from typing import NamedTuple
 
-
-class StepShape(NamedTuple):
-    """What a step works on; the fields of a StepSample without its times."""
-
-    prefill_tokens: int = 0
-    prefill_context: float = 0.0
-    decode_batch: int = 0
-    decode_context: float = 0.0
+from .step_time import Line, StepShape
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +93,11 @@ class LatencyModel:
             + per_sequence * shape.decode_batch
             + per_decode_context * shape.decode_context
         )
+
+    def decode_line(self, batch: int, context: float) -> Line:
+        """See step_time.StepTime; one line for all contexts."""
+        base, _, _, per_sequence, per_decode_context = self.terms
+        return Line(base + per_sequence * batch, per_decode_context, float("inf"))
 
     def _fit(self) -> None:
         """Non-negative least squares by an active set: negative coefficients become 0, the others are fitted

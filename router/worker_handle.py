@@ -12,9 +12,10 @@ from enum import StrEnum
 
 from ..proto import worker_pb2 as pb
 from .clock_offset import ClockOffset
-from .latency_model import LatencyModel, StepShape
+from .latency_model import LatencyModel
 from .links import Link
 from .membership import Member
+from .step_time import StepShape
 
 MIN_STEP_AGE_S = 2.0
 STEP_AGE_FACTOR = 5.0

@@ -18,10 +18,11 @@ from ..proto.clock import Clock
 from ..proto.errors import WorkerLost
 from ..proto.ids import PROTOCOL_VERSION
 from .inspection import Inspector
-from .latency_model import LatencyModel, StepShape
+from .latency_model import LatencyModel
 from .links import LinkFactory, WorkerSilent
 from .membership import Member, MembershipSource
 from .prefix_index import PrefixIndex
+from .step_time import StepShape
 from .worker_handle import WorkerHandle, WorkerState
 
 logger = logging.getLogger(__name__)

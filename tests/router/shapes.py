@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diphase.router.latency_model import StepShape
+from diphase.router.step_time import StepShape
 
 
 def prompt_shape(num_tokens: int, context_before: int = 0) -> StepShape:

@@ -6,7 +6,8 @@ import random
 from dataclasses import astuple
 
 import pytest
-from diphase.router.latency_model import Coefficients, LatencyModel, StepShape
+from diphase.router.latency_model import Coefficients, LatencyModel
+from diphase.router.step_time import StepShape
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -9,11 +9,12 @@ import pytest
 from diphase.proto import worker_pb2 as wpb
 from diphase.proto.block_hash import block_hashes, root_hash
 from diphase.proto.slo import Slo
-from diphase.router.latency_model import LatencyModel, StepShape
+from diphase.router.latency_model import LatencyModel
 from diphase.router.membership import Member
 from diphase.router.placement import Demand, Placement, PlacementPolicy
 from diphase.router.prefix_index import PrefixIndex
 from diphase.router.prompt_hashes import PromptHashes
+from diphase.router.step_time import StepShape
 from diphase.router.worker_handle import WorkerHandle, WorkerState
 
 from .shapes import prompt_shape

@@ -10,9 +10,9 @@ import pytest
 from diphase.proto.errors import WorkerLost
 from diphase.proto.ids import PROTOCOL_VERSION
 from diphase.router.gateway import Router
-from diphase.router.latency_model import StepShape
 from diphase.router.links import FrameSink, Link, WorkerSilent
 from diphase.router.membership import Member
+from diphase.router.step_time import StepShape
 from diphase.router.worker_handle import WorkerHandle, WorkerState
 
 from ..simulation.virtual_loop import run_virtually
