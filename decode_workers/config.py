@@ -21,11 +21,19 @@ class DecodeSchedulerConfig:
     mostly cached prompts placed on this worker, and all prompts when no prefill worker is left."""
     max_waiting: int = 4096
     """Most requests that may wait for their prompt to be computed here; more are refused."""
+    max_step_context: int = 0
+    """Most tokens of context that the decoding sequences of a step have together, which bounds its time;
+    those that find no place take turns with the others. 0: no bound."""
+    prompts_first: bool = False
+    """A step computes prompts alone while there are any, and the batch waits, as vLLM did before chunked
+    prefill: quicker first tokens, at the price of stalls of all others."""
 
     def __post_init__(self) -> None:
         for name in ("max_running", "prefill_budget", "max_waiting"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
+        if self.max_step_context < 0:
+            raise ConfigError(f"max_step_context = {self.max_step_context} must be at least 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

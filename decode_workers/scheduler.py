@@ -71,16 +71,22 @@ class DecodeScheduler:
     # one step
 
     def plan(self) -> StepPlan | None:
-        """The next step; None when nothing can run. The plan's sequences must not change until `complete`."""
+        """The next step; None when nothing can run. The plan's sequences must not change until `complete`.
+        An engine of several pipeline stages has several plans on their way; no sequence is in two."""
         self._admit_ready()
         for sequence in sorted(self._running.values(), key=rank):
-            if sequence.key in self._running:
+            if sequence.key in self._running and sequence.key not in self._in_step:
                 self._make_room(sequence)
-        chunks = [Chunk(sequence=s, num_tokens=1, samples=True) for s in self._running.values()]
-        self._add_prefills(chunks)
+        chunks: list[Chunk] = []
+        if self._config.prompts_first:
+            self._add_prefills(chunks)
+        if not chunks:
+            chunks += [Chunk(sequence=s, num_tokens=1, samples=True) for s in self._next_batch()]
+        if not self._config.prompts_first:
+            self._add_prefills(chunks)
         if not chunks:
             return None
-        self._in_step = {chunk.sequence.key for chunk in chunks}
+        self._in_step.update(chunk.sequence.key for chunk in chunks)
         return StepPlan(chunks=chunks)
 
     def complete(self, plan: StepPlan, result: StepResult) -> list[Outcome]:
@@ -98,7 +104,7 @@ class DecodeScheduler:
                 if outcome.finish_reason:
                     self._drop(sequence)
                 outcomes.append(outcome)
-        self._end_step()
+        self._end_step(plan)
         return outcomes
 
     def fail(self, plan: StepPlan) -> list[Sequence]:
@@ -106,7 +112,7 @@ class DecodeScheduler:
         lost = [chunk.sequence for chunk in plan.chunks if chunk.sequence.key not in self._cancelled]
         for chunk in plan.chunks:
             self._drop(chunk.sequence)
-        self._end_step()
+        self._end_step(plan)
         return lost
 
     def take_outgrown(self) -> list[Sequence]:
@@ -124,7 +130,10 @@ class DecodeScheduler:
         if len(self._running) < self._config.max_running and (self._ready or self._waiting):
             return 0
         steps = min(self._tokens_left(s) for s in self._running.values()) - 1
-        while steps > 0 and self._blocks_to_advance(steps) > self._tables.blocks.available:
+        if limit := self._config.max_step_context:
+            context = sum(s.num_tokens for s in self._running.values())
+            steps = min(steps, (limit - context) // len(self._running) + 1)
+        while steps > 0 and self.blocks_to_advance(steps) > self._tables.blocks.available:
             steps //= 2
         return max(0, steps)
 
@@ -136,6 +145,10 @@ class DecodeScheduler:
             self._tables.grow(sequence, sequence.num_tokens + steps - 1)
             sequence.token_ids += [token_id] * steps
             self._tables.computed(sequence, steps)
+
+    def blocks_to_advance(self, steps: int) -> int:
+        """Blocks that the batch takes from the pool in its next steps."""
+        return sum(self._tables.shortfall(s, s.num_tokens + steps - 1) for s in self._running.values())
 
     # what load reports
 
@@ -174,6 +187,22 @@ class DecodeScheduler:
             self._ready.remove(sequence.key)
             self._running[sequence.key] = sequence
 
+    def _next_batch(self) -> list[Sequence]:
+        """The decoding sequences of the next step; those that must share its context take turns."""
+        free = [s for s in self._running.values() if s.key not in self._in_step]
+        limit = self._config.max_step_context
+        if not limit or sum(s.num_tokens for s in free) <= limit:
+            return free
+        batch: list[Sequence] = []
+        for sequence in free:
+            limit -= sequence.num_tokens
+            if batch and limit < 0:
+                break
+            batch.append(sequence)
+        for sequence in batch:  # behind the others
+            self._running[sequence.key] = self._running.pop(sequence.key)
+        return batch
+
     def _make_room(self, sequence: Sequence) -> None:
         """A block for the token that the sequence computes next, if need be from less important ones."""
         while True:
@@ -181,7 +210,8 @@ class DecodeScheduler:
                 self._tables.grow(sequence, sequence.num_tokens)
                 return
             except OutOfBlocks:
-                victim = max((*self._batch(), *self._ready.sequences()), key=rank)
+                others = (*self._batch(), *self._ready.sequences())
+                victim = max((s for s in others if s.key not in self._in_step), key=rank)
                 self._preempt(victim)
                 if victim is sequence:
                     return
@@ -201,7 +231,7 @@ class DecodeScheduler:
 
     def _add_prefills(self, chunks: list[Chunk]) -> None:
         budget = max(self._config.prefill_budget, self._tables.blocks.block_size)
-        pending = sorted(self._prefilling.values(), key=rank)
+        pending = sorted((s for s in self._prefilling.values() if s.key not in self._in_step), key=rank)
         while budget > 0:
             sequence = pending.pop(0) if pending else self._start_next()
             if sequence is None:
@@ -236,14 +266,12 @@ class DecodeScheduler:
             self._limits.context_length - sequence.num_tokens,
         )
 
-    def _blocks_to_advance(self, steps: int) -> int:
-        return sum(self._tables.shortfall(s, s.num_tokens + steps - 1) for s in self._running.values())
-
     def _drop(self, sequence: Sequence) -> None:
         self._running.pop(sequence.key, None)
         self._prefilling.pop(sequence.key, None)
         self._tables.release(sequence)
 
-    def _end_step(self) -> None:
-        self._in_step.clear()
-        self._cancelled.clear()
+    def _end_step(self, plan: StepPlan) -> None:
+        keys = [chunk.sequence.key for chunk in plan.chunks]
+        self._in_step.difference_update(keys)
+        self._cancelled.difference_update(keys)

@@ -12,9 +12,10 @@ from .sequence import Sequence
 
 
 class BlockTables:
-    """`root` is what block 0 of every sequence is chained to (proto/block_hash.py)."""
+    """`root` is what block 0 of every sequence is chained to (proto/block_hash.py). None: sequences have no
+    token ids (the planner's simulator), only hashes that they were given; further blocks are not shared."""
 
-    def __init__(self, blocks: BlockManager, root: bytes) -> None:
+    def __init__(self, blocks: BlockManager, root: bytes | None) -> None:
         self.blocks = blocks
         self._root = root
 
@@ -34,7 +35,10 @@ class BlockTables:
 
     def hash_blocks(self, sequence: Sequence) -> None:
         """Completes the hashes of the sequence's full blocks."""
-        if len(sequence.block_hashes) < sequence.num_tokens // self.blocks.block_size:
+        if (
+            self._root is not None
+            and len(sequence.block_hashes) < sequence.num_tokens // self.blocks.block_size
+        ):
             sequence.block_hashes = extend_hashes(
                 sequence.block_hashes, sequence.token_ids, self.blocks.block_size, self._root
             )
@@ -84,5 +88,5 @@ class BlockTables:
         num_full = sequence.num_computed // self.blocks.block_size
         if num_full > first_full:
             self.hash_blocks(sequence)
-            for i in range(first_full, num_full):
+            for i in range(first_full, min(num_full, len(sequence.block_hashes))):
                 self.blocks.seal(sequence.block_table[i], sequence.block_hashes[i])

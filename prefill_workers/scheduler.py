@@ -51,16 +51,18 @@ class PrefillScheduler:
             self._tables.release(started)
 
     def plan(self) -> StepPlan | None:
-        """The next step; None when nothing can run. The plan's sequences must not change until `complete`."""
+        """The next step; None when nothing can run. The plan's sequences must not change until `complete`.
+        An engine of several pipeline stages has several plans on their way; no sequence is in two."""
         chunks: list[Chunk] = []
-        for sequence in sorted(self._started.values(), key=rank):
+        started = [s for s in self._started.values() if s.key not in self._in_step]
+        for sequence in sorted(started, key=rank):
             # What is more important than a prompt under way goes first, if it can start at all.
             self._start_before(sequence, chunks)
             self._add_chunk(sequence, chunks)
         self._start_before(None, chunks)
         if not chunks:
             return None
-        self._in_step = {chunk.sequence.key for chunk in chunks}
+        self._in_step.update(chunk.sequence.key for chunk in chunks)
         return StepPlan(chunks=chunks)
 
     def complete(self, plan: StepPlan, result: StepResult) -> list[Outcome]:
@@ -75,7 +77,7 @@ class PrefillScheduler:
             elif token is not None:
                 del self._started[sequence.key]
                 outcomes.append(append_sampled(sequence, token, self._limits))
-        self._end_step()
+        self._end_step(plan)
         return outcomes
 
     def fail(self, plan: StepPlan) -> list[Sequence]:
@@ -83,7 +85,7 @@ class PrefillScheduler:
         lost = [chunk.sequence for chunk in plan.chunks if chunk.sequence.key not in self._cancelled]
         for chunk in plan.chunks:
             self._drop(chunk.sequence)
-        self._end_step()
+        self._end_step(plan)
         return lost
 
     def release(self, sequence: Sequence) -> None:
@@ -146,6 +148,7 @@ class PrefillScheduler:
         self._started.pop(sequence.key, None)
         self._tables.release(sequence)
 
-    def _end_step(self) -> None:
-        self._in_step.clear()
-        self._cancelled.clear()
+    def _end_step(self, plan: StepPlan) -> None:
+        keys = [chunk.sequence.key for chunk in plan.chunks]
+        self._in_step.difference_update(keys)
+        self._cancelled.difference_update(keys)
