@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from diphase.cluster.load.traces import TraceRecord
+from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.workload import Arrivals, ModelShape, WorkloadConfig, fit_mean, plan_load
 from diphase.proto.errors import ConfigError
 
