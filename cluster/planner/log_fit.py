@@ -187,7 +187,7 @@ def _fit_lengths(lengths: Floats) -> LengthFit:
 
 
 def _correlation(a: Floats, b: Floats) -> float:
-    if a.std() == 0.0 or b.std() == 0.0:
+    if np.ptp(a) == 0.0 or np.ptp(b) == 0.0:
         return 0.0
     return float(np.corrcoef(a, b)[0, 1])
 

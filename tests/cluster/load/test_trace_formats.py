@@ -225,7 +225,13 @@ def test_arbitrary_json_is_read_or_refused(folder: Path, rows: list[Any]) -> Non
     read_or_refuse(folder, "log.jsonl", "\n".join(map(json.dumps, rows)).encode())
 
 
-@settings(max_examples=150, deadline=None, derandomize=True)
-@given(header=st.lists(NAMES, max_size=5), rows=st.lists(st.lists(CELLS, max_size=5), max_size=4))
+HEADERS = st.sampled_from([HEADER.strip().split(","), ["prompt_tokens", "output_tokens"]])
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(
+    header=HEADERS | st.lists(NAMES, max_size=5),
+    rows=st.lists(st.lists(st.sampled_from(["1", "7", "900"]) | CELLS, max_size=4), max_size=4),
+)
 def test_an_arbitrary_csv_is_read_or_refused(folder: Path, header: list[str], rows: list[list[str]]) -> None:
     read_or_refuse(folder, "log.csv", "\n".join(map(",".join, [header, *rows])).encode())
