@@ -104,7 +104,7 @@ def _text(path: Path) -> str:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as exc:
         line = content.count(b"\n", 0, exc.start) + 1
-        raise ConfigError(f"{path}, line {line} is malformed: it is not UTF-8; save the file as it") from exc
+        raise ConfigError(f"{path}, line {line} is malformed: not UTF-8; save the file as that") from exc
 
 
 def _is_json(path: Path, text: str) -> bool:

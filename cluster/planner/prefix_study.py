@@ -3,12 +3,16 @@
 The hit ratio is the share of all prompt blocks that lie in the leading run of cached ones. Requests come one
 after the other, each is looked up whole before its own blocks are added, and all of these stay: the ratio is
 a property of trace and cache, not of speeds. The cache is the engine's own block manager, with a block for
-each hash id. Knows nothing of workers, of time or of lengths in tokens.
+each hash id. Knows nothing of workers or of time.
 
 What is called an LRU elsewhere touches a request's blocks in order of the prompt, known or not. The block
 manager differs in two things: later blocks of a prompt age first, and a block that lies behind a gap (its
 prefix was evicted, so that it is computed again) keeps its age. `lru_hits` is that other one, to tell what
 the difference is worth; benchmarks/prefix_hits.py writes both.
+
+Published ratios count a prompt's last block like the others, although the prompt need not fill it. The engine
+shares full blocks only, and of a prompt that is known whole it computes the last one again, for its logits:
+`full_only` studies that.
 """
 
 from __future__ import annotations
@@ -38,8 +42,13 @@ class PrefixHits:
         return self.hits / self.blocks
 
 
-def prefix_hits(records: Sequence[TraceRecord], num_blocks: int | None = None) -> PrefixHits:
+def prefix_hits(
+    records: Sequence[TraceRecord], num_blocks: int | None = None, *, full_only: bool = False
+) -> PrefixHits:
     """Hits with a block manager of `num_blocks`; None is one that never has to evict.
+
+    Args:
+        full_only: share what the engine's block tables share, and not a last block that is partly empty.
 
     Raises:
         ConfigError: the trace has no hash ids, or the cache cannot hold the longest prompt.
@@ -52,12 +61,14 @@ def prefix_hits(records: Sequence[TraceRecord], num_blocks: int | None = None) -
     _check(num_blocks, longest)
     manager = BlockManager(num_blocks, HASH_BLOCK_TOKENS)
     hits = 0
-    for prompt in prompts:
+    for record, prompt in zip(records, prompts, strict=True):
         hashes = [hash_id.to_bytes(_HASH_BYTES, "little") for hash_id in prompt]
-        table = manager.match_prefix(hashes)
+        full = record.input_tokens // HASH_BLOCK_TOKENS if full_only else len(hashes)
+        usable = (record.input_tokens - 1) // HASH_BLOCK_TOKENS if full_only else len(hashes)
+        table = manager.match_prefix(hashes[:usable])
         hits += len(table)
         table += manager.allocate(len(hashes) - len(table))
-        for block_id, block_hash in zip(table, hashes, strict=True):
+        for block_id, block_hash in zip(table, hashes[:full], strict=False):
             manager.seal(block_id, block_hash)
         manager.release(table)
     return PrefixHits(blocks=sum(map(len, prompts)), hits=hits)

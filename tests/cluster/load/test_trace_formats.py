@@ -169,7 +169,7 @@ def test_a_wrong_value_in_json_is_told_by_line_and_field(tmp_path: Path, line: s
 def test_bytes_that_are_no_text_are_told_by_their_line(tmp_path: Path) -> None:
     path = tmp_path / "own.csv"
     path.write_bytes(HEADER.encode() + b"0,1,\xff\n")
-    with pytest.raises(ConfigError, match="line 2 is malformed: it is not UTF-8"):
+    with pytest.raises(ConfigError, match="line 2 is malformed: not UTF-8"):
         read_trace(path)
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         read_trace(tmp_path)

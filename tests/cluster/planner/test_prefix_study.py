@@ -83,6 +83,21 @@ def test_the_two_caches_differ_where_room_is_scarce() -> None:
     assert lru_hits(prompts, 3).hits == 0
 
 
+def test_the_engine_shares_full_blocks_and_computes_something_of_every_prompt() -> None:
+    def hits(input_tokens: int) -> int:
+        record = TraceRecord(arrival_s=0.0, input_tokens=input_tokens, output_tokens=1, hash_ids=(1, 2, 3))
+        assert prefix_hits([record] * 2).hits == 3
+        return prefix_hits([record] * 2, full_only=True).hits
+
+    assert hits(3 * 512 - 1) == 2
+    assert hits(3 * 512) == 2
+    longer = [
+        TraceRecord(arrival_s=0.0, input_tokens=512 * len(ids), output_tokens=1, hash_ids=ids)
+        for ids in ((1, 2, 3), (1, 2, 3, 4))
+    ]
+    assert prefix_hits(longer, full_only=True).hits == 3
+
+
 def test_what_cannot_be_studied_is_refused() -> None:
     bare = [TraceRecord(arrival_s=None, input_tokens=5, output_tokens=5)]
     with pytest.raises(ConfigError, match="has no hash ids"):
