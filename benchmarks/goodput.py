@@ -40,7 +40,8 @@ from diphase.cluster.load.comparison import (
 from diphase.cluster.load.plot import attainment_plot
 from diphase.cluster.load.search import TARGET, RateSearch
 from diphase.cluster.load.served import serving
-from diphase.cluster.load.traces import TraceRecord, data_folder, load_trace
+from diphase.cluster.load.trace_formats import TraceRecord
+from diphase.cluster.load.traces import data_folder, load_trace
 from diphase.cluster.load.workload import ModelShape, PlannedRequest, WorkloadConfig, plan_load
 from diphase.proto.errors import ConfigError, DiphaseError, InternalError
 from diphase.proto.inference_pb2_grpc import InferenceStub

@@ -33,7 +33,8 @@ from .report import (
     write_json,
 )
 from .search import TARGET, RateSearch, goodput
-from .traces import TRACES, TraceRecord, data_folder, load_trace
+from .trace_formats import TraceRecord
+from .traces import TRACES, data_folder, load_trace
 from .workload import Arrivals, ModelShape, WorkloadConfig, plan_load
 
 FIXED = "fixed"
@@ -50,7 +51,7 @@ class BenchConfig:
     token: str = ""
     """The cluster's; gateways beyond loopback ask for it."""
     trace: str = FIXED
-    """A name of traces.TRACES, or "fixed" for equal lengths."""
+    """A name of traces.TRACES, the path of a log, or "fixed" for equal lengths."""
     data: str | None = None
     """Folder of the traces; None: DIPHASE_DATA, else ../shared/data beside the repository."""
     rates: tuple[float, ...] = ()
@@ -110,7 +111,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cv", type=float, metavar="CV", default=1.0, help="burstiness of gamma arrivals (%(default)s)"
     )
     load.add_argument(
-        "--trace", choices=[FIXED, *TRACES], default=FIXED, help="lengths, and trace arrivals (%(default)s)"
+        "--trace",
+        metavar="TRACE",
+        default=FIXED,
+        help=f"lengths, and trace arrivals: {FIXED}, {', '.join(TRACES)}, or a .csv or .jsonl (%(default)s)",
     )
     load.add_argument("--mean-input", type=int, metavar="N", help="mean prompt tokens (fixed: 256)")
     load.add_argument("--mean-output", type=int, metavar="N", help="mean completion tokens (fixed: 48)")

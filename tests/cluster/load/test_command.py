@@ -126,6 +126,25 @@ def test_a_missing_trace_says_where_to_get_it(tmp_path: Path) -> None:
         command.run(parse(*words), ADDRESS)
 
 
+def test_an_unknown_trace_and_a_malformed_log_are_told_before_the_load(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no trace is called 'azure'; use one of azure-code"):
+        command.run(parse("--rate", "1", "--trace", "azure"), ADDRESS)
+    (tmp_path / "own.csv").write_text("timestamp,input_length,output_length\n0,-4,1\n")
+    with pytest.raises(ConfigError, match=r"own\.csv, line 2 is malformed: input_length = -4"):
+        command.run(parse("--rate", "1", "--trace", str(tmp_path / "own.csv")), ADDRESS)
+
+
+async def test_a_log_of_ones_own_is_replayed(gateway: ScriptedGateway, tmp_path: Path) -> None:
+    log = tmp_path / "own.jsonl"
+    rows = [{"timestamp": 5 * i, "input_length": 10 + i, "output_length": 2} for i in range(4)]
+    log.write_text("\n".join(map(json.dumps, rows)))
+    words = ("--arrivals", "trace", "--trace", str(log), "--requests", "4", "--warm-up", "0")
+    code, _, written = await run_bench(gateway, tmp_path, *words)
+    assert code == 0
+    assert written["trace"] == str(log)
+    assert sorted(len(request.token_ids.ids) for request in gateway.requests) == [10, 11, 12, 13]
+
+
 async def test_an_output_that_cannot_be_written_is_told_before_the_load(
     gateway: ScriptedGateway, tmp_path: Path
 ) -> None:

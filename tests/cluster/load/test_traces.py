@@ -1,29 +1,19 @@
-"""Reading traces: both formats, errors that say what to do, and the real files where they are."""
+"""Traces by name and by path, errors that say what to do, and the real files where they are."""
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
-from diphase.cluster.load.traces import (
-    TRACES,
-    TraceRecord,
-    data_folder,
-    load_trace,
-    read_azure,
-    read_mooncake,
-)
+from diphase.cluster.load.trace_formats import TraceRecord
+from diphase.cluster.load.traces import TRACES, data_folder, load_trace
 from diphase.proto.errors import ConfigError
 
-AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens\r
-2023-11-16 18:15:50.9951690,396,109\r
-2023-11-16 18:15:46.6805900,374,44\r
-2023-11-16 18:15:51.2224670,879,55\r
+AZURE = """TIMESTAMP,ContextTokens,GeneratedTokens
+2023-11-16 18:15:50.9951690,396,109
+2023-11-16 18:15:46.6805900,374,44
 """
 MOONCAKE = """{"timestamp": 0, "input_length": 1000, "output_length": 5, "hash_ids": [0, 1]}
-
-{"timestamp": 3000, "input_length": 700, "output_length": 7, "hash_ids": [0, 2]}
 """
 
 
@@ -34,55 +24,29 @@ def write(folder: Path, name: str, text: str) -> Path:
     return path
 
 
-def test_azure_rows_come_in_order_of_time_since_the_first(tmp_path: Path) -> None:
-    records = read_azure(write(tmp_path, "a.csv", AZURE))
-    assert [(r.input_tokens, r.output_tokens) for r in records] == [(374, 44), (396, 109), (879, 55)]
-    assert [r.arrival_s for r in records] == pytest.approx([0.0, 4.314579, 4.541877])
-    assert all(r.hash_ids == () for r in records)
-
-
-def test_mooncake_lines_keep_their_hash_ids_and_become_seconds(tmp_path: Path) -> None:
-    assert read_mooncake(write(tmp_path, "m.jsonl", MOONCAKE)) == [
-        TraceRecord(arrival_s=0.0, input_tokens=1000, output_tokens=5, hash_ids=(0, 1)),
-        TraceRecord(arrival_s=3.0, input_tokens=700, output_tokens=7, hash_ids=(0, 2)),
-    ]
-
-
-@pytest.mark.parametrize(
-    "row", ["2023-11-16 18:15:46,many,1", "yesterday,1,1", "2023-11-16 18:15:46,5", "2023-11-16 18:15:46,5,"]
-)
-def test_a_malformed_azure_row_is_named_by_its_line(tmp_path: Path, row: str) -> None:
-    path = write(tmp_path, "a.csv", AZURE + row + "\r\n")
-    with pytest.raises(ConfigError, match=r"a\.csv, line 5 is malformed"):
-        read_azure(path)
-
-
-def test_a_csv_with_other_columns_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no 'TIMESTAMP'"):
-        read_azure(write(tmp_path, "a.csv", "time,in,out\n1,2,3\n"))
-
-
-@pytest.mark.parametrize(
-    "line",
-    ["not json", '{"timestamp": 1}', "[1]", '{"timestamp": 0, "input_length": "x", "output_length": 1}'],
-)
-def test_a_malformed_mooncake_line_is_named(tmp_path: Path, line: str) -> None:
-    with pytest.raises(ConfigError, match=r"m\.jsonl, line 4 is malformed"):
-        read_mooncake(write(tmp_path, "m.jsonl", MOONCAKE + line + "\n"))
-
-
-@pytest.mark.parametrize("name", ["a.csv", "m.jsonl"])
-def test_an_empty_trace_is_refused(tmp_path: Path, name: str) -> None:
-    path = write(tmp_path, name, "TIMESTAMP,ContextTokens,GeneratedTokens\n" if name == "a.csv" else "")
-    with pytest.raises(ConfigError, match="has no requests"):
-        (read_azure if name == "a.csv" else read_mooncake)(path)
-
-
 def test_traces_are_found_by_name_below_the_data_folder(tmp_path: Path) -> None:
     write(tmp_path, TRACES["azure-code"].path, AZURE)
     write(tmp_path, TRACES["mooncake-synthetic"].path, MOONCAKE)
-    assert len(load_trace("azure-code", tmp_path)) == 3
-    assert len(load_trace("mooncake-synthetic", tmp_path)) == 2
+    write(tmp_path, TRACES["humaneval"].path, "prompt_tokens,output_tokens\n142,137\n")
+    assert [r.input_tokens for r in load_trace("azure-code", tmp_path)] == [374, 396]
+    assert [r.hash_ids for r in load_trace("mooncake-synthetic", tmp_path)] == [(0, 1)]
+    assert [r.arrival_s for r in load_trace("humaneval", tmp_path)] == [None]
+
+
+def test_a_name_with_a_suffix_is_the_path_of_a_log(tmp_path: Path) -> None:
+    path = write(tmp_path, "own.csv", "timestamp,input_length,output_length\n5,7,9\n1005,8,1\n")
+    assert load_trace(str(path), tmp_path / "elsewhere") == [
+        TraceRecord(arrival_s=0.0, input_tokens=7, output_tokens=9),
+        TraceRecord(arrival_s=1.0, input_tokens=8, output_tokens=1),
+    ]
+    with pytest.raises(ConfigError, match=r"none\.csv cannot be read: No such file"):
+        load_trace(str(tmp_path / "none.csv"), tmp_path)
+
+
+def test_a_log_of_ones_own_must_be_in_order(tmp_path: Path) -> None:
+    path = write(tmp_path, "own.csv", AZURE)
+    with pytest.raises(ConfigError, match=r"own\.csv, line 3 .* is before that of the row above"):
+        load_trace(str(path), tmp_path)
 
 
 def test_a_missing_file_says_where_to_get_it_and_where_to_put_it(tmp_path: Path) -> None:
@@ -124,15 +88,31 @@ def test_the_published_traces_have_their_published_sizes(
     assert sum(r.input_tokens for r in records) / count == pytest.approx(mean_input, abs=1)
     assert sum(r.output_tokens for r in records) / count == pytest.approx(mean_output, abs=1)
     assert records[0].arrival_s == 0.0
-    assert all(a.arrival_s <= b.arrival_s for a, b in itertools.pairwise(records))
+    times = [record.arrival_s for record in records if record.arrival_s is not None]
+    assert len(times) == count
+    assert times == sorted(times)
 
 
-@pytest.fixture
-def data() -> Path:
-    """The folder of the published traces; their tests are skipped only where it does not exist at all."""
-    import os
+@pytest.mark.parametrize(
+    ("name", "count", "mean_input", "mean_output"),
+    [
+        ("sharegpt", 30_731, 2340, 439),
+        ("humaneval", 164, 171.35, 98.17),
+        ("arxiv", 28_257, 2588, 291),
+    ],
+)
+def test_the_published_lengths_have_no_times(
+    name: str, count: int, mean_input: float, mean_output: float, data: Path
+) -> None:
+    records = load_trace(name, data)
+    assert len(records) == count
+    assert sum(r.input_tokens for r in records) / count == pytest.approx(mean_input, abs=0.5)
+    assert sum(r.output_tokens for r in records) / count == pytest.approx(mean_output, abs=0.5)
+    assert {(r.arrival_s, r.hash_ids) for r in records} == {(None, ())}
 
-    folder = data_folder(None, os.environ)
-    if not folder.is_dir():
-        pytest.skip(f"no traces: the folder {folder} does not exist (set DIPHASE_DATA)")
-    return folder
+
+def test_every_trace_has_a_test_of_its_published_size() -> None:
+    assert set(TRACES) == {
+        *("azure-code", "azure-conv", "mooncake-conversation", "mooncake-synthetic"),
+        *("sharegpt", "humaneval", "arxiv"),
+    }

@@ -6,8 +6,15 @@ import dataclasses
 
 import numpy as np
 import pytest
-from diphase.cluster.load.traces import TraceRecord
-from diphase.cluster.load.workload import Arrivals, ModelShape, WorkloadConfig, fit_mean, plan_load
+from diphase.cluster.load.trace_formats import TraceRecord
+from diphase.cluster.load.workload import (
+    Arrivals,
+    ModelShape,
+    WorkloadConfig,
+    fit_mean,
+    plan_arrivals,
+    plan_load,
+)
 from diphase.proto.errors import ConfigError
 
 MODEL = ModelShape(context_length=8192, vocab_size=49_152)
@@ -20,6 +27,10 @@ def long_tailed(count: int = 3000) -> list[TraceRecord]:
         TraceRecord(arrival_s=i * 0.5, input_tokens=int(a) + 1, output_tokens=int(b) + 1)
         for i, (a, b) in enumerate(rng.lognormal(6.0, 1.2, size=(count, 2)))
     ]
+
+
+def without_times() -> list[TraceRecord]:
+    return [dataclasses.replace(record, arrival_s=None) for record in long_tailed()]
 
 
 def gaps(config: WorkloadConfig, rate: float) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -169,6 +180,9 @@ def test_text_prompts_are_words_as_many_as_tokens() -> None:
         ({"seed": -1}, "seed = -1"),
         ({"mean_output": None}, "both means"),
         ({"mean_input": 0}, "mean input = 0"),
+        ({"arrivals": Arrivals.TRACE, "speedup": 0.0}, "speedup = 0"),
+        ({"arrivals": Arrivals.TRACE, "speedup": float("nan")}, "speedup = nan"),
+        ({"speedup": 2.0}, "is for trace arrivals, not poisson"),
     ],
 )
 def test_wrong_settings_are_refused(change: dict[str, object], match: str) -> None:
@@ -190,6 +204,12 @@ def test_arrivals_that_the_trace_cannot_give_are_refused() -> None:
         plan_load(trace, long_tailed(), MODEL, None)
     with pytest.raises(ConfigError, match="need a rate"):
         plan_load(FIXED, [], MODEL, None)
+    with pytest.raises(ConfigError, match="has lengths only; use poisson or gamma"):
+        plan_load(dataclasses.replace(trace, num_requests=9), without_times(), MODEL, None)
+    with pytest.raises(ConfigError, match="no trace to take the number from"):
+        plan_load(dataclasses.replace(FIXED, num_requests=None), [], MODEL, 1.0)
+    with pytest.raises(ConfigError, match=r"speedup = 2\.0 and rate = 1\.0 are two answers"):
+        plan_load(dataclasses.replace(trace, num_requests=9, speedup=2.0), long_tailed(), MODEL, 1.0)
     at_once = [TraceRecord(arrival_s=0.0, input_tokens=5, output_tokens=5)] * 9
     with pytest.raises(ConfigError, match="at one time"):
         plan_load(dataclasses.replace(trace, num_requests=9), at_once, MODEL, 1.0)
@@ -197,3 +217,58 @@ def test_arrivals_that_the_trace_cannot_give_are_refused() -> None:
 
 def test_one_request_is_due_at_once() -> None:
     assert plan_load(dataclasses.replace(FIXED, num_requests=1), [], MODEL, 2.0)[0].arrival_s == 0.0
+
+
+@pytest.mark.parametrize("arrivals", [Arrivals.POISSON, Arrivals.GAMMA, Arrivals.TRACE])
+@pytest.mark.parametrize("means", [{}, {"mean_input": 256, "mean_output": 48}])
+def test_a_load_and_its_simulation_see_equal_arrivals(arrivals: Arrivals, means: dict[str, int]) -> None:
+    config = WorkloadConfig(num_requests=60, arrivals=arrivals, cv=3.0, seed=4, **means)  # type: ignore[arg-type]
+    sent = plan_load(config, long_tailed(), MODEL, 2.0)
+    simulated = plan_arrivals(config, long_tailed(), MODEL.context_length, 2.0)
+    assert [(p.arrival_s, p.input_tokens, p.output_tokens) for p in sent] == [
+        (a.arrival_s, a.input_tokens, a.output_tokens) for a in simulated
+    ]
+
+
+def test_a_whole_trace_without_a_context_keeps_every_record_as_it_is() -> None:
+    records = [
+        TraceRecord(arrival_s=0.75 * i, input_tokens=10**6 + i, output_tokens=i + 1, hash_ids=(0, i))
+        for i in range(50)
+    ]
+    config = WorkloadConfig(num_requests=None, arrivals=Arrivals.TRACE)
+    plan = plan_arrivals(config, records, None, None)
+    assert [
+        TraceRecord(
+            arrival_s=a.arrival_s,
+            input_tokens=a.input_tokens,
+            output_tokens=a.output_tokens,
+            hash_ids=a.hash_ids,
+        )
+        for a in plan
+    ] == records
+    assert {a.hash_block_tokens for a in plan} == {512}
+    shrunk = plan_arrivals(config, records, 2**17, None)
+    assert max(a.input_tokens + a.output_tokens for a in shrunk) <= 2**17
+    assert {a.hash_block_tokens for a in shrunk} == {round(512 * 2**17 / (10**6 + 99))}
+
+
+def test_a_trace_is_replayed_at_any_speed_up() -> None:
+    config = WorkloadConfig(num_requests=None, arrivals=Arrivals.TRACE, speedup=4.0)
+    assert [a.arrival_s for a in plan_arrivals(config, long_tailed(9), None, None)] == [
+        0.125 * i for i in range(9)
+    ]
+
+
+def test_means_without_a_context_are_met_exactly_enough() -> None:
+    config = WorkloadConfig(num_requests=500, mean_input=100_000, mean_output=20_000)
+    plan = plan_arrivals(config, long_tailed(), None, 1.0)
+    assert np.mean([a.input_tokens for a in plan]) == pytest.approx(100_000, rel=1e-3)
+    assert np.mean([a.output_tokens for a in plan]) == pytest.approx(20_000, rel=1e-3)
+
+
+def test_lengths_alone_make_a_load_of_any_rate() -> None:
+    plan = plan_arrivals(WorkloadConfig(num_requests=None), without_times(), None, 5.0)
+    assert [(a.input_tokens, a.output_tokens) for a in plan] == [
+        (r.input_tokens, r.output_tokens) for r in long_tailed()
+    ]
+    assert plan[-1].arrival_s == pytest.approx((len(plan) - 1) / 5.0)
