@@ -27,8 +27,8 @@ from .events import NS, STEP_ENDS, EventQueue, to_ns
 MAX_STRETCH = 4096
 """Steps that are summed at once."""
 FRACTION = 20
-"""Bits behind the point of a decode step's nanoseconds: its line is rounded to that once, so that the sum over
-a stretch is exact whoever adds it up."""
+"""Bits behind the point of a decode step's nanoseconds: its line is rounded to that once, so that the sum
+over a stretch is exact whoever adds it up."""
 
 _TOKEN = SampledToken(token_id=0)
 
