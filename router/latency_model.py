@@ -39,7 +39,9 @@ SIZE = 5
 
 
 class LatencyModel:
-    """One worker's, or one pool's, step times."""
+    """One worker's, or one pool's, step times; of a worker with pipeline stages, all together."""
+
+    stages = 1
 
     def __init__(self, prior: Coefficients = DEFAULT_PRIOR, memory: int = 500) -> None:
         """`memory`: a sample's weight falls to 1/e after so many further ones."""
@@ -82,6 +84,10 @@ class LatencyModel:
         if self._unfitted >= REFIT_EVERY or (self._unfitted and self.num_samples <= REFIT_EVERY):
             self._fit()
         return self._theta
+
+    def stage_s(self, shape: StepShape) -> tuple[float, ...]:
+        """See step_time.StepTime."""
+        return (self.step_s(shape),)
 
     def step_s(self, shape: StepShape) -> float:
         """Predicted duration of one step, seconds."""

@@ -23,8 +23,8 @@ class StepShape(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A decode step's time while its batch stays: `intercept_s + slope_s * context` up to `until` (tokens of
-    context of the whole batch; may be infinite)."""
+    """A decode step's time while its batch stays: `intercept_s + slope_s * context` from the context asked for
+    up to and including `until` (tokens of context of the whole batch; may be infinite)."""
 
     intercept_s: float
     slope_s: float
@@ -32,13 +32,23 @@ class Line(NamedTuple):
 
 
 class StepTime(Protocol):
-    """Of one worker, with its parallelism and hardware."""
+    """Of one worker, with its parallelism and hardware. Steps without work are not asked for."""
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages, each of which can work on another step."""
+        ...
+
+    def stage_s(self, shape: StepShape) -> tuple[float, ...]:
+        """One step's time on each pipeline stage, first to last."""
+        ...
 
     def step_s(self, shape: StepShape) -> float:
-        """All stages of one step together."""
+        """All stages of one step together: the sum of stage_s()."""
         ...
 
     def decode_line(self, batch: int, context: float) -> Line:
-        """The line on which steps of `batch` decoding sequences and no prompt lie from `context` on; on it,
-        step_s() gives the same up to rounding of floats."""
+        """The line on which step_s() of `batch` decoding sequences and no prompt lies from `context` on, up to
+        rounding of floats; `until` is above `context`. With one stage it is what a worker waits for; with
+        several, steps overlap and the stages are asked for one by one."""
         ...

@@ -1,0 +1,96 @@
+"""DistServe's published coefficients and KV capacities (OPT on A100-80G), as step times.
+
+The files are of its released simulator (github.com/LLMServe/DistServe, simdistserve/estimators). Knows nothing
+of other tables.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from ...proto.errors import ConfigError
+from ...router.linear_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
+from .table_files import existing, missing, positive_int, read_object, read_rows
+
+FOLDER = "distserve_profile"
+SOURCE = "https://github.com/LLMServe/DistServe/tree/main/simdistserve/estimators/profile_data"
+ENGINES = ("distserve", "vllm")
+
+MS = 1e-3
+PREFILL_HOP_MS_PER_STAGE = 1.0
+"""Each stage of a prefill takes as many milliseconds more as there are stages."""
+OVERHEAD_MS = 2.0
+"""Of Ray, on the first stage of a step."""
+OVERHEAD_MS_PER_TOKEN = 1e-4
+
+
+def distserve_step_time(
+    folder: Path, *, model: str, tp: int, pp: int = 1, engine: str = "distserve", overheads: bool = True
+) -> TwoRegimeStepTime:
+    """The step time of `model` (its name with or without the owner) on A100-80G.
+
+    Args:
+        overheads: whether the first stage has the overhead of Ray.
+
+    Raises:
+        ConfigError: no such engine, model or tp was measured, or the file is missing or malformed.
+    """
+    if engine not in ENGINES:
+        raise missing("the engine", engine, ENGINES)
+    if pp < 1:
+        raise ConfigError(f"pp = {pp}; a worker has at least 1 pipeline stage")
+    path = existing(folder, f"{FOLDER}/profiler-a100-80g.{engine}.json", SOURCE)
+    by_tp = _of_model(read_object(path), model)
+    if str(tp) not in by_tp:
+        raise missing(f"{model} on {engine} with tp", tp, by_tp)
+    entry = by_tp[str(tp)]
+    try:
+        prefill = PrefillTerms(*_terms(entry["prefill"]))
+        small = DecodeTerms(*_terms(entry["decoding_smallbs"]))
+        large = DecodeTerms(*_terms(entry["decoding_largebs"]))
+        large_batch = int(entry["decoding_large_small_bs_threshold"])
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ConfigError(f"{path}: the entry of {model}, tp {tp}, is malformed: {exc!r}") from exc
+    return TwoRegimeStepTime(
+        prefill=prefill,
+        small=small,
+        large=large,
+        large_batch=large_batch,
+        stages=pp,
+        prefill_hop_s=PREFILL_HOP_MS_PER_STAGE * pp * MS,
+        overhead_s=OVERHEAD_MS * MS if overheads else 0.0,
+        overhead_per_token_s=OVERHEAD_MS_PER_TOKEN * MS if overheads else 0.0,
+    )
+
+
+def distserve_kv_capacity(folder: Path, *, model: str, tp: int, pp: int = 1) -> int:
+    """Tokens of KV that a worker of `model` on A100-80G holds.
+
+    Raises:
+        ConfigError: there is no such model, tp or pp, or the file is missing or malformed.
+    """
+    path = existing(folder, f"{FOLDER}/max_num_tokens.csv", SOURCE)
+    rows = read_rows(
+        path,
+        lambda row: (row["model"], positive_int(row["tp"]), positive_int(row["pp"]), positive_int(row["max_num_tokens"])),
+    )
+    by_model: dict[str, dict[tuple[int, int], int]] = {}
+    for name, row_tp, row_pp, tokens in rows:
+        by_model.setdefault(name, {})[row_tp, row_pp] = tokens
+    capacities = _of_model(by_model, model)
+    if (tp, pp) not in capacities:
+        raise missing(f"the KV capacity of {model} with (tp, pp)", (tp, pp), capacities)
+    return capacities[tp, pp]
+
+
+def _of_model(table: dict[str, Any], model: str) -> dict[Any, Any]:
+    for name, value in table.items():
+        if model in {name, name.rpartition("/")[2]}:
+            return dict(value)
+    raise missing("the model", model, table)
+
+
+def _terms(values: list[float]) -> tuple[float, float, float]:
+    base, second, third = (float(value) * MS for value in values)
+    return base, second, third
