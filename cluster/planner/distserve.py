@@ -6,6 +6,7 @@ of other tables.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -70,21 +71,30 @@ def distserve_kv_capacity(folder: Path, *, model: str, tp: int, pp: int = 1) -> 
     Raises:
         ConfigError: there is no such model, tp or pp, or the file is missing or malformed.
     """
-    path = existing(folder, f"{FOLDER}/max_num_tokens.csv", SOURCE)
-    rows = read_rows(
-        path,
-        lambda row: (row["model"], positive_int(row["tp"]), positive_int(row["pp"]), positive_int(row["max_num_tokens"])),
-    )
-    by_model: dict[str, dict[tuple[int, int], int]] = {}
-    for name, row_tp, row_pp, tokens in rows:
-        by_model.setdefault(name, {})[row_tp, row_pp] = tokens
-    capacities = _of_model(by_model, model)
+    capacities = _of_model(read_kv_capacities(folder), model)
     if (tp, pp) not in capacities:
         raise missing(f"the KV capacity of {model} with (tp, pp)", (tp, pp), capacities)
-    return capacities[tp, pp]
+    return int(capacities[tp, pp])
 
 
-def _of_model(table: dict[str, Any], model: str) -> dict[Any, Any]:
+def read_kv_capacities(folder: Path) -> dict[str, dict[tuple[int, int], int]]:
+    """Tokens of KV by model and (tp, pp).
+
+    Raises:
+        ConfigError: the file is missing or malformed.
+    """
+    by_model: dict[str, dict[tuple[int, int], int]] = {}
+    for name, tp, pp, tokens in read_rows(existing(folder, f"{FOLDER}/max_num_tokens.csv", SOURCE), _capacity):
+        by_model.setdefault(name, {})[tp, pp] = tokens
+    return by_model
+
+
+def _capacity(row: Mapping[str, str]) -> tuple[str, int, int, int]:
+    tp, pp, tokens = (positive_int(row[column]) for column in ("tp", "pp", "max_num_tokens"))
+    return row["model"], tp, pp, tokens
+
+
+def _of_model(table: Mapping[str, Any], model: str) -> dict[Any, Any]:
     for name, value in table.items():
         if model in {name, name.rpartition("/")[2]}:
             return dict(value)

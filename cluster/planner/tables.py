@@ -3,8 +3,7 @@
 Decode: a grid of batch × context a sequence, bilinear, so that a batch's time is piecewise linear in its
 context. Prefill: a piecewise linear function of the tokens (every matrix product sees only their number) plus
 attention, which is linear in StepShape.prefill_context. A mixed step computes all its tokens as a prefill does
-and reads the decoding sequences' KV besides. Beyond the grid a longer context goes on as the last piece does,
-and a larger batch costs in proportion, as if it ran in turns. Knows no files.
+and reads the decoding sequences' KV besides. Beyond the points, the last piece goes on. Knows no files.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import accumulate
 from statistics import median
 from typing import NamedTuple
 
@@ -85,11 +85,12 @@ class TableStepTime:
 
     def _seconds_of(self, batch: int) -> list[float]:
         batches, grid = self._batches, self._grid
-        if batch >= batches[-1]:
-            return [seconds * (batch / batches[-1]) for seconds in grid[-1]]
-        right = max(bisect_right(batches, batch), 1)
+        right = min(max(bisect_right(batches, batch), 1), len(batches) - 1)
         weight = (batch - batches[right - 1]) / (batches[right] - batches[right - 1])
-        return [a + weight * (b - a) for a, b in zip(grid[right - 1], grid[right], strict=True)]
+        seconds = [a + weight * (b - a) for a, b in zip(grid[right - 1], grid[right], strict=True)]
+        # Beyond the last batch, or before the first, noise of the two that are prolonged must not let a longer
+        # context be faster.
+        return list(accumulate(seconds, max))
 
 
 def _monotone_grid(
@@ -108,15 +109,12 @@ def _monotone_grid(
     for i, row in enumerate(upper):
         for j in range(len(row)):
             row[j] = max(row[j], row[j - 1] if j else 0.0, upper[i - 1][j] if i else 0.0)
-    lower = [list(row) for row in grid]
-    for i in reversed(range(len(lower))):
-        row = lower[i]
-        for j in reversed(range(len(row))):
-            right = row[j + 1] if j + 1 < len(row) else math.inf
-            below = lower[i + 1][j] if i + 1 < len(lower) else math.inf
-            row[j] = min(row[j], right, below)
-    means = [[(a + b) / 2.0 for a, b in zip(*rows, strict=True)] for rows in zip(upper, lower, strict=True)]
-    return batches, contexts, means
+    lower = [row[::-1] for row in grid[::-1]]
+    for i, row in enumerate(lower):
+        for j in range(len(row)):
+            row[j] = min(row[j], row[j - 1] if j else math.inf, lower[i - 1][j] if i else math.inf)
+    pairs = zip(upper, lower[::-1], strict=True)
+    return batches, contexts, [[(a + b) / 2.0 for a, b in zip(up, low[::-1], strict=True)] for up, low in pairs]
 
 
 def _filled(seconds: Sequence[float | None], contexts: Sequence[float]) -> list[float]:
@@ -125,10 +123,7 @@ def _filled(seconds: Sequence[float | None], contexts: Sequence[float]) -> list[
     if len(known) < 2:
         raise ConfigError("decode times need at least two contexts for every batch")
     xs, ys = [context for context, _ in known], [s for _, s in known]
-    return [
-        s if s is not None else _on_curve(xs, ys, context)
-        for context, s in zip(contexts, seconds, strict=True)
-    ]
+    return [_on_curve(xs, ys, context) for context in contexts]
 
 
 def _on_curve(xs: Sequence[float], ys: Sequence[float], x: float) -> float:
@@ -166,6 +161,7 @@ def _prefill_curve(points: list[PrefillPoint]) -> tuple[list[float], list[float]
     per_context = min([per_context, *(p.seconds / p.context for p in points if p.context > 0.0)])
     tokens = sorted(groups)
     seconds = [median(p.seconds - per_context * p.context for p in groups[number]) for number in tokens]
-    rising = [max(seconds[: i + 1]) for i in range(len(seconds))]
-    kept = [min(seconds[i:]) for i in range(len(seconds))]
-    return [float(number) for number in tokens], [(a + b) / 2.0 for a, b in zip(rising, kept, strict=True)], per_context
+    upper = accumulate(seconds, max)
+    lower = list(accumulate(reversed(seconds), min))[::-1]
+    rising = [(a + b) / 2.0 for a, b in zip(upper, lower, strict=True)]
+    return [float(number) for number in tokens], rising, per_context

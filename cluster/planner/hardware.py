@@ -1,0 +1,64 @@
+"""Hardware files: what a GPU and its node can do, as the roofline and the topology ask. Knows no model.
+
+A file is TOML with the keys of Hardware. Those of this package are named by their file's stem.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from ...proto.errors import ConfigError
+from ..config_reader import Source, build, read_file
+
+FOLDER = Path(__file__).with_suffix("")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware:
+    """One GPU and the node it is in. Peak values of the data sheet; links in one direction, for each GPU; giga
+    is 10^9, gibi 2^30."""
+
+    name: str
+    bf16_tflops: float
+    """Of the matrix units, bfloat16, dense; 10^12 operations a second."""
+    hbm_gb_per_s: float
+    memory_gib: float
+    intra_node_gb_per_s: float
+    """To the other GPUs of the node."""
+    inter_node_gb_per_s: float
+    """To GPUs of other nodes."""
+    gpus_per_node: int
+    power_w: float
+    """Of the GPU at its limit."""
+    fp8_tflops: float | None = None
+    """As bf16_tflops, 8-bit floating point; absent where the GPU has none."""
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ConfigError("name is empty; it must say what the hardware is")
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name != "name" and value is not None and not 0.0 < value < math.inf:
+                raise ConfigError(f"{item.name} is {value}; it must be above 0")
+
+
+def known_hardware() -> list[str]:
+    """Names of the files of this package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_hardware(name_or_path: str) -> Hardware:
+    """A file of this package by its name, or any other by its path.
+
+    Raises:
+        ConfigError: there is no such file, or it has an unknown, missing or impossible value.
+    """
+    path = FOLDER / f"{name_or_path}.toml" if name_or_path in known_hardware() else Path(name_or_path)
+    if not path.is_file():
+        raise ConfigError(
+            f"no hardware is called {name_or_path!r} and no such file exists; "
+            f"use one of {', '.join(known_hardware())}, or the path of a TOML file with the same keys"
+        )
+    return build(Hardware, read_file(path), Source(str(path)))
