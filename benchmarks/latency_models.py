@@ -4,14 +4,15 @@
 
 writes docs/results/latency_models.json. All errors are relative, |predicted / measured - 1|:
 
-- step_latency: each table's points, by a table that lacks them: one point, a whole batch, a whole context, all
-  prefill steps of as many tokens; and the points' own table (what smoothing does to them);
-- splitwise: every run's token time by its own table, by batch; by a table that lacks the batch; prompt times.
-  Runs that did not run as one batch stand apart;
+- step_latency: each table's points, by a table that lacks them: one point, a whole batch, a whole context,
+  all prefill steps of as many tokens; and by the points' own table (what smoothing does to them);
+- splitwise: every run's token time by its own table, by batch; by a table that lacks the batch; prompt
+  times. Runs that did not run as one batch stand apart;
 - roofline: the step latency of models on hardware that it was not calibrated on, and the KV capacities of
   DistServe;
-- measured: the time per token of colocated serving at a stated concurrency, by each source that covers it: a
-  decode step of that many sequences in the middle of their output, every sequence's prompt computed in between.
+- measured: the time per token of colocated serving at a stated concurrency, by each source that covers it:
+  a decode step of that many sequences in the middle of their output, plus what the others' prompts take of it
+  while a sequence generates. A closed form, no simulation of queues.
 
 --calibrate finds roofline.Efficiency again and prints it; nothing is written then.
 """
@@ -20,11 +21,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from diphase.benchmarks import harness
@@ -34,6 +36,7 @@ from diphase.cluster.planner.hardware import load_hardware
 from diphase.cluster.planner.model_shape import KNOWN_MODELS
 from diphase.cluster.planner.roofline import Efficiency, RooflineStepTime, kv_capacity_tokens
 from diphase.cluster.planner.step_latency import Row, Setup
+from diphase.cluster.planner.table_files import existing, read_rows
 from diphase.cluster.planner.tables import TableStepTime
 from diphase.router.step_time import StepShape, StepTime
 
@@ -100,7 +103,7 @@ def interpolation(data: Path) -> dict[str, Errors]:
         decode = [row for row in rows if row.phase == "decode"]
         longest = {row.batch: row.isl for row in sorted(decode, key=lambda row: row.isl)}
         shortest, batches = min(row.isl for row in decode), sorted(longest)
-        points = [row for row in decode if shortest < row.isl < longest[row.batch]][:: 7]
+        points = [row for row in decode if shortest < row.isl < longest[row.batch]][::7]
         for row in points:
             if batches[0] < row.batch < batches[-1]:
                 table = step_latency.table_of([other for other in rows if other != row])
@@ -136,7 +139,9 @@ def of_splitwise(data: Path) -> dict[str, Any]:
             prompts.append(table.step_s(StepShape(size, size * run.prompt_size / 2.0)) / run.prompt_s - 1.0)
         for batch in batches[1:-1]:
             table = splitwise.table_of([run for run in runs if run.batch_size != batch])
-            without[batch] += [token_error(table, r) for r in runs if r.batch_size == batch and r.as_one_batch]
+            without[batch] += [
+                token_error(table, r) for r in runs if r.batch_size == batch and r.as_one_batch
+            ]
     return {
         "token time, all batches": errors(value for values in tokens.values() for value in values),
         "token time, by batch": {str(batch): errors(tokens[batch]) for batch in sorted(tokens)},
@@ -182,6 +187,79 @@ def of_roofline(data: Path) -> dict[str, Any]:
     return result
 
 
+class Served(NamedTuple):
+    """A point of colocated serving with a closed loop of clients."""
+
+    model: str
+    system: str
+    backend: str
+    precision: Literal["bf16", "fp8"]
+    tp: int
+    concurrency: int
+    input_tokens: int
+    output_tokens: int
+    tpot_s: float
+
+    @classmethod
+    def of(cls, row: Mapping[str, str]) -> Served | None:
+        """None for a point that no source covers: another model or system, disaggregated, with stages."""
+        name = (
+            row["model_path"].rpartition("/")[2].replace("-Instruct", "").lower().replace("llama-", "llama")
+        )
+        covered = name in MODELS.values() and row["system"] in SYSTEMS
+        if not covered or row["mode"] != "agg" or row["pp_size"] != "1":
+            return None
+        concurrency = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
+        return cls(
+            name,
+            row["system"],
+            row["backend"],
+            "fp8" if "fp8" in row["precision"] + row["gemm_quant_mode"] else "bf16",
+            int(row["tp_size"]),
+            int(concurrency[1] if concurrency else row["batch_size"]),
+            int(row["isl"]),
+            int(row["osl"]),
+            float(row["silicon_tpot_ms"]) / 1e3,
+        )
+
+
+def tpot_error(model: StepTime, point: Served) -> float:
+    """All sequences decode in the middle of their output; while one generates, each other is replaced once,
+    and its successor's prompt is computed meanwhile."""
+    context = point.concurrency * (point.input_tokens + point.output_tokens / 2.0)
+    decode = model.step_s(StepShape(decode_batch=point.concurrency, decode_context=context))
+    prompt = model.step_s(StepShape(point.input_tokens, point.input_tokens**2 / 2.0))
+    others = (point.concurrency - 1) / point.output_tokens
+    return (decode + others * prompt) / point.tpot_s - 1.0
+
+
+def of_measured(data: Path) -> dict[str, Any]:
+    """Time per token by model, system, engine and precision: the roofline, and the table of the same model,
+    system and precision (of vLLM, whatever engine served) where there is one."""
+    by_setup = step_latency.read_step_latency(data)
+    path = existing(data, "measured/serving_points.csv", "the project's data folder")
+    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
+    for point in read_rows(path, Served.of):
+        if point is None:
+            continue
+        group = found[f"{point.model} {point.system} {point.backend} {point.precision}"]
+        roofline = RooflineStepTime(
+            KNOWN_MODELS[point.model],
+            load_hardware(SYSTEMS[point.system]),
+            tp=point.tp,
+            precision=point.precision,
+        )
+        group["roofline"].append(tpot_error(roofline, point))
+        model = next(name for name, short in MODELS.items() if short == point.model)
+        rows = by_setup.get(Setup(model, point.system, "vllm", point.tp))
+        if rows and point.precision == "bf16":
+            group["table of vLLM"].append(tpot_error(step_latency.table_of(rows), point))
+    return {
+        name: {source: errors(values) for source, values in group.items()}
+        for name, group in sorted(found.items())
+    }
+
+
 def calibrate(data: Path) -> Efficiency:
     """Coordinate descent on the mean relative error over CALIBRATED_ON, prefill and decode alike."""
     tables = [
@@ -219,7 +297,9 @@ def show(content: Mapping[str, Any], indent: int = 0) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", help="folder of the tables; DIPHASE_DATA or ../shared/data without it")
     parser.add_argument("--calibrate", action="store_true", help="find roofline.Efficiency, write nothing")
     options = parser.parse_args()
@@ -231,6 +311,7 @@ def main() -> None:
         "step_latency": interpolation(data),
         "splitwise": of_splitwise(data),
         "roofline": of_roofline(data),
+        "measured, time per token": of_measured(data),
     }
     show(content)
     harness.write_result(ROOT / "docs" / "results" / "latency_models.json", content)

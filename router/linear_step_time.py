@@ -23,9 +23,11 @@ class LinearStepTime:
         Raises:
             ConfigError: a coefficient is negative or no number.
         """
-        self._terms = astuple(coefficients)
+        self._terms: tuple[float, ...] = astuple(coefficients)
         if not all(0.0 <= term < float("inf") for term in self._terms):
-            raise ConfigError(f"{coefficients}: coefficients of a step's time must be finite and not negative")
+            raise ConfigError(
+                f"{coefficients}: coefficients of a step's time must be finite and not negative"
+            )
 
     def stage_s(self, shape: StepShape) -> tuple[float, ...]:
         """See step_time.StepTime."""
@@ -68,12 +70,12 @@ class DecodeTerms(NamedTuple):
 class TwoRegimeStepTime:
     """DistServe's form (OSDI 2024, appendix A, and its released simulator). On each of `stages` equal parts:
 
-        prefill: (base + per_token * tokens + per_squared_length * sum of squared lengths) / stages + prefill_hop_s
+        prefill: (base + per_token * tokens + per_squared_length * sum of length²) / stages + prefill_hop_s
         decode:  (base + per_context * context + per_sequence * batch) / stages
 
-    with one set of decode terms for batches below `large_batch` and another from there on. The first stage adds
-    `overhead_s` and `overhead_per_token_s` for each prompt token and each token of context that was there before
-    the step. A mixed step has the larger of the two bases and the other terms of both.
+    with one set of decode terms for batches below `large_batch` and another from there on. The first stage
+    adds `overhead_s`, and `overhead_per_token_s` for each prompt token and each token of context that was
+    there before the step. A mixed step has the larger of the two bases and the other terms of both.
     """
 
     prefill: PrefillTerms

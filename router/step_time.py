@@ -23,8 +23,8 @@ class StepShape(NamedTuple):
 
 
 class Line(NamedTuple):
-    """A decode step's time while its batch stays: `intercept_s + slope_s * context` from the context asked for
-    up to and including `until` (tokens of context of the whole batch; may be infinite)."""
+    """A decode step's time while its batch stays: `intercept_s + slope_s * context` from the context asked
+    for up to and including `until` (tokens of context of the whole batch; may be infinite)."""
 
     intercept_s: float
     slope_s: float
@@ -48,7 +48,7 @@ class StepTime(Protocol):
         ...
 
     def decode_line(self, batch: int, context: float) -> Line:
-        """The line on which step_s() of `batch` decoding sequences and no prompt lies from `context` on, up to
-        rounding of floats; `until` is above `context`. With one stage it is what a worker waits for; with
-        several, steps overlap and the stages are asked for one by one."""
+        """The line on which step_s() of `batch` decoding sequences and no prompt lies from `context` on, up
+        to rounding of floats; `until` is above `context`. It serves workers of one stage: with several, steps
+        overlap and stage_s() says how."""
         ...

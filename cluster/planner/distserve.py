@@ -1,7 +1,7 @@
 """DistServe's published coefficients and KV capacities (OPT on A100-80G), as step times.
 
-The files are of its released simulator (github.com/LLMServe/DistServe, simdistserve/estimators). Knows nothing
-of other tables.
+The files are of its released simulator (github.com/LLMServe/DistServe, simdistserve/estimators). Knows
+nothing of other tables.
 """
 
 from __future__ import annotations
@@ -84,7 +84,9 @@ def read_kv_capacities(folder: Path) -> dict[str, dict[tuple[int, int], int]]:
         ConfigError: the file is missing or malformed.
     """
     by_model: dict[str, dict[tuple[int, int], int]] = {}
-    for name, tp, pp, tokens in read_rows(existing(folder, f"{FOLDER}/max_num_tokens.csv", SOURCE), _capacity):
+    for name, tp, pp, tokens in read_rows(
+        existing(folder, f"{FOLDER}/max_num_tokens.csv", SOURCE), _capacity
+    ):
         by_model.setdefault(name, {})[tp, pp] = tokens
     return by_model
 

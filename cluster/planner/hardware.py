@@ -17,8 +17,8 @@ FOLDER = Path(__file__).with_suffix("")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hardware:
-    """One GPU and the node it is in. Peak values of the data sheet; links in one direction, for each GPU; giga
-    is 10^9, gibi 2^30."""
+    """One GPU and the node it is in. Peak values of the data sheet; links in one direction, for each GPU;
+    giga is 10^9, gibi 2^30."""
 
     name: str
     bf16_tflops: float

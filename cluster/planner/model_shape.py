@@ -65,40 +65,27 @@ class ModelShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
 
 
-def _llama(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocab: int) -> ModelShape:
-    return ModelShape(
+KNOWN_MODELS: Mapping[str, ModelShape] = {
+    name: ModelShape(
         hidden_size=hidden,
         intermediate_size=mlp,
         num_layers=layers,
-        num_q_heads=heads,
+        num_q_heads=q_heads,
         num_kv_heads=kv_heads,
         head_dim=128,
         vocab_size=vocab,
+        gated=not name.startswith("opt"),
+        tied=name.startswith("opt"),
     )
-
-
-def _opt(hidden: int, layers: int, heads: int) -> ModelShape:
-    return ModelShape(
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_layers=layers,
-        num_q_heads=heads,
-        num_kv_heads=heads,
-        head_dim=hidden // heads,
-        vocab_size=50272,
-        gated=False,
-        tied=True,
-    )
-
-
-KNOWN_MODELS: Mapping[str, ModelShape] = {
-    "opt-13b": _opt(5120, 40, 40),
-    "opt-66b": _opt(9216, 64, 72),
-    "opt-175b": _opt(12288, 96, 96),
-    "llama2-70b": _llama(8192, 28672, 80, 64, 8, 32000),
-    "llama3.1-8b": _llama(4096, 14336, 32, 32, 8, 128256),
-    "llama3.1-70b": _llama(8192, 28672, 80, 64, 8, 128256),
-    "qwen3-32b": _llama(5120, 25600, 64, 64, 8, 151936),
+    for name, (hidden, mlp, layers, q_heads, kv_heads, vocab) in {
+        "opt-13b": (5120, 20480, 40, 40, 40, 50272),
+        "opt-66b": (9216, 36864, 64, 72, 72, 50272),
+        "opt-175b": (12288, 49152, 96, 96, 96, 50272),
+        "llama2-70b": (8192, 28672, 80, 64, 8, 32000),
+        "llama3.1-8b": (4096, 14336, 32, 32, 8, 128256),
+        "llama3.1-70b": (8192, 28672, 80, 64, 8, 128256),
+        "qwen3-32b": (5120, 25600, 64, 64, 8, 151936),
+    }.items()
 }
 """As their config.json says."""
 
@@ -134,7 +121,9 @@ def parse_model_shape(config: Mapping[str, object], *, where: str) -> ModelShape
         ConfigError: another architecture, or a value that lacks or has the wrong type.
     """
     architectures = config.get("architectures")
-    named = [name for name in architectures if name in ARCHITECTURES] if isinstance(architectures, list) else []
+    named = (
+        [name for name in architectures if name in ARCHITECTURES] if isinstance(architectures, list) else []
+    )
     if not named:
         raise ConfigError(
             f"{where} names the architectures {reprlib.repr(architectures)}; "

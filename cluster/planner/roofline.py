@@ -1,10 +1,10 @@
 """Step times and KV capacity by arithmetic: a model's shape on hardware one may not have.
 
-A layer's time is the larger of its matrix products' operations and of the bytes of its weights and activations,
-plus attention (operations of prompts, bytes of KV of decoding sequences), two all-reduces over the tensor
-parallel group and a fixed part; every peak of the data sheet counts at the share of Efficiency. The terms are
-those of Williams et al., "Roofline" (2009), for a decoder as in Pope et al., "Efficiently Scaling Transformer
-Inference" (2023). Knows no measurements.
+A layer's time is the larger of its matrix products' operations and the bytes of its weights, plus its
+activations' bytes, attention (operations of prompts, bytes of KV of decoding sequences), two all-reduces
+over the tensor parallel group and a fixed part; every peak of the data sheet counts at the share of
+Efficiency. The terms are those of Williams et al., "Roofline" (2009), for a decoder as in Pope et al.,
+"Efficiently Scaling Transformer Inference" (2023). Knows no measurements.
 """
 
 from __future__ import annotations
@@ -30,28 +30,28 @@ DistServe's capacities of OPT-13B and OPT-66B (distserve_profile/max_num_tokens.
 class Efficiency:
     """What is reached of a data sheet's peaks, and what has no peak.
 
-    The defaults minimise the mean relative error against the step latency of Llama-3.1-8B and 70B on H200 with
-    vLLM (`benchmarks/latency_models.py --calibrate` finds them again); no other model, hardware or engine had
-    a part in them.
+    The defaults minimise the mean relative error against the step latency of Llama-3.1-8B and 70B on H200
+    with vLLM (`benchmarks/latency_models.py --calibrate` finds them again, by coordinate descent); no other
+    model, hardware or engine had a part in them.
     """
 
-    matrix: float = 0.75
+    matrix: float = 0.73
     """Of FLOP/s, in matrix products."""
-    attention: float = 0.5
+    attention: float = 0.62
     """Of FLOP/s, in attention of prompts."""
-    weights: float = 0.8
+    weights: float = 0.82
     """Of memory bandwidth, reading weights."""
-    kv: float = 0.7
+    kv: float = 0.88
     """Of memory bandwidth, reading KV."""
-    link: float = 0.6
+    link: float = 0.76
     """Of link bandwidth, in all-reduce."""
-    all_reduce_s: float = 8e-6
+    all_reduce_s: float = 7.7e-6
     """Of an all-reduce, whatever its size."""
-    layer_s: float = 15e-6
+    layer_s: float = 30e-6
     """Of a layer, whatever its work."""
-    step_s: float = 2e-4
+    step_s: float = 2.2e-4
     """Of a step, whatever its work."""
-    activation_passes: float = 10.0
+    activation_passes: float = 11.8
     """How often a token's hidden state is read or written in a layer."""
 
 
@@ -83,8 +83,10 @@ class RooflineStepTime:
         if flops is None:
             raise ConfigError(f"{hardware.name} has no fp8_tflops; use the precision bf16")
         hbm = hardware.hbm_gb_per_s * 1e9
-        one_node = tp * pp <= hardware.gpus_per_node
-        link = (hardware.intra_node_gb_per_s if one_node else hardware.inter_node_gb_per_s) * 1e9
+
+        def link_bytes_per_s(gpus: int) -> float:
+            within = gpus <= hardware.gpus_per_node
+            return (hardware.intra_node_gb_per_s if within else hardware.inter_node_gb_per_s) * 1e9 * eff.link
 
         self._fixed_s = eff.step_s
         self._layer_s = eff.layer_s + (2 * eff.all_reduce_s if tp > 1 else 0.0)
@@ -94,19 +96,17 @@ class RooflineStepTime:
         self._layer_token_flops_s = 2.0 * model.layer_parameters / tp * per_flop
         self._layer_weights_s = model.layer_parameters * BYTES[precision] / tp * per_byte
         # A ring moves 2 (tp - 1) / tp of the bytes over each link, for attention and for the MLP.
-        ring = 2 * 2.0 * (tp - 1) / tp * hidden_bytes / (link * eff.link)
+        ring = 2 * 2.0 * (tp - 1) / tp * hidden_bytes / link_bytes_per_s(tp)
         self._layer_token_other_s = eff.activation_passes * hidden_bytes * per_byte + ring
         bf16_flops = hardware.bf16_tflops * 1e12
         self._layer_prefill_context_s = (
             4.0 * model.num_q_heads * model.head_dim / tp / (bf16_flops * eff.attention)
         )
         kv_heads = max(1.0, model.num_kv_heads / tp)  # of fewer heads than GPUs, several GPUs have the same
-        self._layer_decode_context_s = (
-            2.0 * kv_heads * model.head_dim * BYTES[kv_precision] / (hbm * eff.kv)
-        )
+        self._layer_decode_context_s = 2.0 * kv_heads * model.head_dim * BYTES[kv_precision] / (hbm * eff.kv)
         self._vocab_flops_s = 2.0 * model.vocab_parameters / tp * per_flop
         self._vocab_weights_s = model.vocab_parameters * ACTIVATION_BYTES / tp * per_byte
-        self._hop_token_s = hidden_bytes / (link * eff.link)
+        self._hop_token_s = hidden_bytes / link_bytes_per_s(tp * pp)
         self._hop_s = eff.all_reduce_s
 
     @property
@@ -125,11 +125,12 @@ class RooflineStepTime:
             + decode_context * self._layer_decode_context_s
             + self._layer_s
         )
-        seconds = [layers * layer + self._hop_s + rows * self._hop_token_s for layers in self._layers]
-        # The last sends nothing on, but finds tokens: of each decoding sequence and of a prompt.
+        hop = self._hop_s + rows * self._hop_token_s
+        seconds = [layers * layer + hop for layers in self._layers]
+        # The last sends nothing on, but finds a token for each decoding sequence and a prompt.
         sampled = batch + (1 if tokens else 0)
-        seconds[-1] += max(sampled * self._vocab_flops_s, self._vocab_weights_s)
-        seconds[-1] -= self._hop_s + rows * self._hop_token_s
+        vocab = max(sampled * self._vocab_flops_s, self._vocab_weights_s)
+        seconds[-1] = self._layers[-1] * layer + vocab
         seconds[0] += self._fixed_s
         return tuple(seconds)
 
@@ -151,7 +152,8 @@ def stage_layers(model: ModelShape, tp: int, pp: int) -> tuple[int, ...]:
     """
     if tp < 1 or model.num_q_heads % tp or (model.num_kv_heads % tp and tp % model.num_kv_heads):
         raise ConfigError(
-            f"tp = {tp} does not divide {model.num_q_heads} query heads and {model.num_kv_heads} key-value heads"
+            f"tp = {tp} does not divide {model.num_q_heads} query heads and "
+            f"{model.num_kv_heads} key-value heads"
         )
     if not 1 <= pp <= model.num_layers:
         raise ConfigError(f"pp = {pp}; it must be from 1 to the model's {model.num_layers} layers")
@@ -181,12 +183,13 @@ def kv_capacity_tokens(
     for stage, count in enumerate(layers):
         vocab = (stage == 0) + (stage == pp - 1 and not (model.tied and pp == 1))
         weights = (
-            count * model.layer_parameters * BYTES[precision] + vocab * model.vocab_parameters * ACTIVATION_BYTES
+            count * model.layer_parameters * BYTES[precision]
+            + vocab * model.vocab_parameters * ACTIVATION_BYTES
         ) / tp
         if weights >= usable:
             raise ConfigError(
-                f"with tp = {tp} and pp = {pp} a GPU of {hardware.name} would hold {weights / 2**30:.1f} GiB of "
-                f"weights and has {usable / 2**30:.1f} GiB for them; use more GPUs or a smaller model"
+                f"with tp = {tp} and pp = {pp} a GPU of {hardware.name} would hold {weights / 2**30:.1f} GiB "
+                f"of weights and has {usable / 2**30:.1f} GiB for them; use more GPUs or a smaller model"
             )
         fits.append((usable - weights) / (2.0 * count * kv_heads * model.head_dim * BYTES[kv_precision]))
     return int(min(fits))

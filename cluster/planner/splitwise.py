@@ -2,8 +2,8 @@
 
 The file is of its simulator (github.com/Mutinifni/splitwise-sim, data/perf_model.csv). A row is a run of
 `batch_size` prompts of `prompt_size` tokens that were to generate `token_size` each: the time of the prompt
-step and the mean time of a token. Batches above 1 were measured at one prompt length, longer contexts at batch
-1; the model joins both. Knows nothing of power.
+step and the mean time of a token. Batches above 1 were measured at one prompt length, longer contexts at
+batch 1; the model joins both. Knows nothing of power.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from .tables import PrefillPoint, TableStepTime
 FILE = "splitwise_perf/perf_model.csv"
 SOURCE = "https://github.com/Mutinifni/splitwise-sim/tree/main/data"
 MAX_UNEXPLAINED = 2.0
-"""A run whose time is so many times that of its prompt step and tokens did not run as one batch: it waited for
-memory. Its token time is not its batch's."""
+"""A run whose time is so many times that of its prompt step and tokens did not run as one batch: it waited
+for memory. Its token time is not its batch's."""
 
 
 class Setup(NamedTuple):
@@ -70,7 +70,9 @@ def splitwise_step_time(folder: Path, *, model: str, hardware: str, tp: int, pp:
     by_setup = read_splitwise(folder)
     setup = Setup(model, hardware, tp)
     if setup not in by_setup:
-        raise missing("the model, hardware and tp", " ".join(map(str, setup)), (" ".join(map(str, s)) for s in by_setup))
+        raise missing(
+            "the model, hardware and tp", " ".join(map(str, setup)), (" ".join(map(str, s)) for s in by_setup)
+        )
     return table_of(by_setup[setup])
 
 
@@ -122,7 +124,9 @@ def _per_context(runs: list[Run]) -> float:
             by_prompt.setdefault(run.prompt_size, []).append(run)
     if len(by_prompt) < 2:
         raise ConfigError("token times need runs at batch 1 with at least two prompt lengths")
-    points = [(median(r.context for r in group), median(r.token_s for r in group)) for group in by_prompt.values()]
+    points = [
+        (median(r.context for r in group), median(r.token_s for r in group)) for group in by_prompt.values()
+    ]
     mean_x, mean_y = fmean(x for x, _ in points), fmean(y for _, y in points)
     moment = sum((x - mean_x) * (y - mean_y) for x, y in points)
     return max(0.0, moment / sum((x - mean_x) ** 2 for x, _ in points))

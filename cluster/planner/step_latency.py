@@ -1,8 +1,8 @@
 """Tables of prefill and decode step latency by model, system, backend and tensor parallelism, as step times.
 
 The files have the columns model, system, backend, tp, phase (prefill or decode), batch, isl, prefix and
-latency_ms. A decode row is a step of `batch` sequences with `isl` tokens of context each; a prefill row computes
-the last `isl - prefix` tokens of `batch` prompts. Knows nothing of how they were measured.
+latency_ms. A decode row is a step of `batch` sequences with `isl` tokens of context each; a prefill row
+computes the last `isl - prefix` tokens of `batch` prompts. Knows nothing of how they were measured.
 """
 
 from __future__ import annotations
@@ -108,4 +108,6 @@ def _row(row: Mapping[str, str]) -> Row:
         raise ValueError(f"the phase {phase!r} is neither prefill nor decode")
     if not 0 <= prefix < isl:
         raise ValueError(f"a prefix of {prefix} of {isl} tokens")
-    return Row(setup, phase, positive_int(row["batch"]), isl, prefix, positive_number(row["latency_ms"]) / 1e3)
+    return Row(
+        setup, phase, positive_int(row["batch"]), isl, prefix, positive_number(row["latency_ms"]) / 1e3
+    )

@@ -26,8 +26,8 @@ def existing(folder: Path, name: str, source: str) -> Path:
     path = folder / name
     if not path.is_file():
         raise ConfigError(
-            f"step times need the file {path}; get it from {source} and put it there, or name the folder that "
-            f"has {name} with {DATA_VARIABLE}"
+            f"step times need the file {path}; get it from {source} and put it there, or name the folder "
+            f"that has {name} with {DATA_VARIABLE}"
         )
     return path
 
@@ -36,7 +36,8 @@ def read_rows(path: Path, convert: Callable[[Mapping[str, str]], T]) -> Iterator
     """Each row of a CSV with a header, by `convert`.
 
     Raises:
-        ConfigError: a row lacks a column or has a value that `convert` refuses (KeyError, TypeError, ValueError).
+        ConfigError: a row lacks a column (`convert` raises KeyError) or has a value that is none (TypeError,
+            ValueError).
     """
     with path.open(newline="", encoding="utf-8-sig") as file:
         reader = csv.DictReader(file)

@@ -1,9 +1,10 @@
 """Step times by interpolation between measured points; what every table of measurements becomes.
 
 Decode: a grid of batch × context a sequence, bilinear, so that a batch's time is piecewise linear in its
-context. Prefill: a piecewise linear function of the tokens (every matrix product sees only their number) plus
-attention, which is linear in StepShape.prefill_context. A mixed step computes all its tokens as a prefill does
-and reads the decoding sequences' KV besides. Beyond the points, the last piece goes on. Knows no files.
+context. Prefill: a piecewise linear function of the tokens (every matrix product sees only their number)
+plus attention, which is linear in StepShape.prefill_context. A mixed step computes all its tokens as a
+prefill does and reads the decoding sequences' KV besides. Beyond the points, the last piece goes on. Knows no
+files.
 """
 
 from __future__ import annotations
@@ -88,15 +89,15 @@ class TableStepTime:
         right = min(max(bisect_right(batches, batch), 1), len(batches) - 1)
         weight = (batch - batches[right - 1]) / (batches[right] - batches[right - 1])
         seconds = [a + weight * (b - a) for a, b in zip(grid[right - 1], grid[right], strict=True)]
-        # Beyond the last batch, or before the first, noise of the two that are prolonged must not let a longer
-        # context be faster.
+        # Beyond the last batch, or before the first, noise of the two that are prolonged must not let a
+        # longer context be faster.
         return list(accumulate(seconds, max))
 
 
 def _monotone_grid(
     decode: Mapping[tuple[int, float], float],
 ) -> tuple[list[int], list[float], list[list[float]]]:
-    """(batches, contexts, seconds by batch and context): full, and never falling along either side.
+    """(batches, contexts from 0 on, seconds by batch and context): full, never falling along either side.
 
     Of measurements that fall, the mean of the least surface above and the largest below that do not.
     """
@@ -114,7 +115,13 @@ def _monotone_grid(
         for j in range(len(row)):
             row[j] = min(row[j], row[j - 1] if j else math.inf, lower[i - 1][j] if i else math.inf)
     pairs = zip(upper, lower[::-1], strict=True)
-    return batches, contexts, [[(a + b) / 2.0 for a, b in zip(up, low[::-1], strict=True)] for up, low in pairs]
+    rising = [[(a + b) / 2.0 for a, b in zip(up, low[::-1], strict=True)] for up, low in pairs]
+    if contexts[0] > 0.0:
+        first, second = contexts[:2]
+        empty = [max(0.0, row[0] - (row[1] - row[0]) / (second - first) * first) for row in rising]
+        smallest = list(accumulate(reversed(empty), min))[::-1]
+        contexts, rising = [0.0, *contexts], [[s, *row] for s, row in zip(smallest, rising, strict=True)]
+    return batches, contexts, rising
 
 
 def _filled(seconds: Sequence[float | None], contexts: Sequence[float]) -> list[float]:
