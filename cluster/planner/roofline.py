@@ -22,8 +22,8 @@ BYTES: dict[Precision, int] = {"bf16": 2, "fp8": 1}
 ACTIVATION_BYTES = 2
 
 USABLE_MEMORY = 0.92
-"""Share of the memory that weights and KV may take: what is left of it for KV then is within 2 % of
-DistServe's capacities of OPT-13B and OPT-66B (distserve_profile/max_num_tokens.csv)."""
+"""Share of the memory that weights and KV may take: chosen so that what is left for
+KV agrees with DistServe's capacities of OPT on A100 (distserve_profile/max_num_tokens.csv)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,27 +31,27 @@ class Efficiency:
     """What is reached of a data sheet's peaks, and what has no peak.
 
     The defaults minimise the mean relative error against the step latency of Llama-3.1-8B and 70B on H200
-    with vLLM (`benchmarks/latency_models.py --calibrate` finds them again, by coordinate descent); no other
-    model, hardware or engine had a part in them.
+    with vLLM: `benchmarks/latency_models.py --calibrate` finds them, by coordinate descent from round
+    numbers. No other model, hardware or engine had a part in them.
     """
 
-    matrix: float = 0.73
+    matrix: float = 0.71
     """Of FLOP/s, in matrix products."""
-    attention: float = 0.62
+    attention: float = 0.64
     """Of FLOP/s, in attention of prompts."""
-    weights: float = 0.82
+    weights: float = 0.81
     """Of memory bandwidth, reading weights."""
-    kv: float = 0.88
+    kv: float = 0.89
     """Of memory bandwidth, reading KV."""
-    link: float = 0.76
+    link: float = 0.72
     """Of link bandwidth, in all-reduce."""
-    all_reduce_s: float = 7.7e-6
+    all_reduce_s: float = 8e-6
     """Of an all-reduce, whatever its size."""
-    layer_s: float = 30e-6
+    layer_s: float = 28e-6
     """Of a layer, whatever its work."""
-    step_s: float = 2.2e-4
+    step_s: float = 2.7e-4
     """Of a step, whatever its work."""
-    activation_passes: float = 11.8
+    activation_passes: float = 7.1
     """How often a token's hidden state is read or written in a layer."""
 
 
