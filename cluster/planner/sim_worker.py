@@ -197,7 +197,8 @@ class SimWorker:
         scale = NS << FRACTION
         intercept, slope = round(line.intercept_s * scale), round(line.slope_s * scale)
         contexts = context + batch * np.arange(steps, dtype=np.int64)
-        return np.maximum((intercept + slope * contexts) >> FRACTION, 1)
+        times: NDArray[np.int64] = np.maximum((intercept + slope * contexts) >> FRACTION, 1)
+        return times
 
     def _begin(self, plan: StepPlan, durations: list[int]) -> None:
         at = self._events.now

@@ -32,10 +32,10 @@ class Simulation:
 
     def __init__(self, deployment: Deployment, config: SimulationConfig, requests: Seq[SimRequest]) -> None:
         self._deployment = deployment
-        self._requests = list(requests)
+        self.requests = list(requests)
         self._slo = Slo(ttft_ms=config.ttft_ms, tpot_ms=config.tpot_ms)
         self._events = EventQueue()
-        self._workers = [
+        self.workers = [
             SimWorker(
                 index,
                 spec,
@@ -49,23 +49,23 @@ class Simulation:
             for index, spec in enumerate(deployment.workers)
         ]
         self._prefixes = PrefixIndex(config.router.max_prefix_blocks)
-        self._shares = any(request.hashes for request in self._requests)
-        self._deltas = [0] * len(self._workers)
+        self._shares = any(request.hashes for request in self.requests)
+        self._deltas = [0] * len(self.workers)
         models: dict[int, LatencyModel] = {}
-        self._handles = [self._handle_of(worker, models) for worker in self._workers]
+        self._handles = [self._handle_of(worker, models) for worker in self.workers]
         self._policy = PlacementPolicy(
             self._prefixes, config.router.local_prefill_tokens, config.router.expected_output_tokens
         )
         self._admission = Admission(config.router)
-        self._handoffs = Handoffs(deployment, self._workers, self._events, self._slo, self._on_joined)
-        self._unscheduled: list[set[int]] = [set() for _ in self._workers]
+        self._handoffs = Handoffs(deployment, self.workers, self._events, self._slo, self._on_joined)
+        self._unscheduled: list[set[int]] = [set() for _ in self.workers]
         """Requests on a worker of which no step has begun there."""
 
     def run(self) -> SimResult:
-        for request in self._requests:
+        for request in self.requests:
             self._events.at(request.arrival, self._arrive, request)
         self._events.run()
-        return SimResult.of(self._deployment, self._requests, self._workers, self._events.now)
+        return SimResult.of(self._deployment, self.requests, self.workers, self._events.now)
 
     # a request's way
 
@@ -83,7 +83,7 @@ class Simulation:
         self._admission.enter(request.prompt_tokens, self._events.now_s)
 
     def _place(self, request: SimRequest) -> Placement | None:
-        for worker, handle in zip(self._workers, self._handles, strict=True):
+        for worker, handle in zip(self.workers, self._handles, strict=True):
             self._report(worker, handle.load)
         demand = Demand(
             num_tokens=request.prompt_tokens,
@@ -99,7 +99,7 @@ class Simulation:
         Raises:
             Overloaded, PromptTooLong: the worker refuses.
         """
-        first = self._workers[int(placement.first.worker_id)]
+        first = self.workers[int(placement.first.worker_id)]
         decode = int(placement.decode.worker_id)
         sequence = sequence_of(request, self._slo)
         if first.prefill is not None:
@@ -117,7 +117,7 @@ class Simulation:
         unscheduled = self._unscheduled[worker.index]
         if worker.decode is not None:
             for sequence in worker.decode.take_outgrown():
-                self._requests[int(sequence.key.request_id)].rejected = True
+                self.requests[int(sequence.key.request_id)].rejected = True
         if not unscheduled:
             return
         now = self._events.now
@@ -126,19 +126,19 @@ class Simulation:
             if index not in unscheduled:
                 continue
             unscheduled.remove(index)
-            request = self._requests[index]
+            request = self.requests[index]
             if request.token0 >= 0:
                 request.joined = now
                 continue
             request.scheduled = now
             request.cached_tokens = chunk.sequence.num_cached
             if worker.prefill is not None and request.output_tokens > 1:
-                target = self._workers[request.decode_worker]
+                target = self.workers[request.decode_worker]
                 self._handoffs.begin(request, worker, target, chunk.sequence)
 
     def _on_done(self, worker: SimWorker, outcomes: Seq[Outcome]) -> None:
         for outcome in outcomes:
-            request = self._requests[int(outcome.sequence.key.request_id)]
+            request = self.requests[int(outcome.sequence.key.request_id)]
             if request.token0 < 0:
                 request.token0 = self._events.now
                 self._admission.leave(request.prompt_tokens, self._events.now_s)

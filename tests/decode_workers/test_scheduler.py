@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
+from typing import Any
 
 import pytest
 from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
@@ -25,11 +26,11 @@ from ..engine.sequences import make_sequence
 class Bench:
     """A scheduler with a fake engine, whose pool another engine can fill."""
 
-    def __init__(self, num_blocks: int = 64, **config: int) -> None:
+    def __init__(self, num_blocks: int = 64, **config: Any) -> None:
         self.engine = FakeEngine(num_blocks=num_blocks)
         self.blocks = BlockManager(num_blocks, 16)
         self.tables = BlockTables(self.blocks, b"root")
-        values = {"max_running": 8, "prefill_budget": 32, **config}
+        values: dict[str, Any] = {"max_running": 8, "prefill_budget": 32, **config}
         self.scheduler = DecodeScheduler(DecodeSchedulerConfig(**values), self.tables, self.engine.limits)
         self.finished: dict[str, list[int]] = {}
 
@@ -319,4 +320,80 @@ def test_a_colocated_worker_has_the_full_chunk_budget() -> None:
 @pytest.mark.parametrize("field", ["max_running", "prefill_budget", "max_waiting"])
 def test_a_configuration_of_nothing_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
-        DecodeSchedulerConfig(**{field: 0})
+        DecodeSchedulerConfig(**{field: 0})  # type: ignore[arg-type]
+
+
+def running_keys(plan: StepPlan | None) -> list[str]:
+    assert plan is not None
+    return [chunk.sequence.key.request_id for chunk in plan.chunks]
+
+
+class TestSeveralPlansOnTheirWay:
+    """An engine of several pipeline stages asks for the next plan before the last one is complete."""
+
+    def test_no_sequence_is_in_two(self) -> None:
+        bench = Bench()
+        for name in ("a", "b"):
+            bench.hand_off(make_sequence(name, 20))
+        first = bench.scheduler.plan()
+        assert running_keys(first) == ["a", "b"]
+        assert bench.scheduler.plan() is None
+        bench.hand_off(make_sequence("c", 20))
+        second = bench.scheduler.plan()
+        assert running_keys(second) == ["c"]
+        assert first is not None
+        bench.scheduler.complete(first, bench.engine.execute(first))
+        assert running_keys(bench.scheduler.plan()) == ["a", "b"]
+
+    def test_who_is_on_its_way_is_not_preempted(self) -> None:
+        bench = Bench(num_blocks=4)
+        bench.hand_off(make_sequence("old", 16, arrived_at=1.0))
+        bench.hand_off(make_sequence("young", 16, arrived_at=2.0))
+        first = bench.scheduler.plan()  # both take a second block: the pool is full
+        assert running_keys(first) == ["old", "young"]
+        assert bench.blocks.counts().free == 0
+        assert bench.scheduler.plan() is None
+        assert bench.scheduler.preemptions == 0
+
+
+def test_prompts_first_leaves_the_batch_waiting() -> None:
+    bench = Bench(prompts_first=True, prefill_budget=64)
+    bench.hand_off(make_sequence("decoding", 20))
+    bench.scheduler.add(make_sequence("prompt", 40))
+    plan = bench.scheduler.plan()
+    assert running_keys(plan) == ["prompt"]
+    assert plan is not None
+    bench.scheduler.complete(plan, bench.engine.execute(plan))
+    assert running_keys(bench.scheduler.plan()) == ["decoding", "prompt"]
+
+
+def test_sequences_whose_contexts_do_not_fit_a_step_take_turns() -> None:
+    bench = Bench(max_step_context=50)
+    for name in ("a", "b", "c"):
+        bench.hand_off(make_sequence(name, 20))
+    turns = []
+    for _ in range(3):
+        plan = bench.scheduler.plan()
+        turns.append(running_keys(plan))
+        assert plan is not None
+        bench.scheduler.complete(plan, bench.engine.execute(plan))
+    assert turns == [["a", "b"], ["c", "a"], ["b", "c"]]
+
+
+def test_a_sequence_larger_than_a_step_s_contexts_runs_alone() -> None:
+    bench = Bench(max_step_context=10)
+    bench.hand_off(make_sequence("large", 20))
+    assert running_keys(bench.scheduler.plan()) == ["large"]
+
+
+def test_a_batch_is_steady_until_its_contexts_fill_a_step() -> None:
+    bench = Bench(max_step_context=50)
+    for name in ("a", "b"):
+        bench.hand_off(make_sequence(name, 20, max_tokens=30))
+    plan = bench.scheduler.plan()
+    assert plan is not None
+    bench.scheduler.complete(plan, bench.engine.execute(plan))
+    steady = bench.scheduler.steady_steps()
+    assert steady == 4  # 22 tokens each (one comes with the hand-off): 44, 46, 48, 50
+    bench.scheduler.advance(steady)
+    assert running_keys(bench.scheduler.plan()) == ["a"]

@@ -1,0 +1,88 @@
+"""Small deployments and workloads for tests of the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
+from diphase.cluster.planner.records import SimResult
+from diphase.cluster.planner.sim_request import SimRequest
+from diphase.cluster.planner.simulator import Simulation
+from diphase.cluster.planner.topology import Topology, flat_topology
+from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
+from diphase.prefill_workers.config import PrefillSchedulerConfig
+from diphase.router.latency_model import Coefficients
+from diphase.router.linear_step_time import (
+    DecodeTerms,
+    LinearStepTime,
+    PrefillTerms,
+    TwoRegimeStepTime,
+)
+from diphase.router.step_time import StepTime
+
+MS = 1_000_000
+"""Nanoseconds."""
+
+STEPS = LinearStepTime(Coefficients(3.1e-3, 1.7e-5, 3.3e-9, 1.3e-4, 7.7e-8))
+
+
+def two_regimes(stages: int = 1) -> StepTime:
+    """Another line from three sequences on."""
+    return TwoRegimeStepTime(
+        prefill=PrefillTerms(2e-3, 2e-5, 1e-9),
+        small=DecodeTerms(4e-3, 3e-7, 1e-4),
+        large=DecodeTerms(5e-3, 1e-7, 3e-5),
+        large_batch=3,
+        stages=stages,
+        prefill_hop_s=1e-3 * stages,
+        overhead_s=5e-4,
+    )
+
+
+def prefill_worker(num_blocks: int = 200, steps: StepTime = STEPS, chunk: int = 64) -> WorkerSpec:
+    scheduler = PrefillSchedulerConfig(chunk_budget=chunk, saturation_tokens=chunk)
+    return WorkerSpec(role="prefill", step_time=steps, num_blocks=num_blocks, scheduler=scheduler)
+
+
+def decode_worker(num_blocks: int = 200, steps: StepTime = STEPS, **scheduler: int) -> WorkerSpec:
+    config = replace(DecodeSchedulerConfig(max_running=8), **scheduler)  # type: ignore[arg-type]
+    return WorkerSpec(role="decode", step_time=steps, num_blocks=num_blocks, scheduler=config)
+
+
+def colocated_worker(num_blocks: int = 200, steps: StepTime = STEPS, **scheduler: int) -> WorkerSpec:
+    config = replace(ColocatedSchedulerConfig(max_running=8, prefill_budget=64), **scheduler)  # type: ignore[arg-type]
+    return WorkerSpec(role="colocated", step_time=steps, num_blocks=num_blocks, scheduler=config)
+
+
+def deployment(*workers: WorkerSpec, bandwidth: float = 1e9, latency_s: float = 1e-3) -> Deployment:
+    """Blocks of 16 tokens, 64 KiB each, in eight layers."""
+    sources = [i for i, spec in enumerate(workers) if spec.role == "prefill"]
+    targets = [i for i, spec in enumerate(workers) if spec.role == "decode"]
+    topology = Topology(bandwidths=(), paths={})
+    if sources:
+        topology = flat_topology(sources, targets, bandwidth, latency_s)
+    return Deployment(workers=workers, block_bytes=65536, num_layers=8, topology=topology)
+
+
+def requests(rows: Iterable[tuple[int, int, int]], hashes: bool = False) -> list[SimRequest]:
+    """Rows are (nanoseconds after the one before, prompt tokens, output tokens). With hashes, prompts of equal
+    length are equal."""
+    found, at = [], 0
+    for index, (gap, prompt, output) in enumerate(rows):
+        at += gap
+        names = [b"%d/%d" % (prompt, i) for i in range(prompt // 16)] if hashes else []
+        found.append(
+            SimRequest(index=index, arrival=at, prompt_tokens=prompt, output_tokens=output, hashes=names)
+        )
+    return found
+
+
+def run(
+    cluster: Deployment,
+    rows: Iterable[tuple[int, int, int]],
+    config: SimulationConfig | None = None,
+    hashes: bool = False,
+) -> tuple[SimResult, Simulation]:
+    simulation = Simulation(cluster, config or SimulationConfig(), requests(rows, hashes))
+    return simulation.run(), simulation

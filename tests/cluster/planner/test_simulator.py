@@ -1,0 +1,181 @@
+"""The simulator: the same results step by step and in stretches, nothing lost, and times that can be checked by
+hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
+from diphase.cluster.planner.simulator import Simulation
+from diphase.decode_workers.config import DecodeSchedulerConfig
+from diphase.proto.errors import ConfigError
+from diphase.router.config import RouterConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .deployments import (
+    MS,
+    STEPS,
+    colocated_worker,
+    decode_worker,
+    deployment,
+    prefill_worker,
+    run,
+    two_regimes,
+)
+
+CLUSTERS: dict[str, Deployment] = {
+    "colocated": deployment(colocated_worker()),
+    "colocated, prompts first": deployment(colocated_worker(prompts_first=True)),
+    "two colocated, little memory": deployment(colocated_worker(40), colocated_worker(40)),
+    "1P1D": deployment(prefill_worker(), decode_worker()),
+    "1P1D, little memory": deployment(prefill_worker(24), decode_worker(24)),
+    "1P1D, slow link": deployment(prefill_worker(), decode_worker(), bandwidth=5e7),
+    "2P2D": deployment(prefill_worker(), prefill_worker(), decode_worker(), decode_worker()),
+    "1P2D, two regimes": deployment(
+        prefill_worker(steps=two_regimes()), decode_worker(steps=two_regimes()), decode_worker()
+    ),
+    "bounded contexts": deployment(prefill_worker(), decode_worker(max_step_context=400)),
+    "pipelines": deployment(
+        prefill_worker(steps=two_regimes(2)), decode_worker(steps=two_regimes(3)), latency_s=0.0
+    ),
+    "mixed": deployment(prefill_worker(), decode_worker(), colocated_worker()),
+}
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(0, 60 * MS),
+        st.integers(1, 300),
+        st.integers(1, 60),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+def records(simulation: Simulation) -> list[tuple[int, ...]]:
+    return [
+        (
+            request.scheduled,
+            request.token0,
+            request.verified,
+            request.joined,
+            request.last_token,
+            request.prefill_worker,
+            request.decode_worker,
+            request.cached_tokens,
+        )
+        for request in simulation.requests
+    ]
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+@settings(max_examples=25, deadline=None)
+@given(rows=ROWS, hashes=st.booleans(), local=st.sampled_from([0, 64]))
+def test_stretches_give_what_single_steps_give_and_nothing_is_lost(
+    name: str, rows: list[tuple[int, int, int]], hashes: bool, local: int
+) -> None:
+    config = SimulationConfig(router=RouterConfig(local_prefill_tokens=local))
+    results = []
+    for exact in (True, False):
+        result, simulation = run(CLUSTERS[name], rows, replace(config, exact=exact), hashes)
+        assert result.rejected == 0
+        assert all(request.last_token >= 0 for request in simulation.requests)
+        for request in simulation.requests:
+            stamps = [request.arrival, request.scheduled, request.token0, request.last_token]
+            stamps[3:3] = [] if request.verified < 0 else [request.verified, request.joined]
+            assert stamps == sorted(stamps)
+        for worker in simulation.workers:
+            counts = worker.blocks.counts()
+            assert counts.free + counts.cached == counts.total
+        results.append((records(simulation), [worker.steps for worker in simulation.workers]))
+    assert results[0] == results[1]
+
+
+def test_a_run_repeats_exactly() -> None:
+    rows = [(7 * MS, 40 + 13 * i % 200, 5 + i % 40) for i in range(60)]
+    first, second = (run(CLUSTERS["2P2D"], rows)[0] for _ in range(2))
+    assert first.ttft_ms.tobytes() == second.ttft_ms.tobytes()
+    assert first.tpot_ms.tobytes() == second.tpot_ms.tobytes()
+
+
+def test_a_lone_request_takes_its_steps_its_bytes_and_the_hand_off_s_latency() -> None:
+    result, simulation = run(CLUSTERS["1P1D"], [(0, 48, 3)])
+    (request,) = simulation.requests
+    prefill = 3.1e-3 + 48 * 1.7e-5 + 3.3e-9 * 48 * 24
+    assert request.token0 == pytest.approx(prefill * 1e9, abs=1)
+    # Seven of eight layers went while the last one was computed; the eighth's bytes and the latency follow.
+    tail = 3 * 65536 / 8 / 1e9
+    assert request.verified - request.token0 == pytest.approx((tail + 1e-3) * 1e9, abs=2)
+    first, second = (3.1e-3 + 1.3e-4 + 7.7e-8 * context for context in (49, 50))
+    assert request.joined == request.verified
+    assert request.last_token - request.joined == pytest.approx((first + second) * 1e9, abs=2)
+    assert result.ttft_ms[0] == pytest.approx(prefill * 1e3, rel=1e-5)
+
+
+def test_a_slow_link_delays_the_second_token_alone() -> None:
+    fast = run(CLUSTERS["1P1D"], [(0, 256, 8)])[1].requests[0]
+    slow = run(CLUSTERS["1P1D, slow link"], [(0, 256, 8)])[1].requests[0]
+    assert slow.token0 == fast.token0
+    bytes_s = 16 * 65536 / 5e7
+    assert slow.verified == pytest.approx((bytes_s + 1e-3) * 1e9, rel=0.02)
+
+
+def test_transfers_share_a_link() -> None:
+    cluster = deployment(prefill_worker(chunk=64), decode_worker(), bandwidth=5e7)
+    alone = run(cluster, [(0, 32, 4)])[1].requests[0]
+    both = run(cluster, [(0, 32, 4), (0, 32, 4)])[1].requests
+    assert both[0].token0 == both[1].token0  # computed in one step
+    assert all(r.verified - r.token0 > 1.5 * (alone.verified - alone.token0 - MS) for r in both)
+
+
+def test_pipeline_stages_work_on_several_steps() -> None:
+    one, two = (
+        deployment(prefill_worker(steps=two_regimes(stages), chunk=256), decode_worker(), latency_s=0.0)
+        for stages in (1, 2)
+    )
+    rows = [(0, 256, 1)] * 8
+    makespan = [max(r.token0 for r in run(cluster, rows)[1].requests) for cluster in (one, two)]
+    first = [run(cluster, rows[:1])[1].requests[0].token0 for cluster in (one, two)]
+    assert makespan[1] < 0.8 * makespan[0]
+    assert first[1] > first[0]  # a lone prompt goes through all stages, and each hop costs
+
+
+def test_a_prefix_that_is_cached_is_neither_computed_nor_sent() -> None:
+    rows = [(0, 160, 4), (500 * MS, 160, 4)]
+    first, second = run(CLUSTERS["1P1D"], rows, hashes=True)[1].requests
+    assert (first.cached_tokens, second.cached_tokens) == (0, 144)
+    assert second.token0 - second.arrival < 0.8 * (first.token0 - first.arrival)
+
+
+def test_admission_by_slo_refuses_what_cannot_be_met() -> None:
+    router = RouterConfig(admission="slo")
+    config = SimulationConfig(router=router, ttft_ms=1.0, tpot_ms=100.0)
+    result, simulation = run(CLUSTERS["1P1D"], [(0, 200, 4)], config)
+    assert result.rejected == 1
+    assert simulation.requests[0].token0 == -1
+    assert np.isinf(result.ttft_ms[0])
+    assert result.attainment(1e9, 1e9) == 0.0
+
+
+def test_a_prompt_that_no_pool_can_hold_is_refused() -> None:
+    result, _ = run(CLUSTERS["1P1D, little memory"], [(0, 5000, 4), (0, 20, 4)])
+    assert result.rejected == 1
+    assert np.isfinite(result.ttft_ms[1])
+
+
+def test_deployments_that_cannot_serve_are_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match="without workers"):
+        Deployment(workers=())
+    with pytest.raises(ConfigError, match="decode worker"):
+        deployment(prefill_worker())
+    with pytest.raises(ConfigError, match="ColocatedSchedulerConfig"):
+        WorkerSpec(role="colocated", step_time=STEPS, num_blocks=1, scheduler=DecodeSchedulerConfig())
+    with pytest.raises(ConfigError, match="verifier"):
+        WorkerSpec(role="verifier", step_time=STEPS, num_blocks=1, scheduler=DecodeSchedulerConfig())
+    with pytest.raises(ConfigError, match="block_size"):
+        Deployment(workers=(colocated_worker(),), block_size=0)
+    with pytest.raises(ConfigError, match="0 KV blocks"):
+        decode_worker(0)
