@@ -24,7 +24,8 @@ class StepShape(NamedTuple):
 
 class Line(NamedTuple):
     """A decode step's time while its batch stays: `intercept_s + slope_s * context` from the context asked
-    for up to and including `until` (tokens of context of the whole batch; may be infinite)."""
+    for up to `until` (tokens of context of the whole batch; may be infinite), where the next line begins;
+    they meet there but for rounding."""
 
     intercept_s: float
     slope_s: float
