@@ -6,6 +6,7 @@ stage goes through a *stretch* of steps as one event; settle() ends it where som
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -192,8 +193,8 @@ class SimWorker:
         """Times of the next steps of a batch that has `context` in the first of them; fewer where the latency
         model's line ends, but one at least."""
         line = self._time.decode_line(batch, context)
-        if line.until < context + (steps - 1) * batch:
-            steps = max(1, int((line.until - context) // batch) + 1)
+        if line.until <= context + (steps - 1) * batch:  # where it ends, the next line begins
+            steps = math.ceil((line.until - context) / batch)
         scale = NS << FRACTION
         intercept, slope = round(line.intercept_s * scale), round(line.slope_s * scale)
         contexts = context + batch * np.arange(steps, dtype=np.int64)

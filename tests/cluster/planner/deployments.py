@@ -9,6 +9,7 @@ from diphase.cluster.planner.deployment import Deployment, SimulationConfig, Wor
 from diphase.cluster.planner.records import SimResult
 from diphase.cluster.planner.sim_request import SimRequest
 from diphase.cluster.planner.simulator import Simulation
+from diphase.cluster.planner.tables import PrefillPoint, TableStepTime
 from diphase.cluster.planner.topology import Topology, flat_topology
 from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
 from diphase.prefill_workers.config import PrefillSchedulerConfig
@@ -40,6 +41,17 @@ def two_regimes(stages: int = 1) -> StepTime:
     )
 
 
+def table() -> StepTime:
+    """Of measured points, between which it is linear: many short lines."""
+    decode = {
+        (batch, context): 2e-3 + 1.1e-4 * batch + 3.7e-8 * batch * context**1.1
+        for batch in (1, 2, 4, 8)
+        for context in (1.0, 37.0, 80.0, 160.0, 400.0)
+    }
+    prefill = [PrefillPoint(n, n * n / 2, 2e-3 + 2e-5 * n + 1e-9 * n * n) for n in (1, 16, 64, 300)]
+    return TableStepTime(decode, prefill)
+
+
 def prefill_worker(num_blocks: int = 200, steps: StepTime = STEPS, chunk: int = 64) -> WorkerSpec:
     scheduler = PrefillSchedulerConfig(chunk_budget=chunk, saturation_tokens=chunk)
     return WorkerSpec(role="prefill", step_time=steps, num_blocks=num_blocks, scheduler=scheduler)
@@ -66,8 +78,8 @@ def deployment(*workers: WorkerSpec, bandwidth: float = 1e9, latency_s: float = 
 
 
 def requests(rows: Iterable[tuple[int, int, int]], hashes: bool = False) -> list[SimRequest]:
-    """Rows are (nanoseconds after the one before, prompt tokens, output tokens). With hashes, prompts of equal
-    length are equal."""
+    """Rows are (nanoseconds after the one before, prompt tokens, output tokens). With hashes, prompts of
+    equal length are equal."""
     found, at = [], 0
     for index, (gap, prompt, output) in enumerate(rows):
         at += gap
