@@ -166,7 +166,9 @@ class Simulation:
 
     def _handle_of(self, worker: SimWorker, models: dict[int, LatencyModel]) -> WorkerHandle:
         spec, name = worker.spec, str(worker.index)
-        model = models.setdefault(id(spec.step_time), linear_fit(spec.step_time))
+        if id(spec.step_time) not in models:
+            models[id(spec.step_time)] = linear_fit(spec.step_time)
+        model = models[id(spec.step_time)]
         member = Member(worker_id=name, role=spec.role, address=name, incarnation=name)
         handle = WorkerHandle(member, model)
         if worker.prefill is not None:

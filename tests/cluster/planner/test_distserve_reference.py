@@ -1,0 +1,54 @@
+"""With DistServe's simplifications our simulator gives what its authors' simulator gives."""
+
+from __future__ import annotations
+
+import pytest
+from diphase.benchmarks.distserve_reference import (
+    CASES,
+    FIXED,
+    Pools,
+    arrivals,
+    azure_lengths,
+    simulate,
+)
+from diphase.cluster.load.traces import data_folder
+
+FOLDER = data_folder(None, {})
+
+
+@pytest.fixture(autouse=True)
+def published() -> None:
+    if not (FOLDER / "distserve_profile").is_dir():
+        pytest.skip(f"DistServe's coefficients are not in {FOLDER}")
+
+
+def serves(pools: Pools, workload: str, slo: tuple[float, float], rate: float) -> bool:
+    """Whether both percentiles are inside at so many requests a second and GPU."""
+    lengths = FIXED if workload == "512/64" else azure_lengths(FOLDER)
+    requests = arrivals(lengths, rate * pools.gpus)
+    return simulate(pools.deployment(FOLDER, simplified=True), requests, slo).percentiles_inside(*slo)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[2]} {case[3][0]:.0f}")
+def test_goodput_is_theirs_within_five_percent(
+    case: tuple[str, Pools, str, tuple[float, float], float],
+) -> None:
+    _, pools, workload, slo, theirs = case
+    if theirs:
+        assert serves(pools, workload, slo, 0.95 * theirs)
+    assert not serves(pools, workload, slo, 1.05 * theirs or 0.05)
+
+
+@pytest.mark.parametrize(
+    ("slo", "best", "rate"), [((200.0, 100.0), "2+1", 1.0), ((400.0, 100.0), "2+2", 1.51)]
+)
+def test_only_the_published_placement_of_six_serves_a_rate(
+    slo: tuple[float, float], best: str, rate: float
+) -> None:
+    six = {
+        f"{tp_prefill}+{tp_decode}": Pools(prefill=1, decode=1, tp_prefill=tp_prefill, tp_decode=tp_decode)
+        for tp_prefill in (1, 2)
+        for tp_decode in (1, 2)
+    }
+    six |= {f"colocated {tp}": Pools(colocated=1, tp_prefill=tp) for tp in (1, 2)}
+    assert [name for name, pools in six.items() if serves(pools, "azure-conv", slo, rate)] == [best]
