@@ -143,7 +143,7 @@ class DecodeScheduler:
             raise ValueError(f"the batch is steady for {self.steady_steps()} steps, not for {steps}")
         for sequence in sorted(self._running.values(), key=rank):
             self._tables.grow(sequence, sequence.num_tokens + steps - 1)
-            sequence.token_ids += [token_id] * steps
+            sequence.token_ids.extend([token_id] * steps)
             self._tables.computed(sequence, steps)
 
     def blocks_to_advance(self, steps: int) -> int:

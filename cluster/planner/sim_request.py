@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import cast
 
 from ...engine.sequence import Sequence
 from ...proto.ids import HandoffKey
 from ...proto.sampling import SamplingParams
 from ...proto.slo import Slo
 from .events import NS
-
-
-class TokenCount(list[int]):
-    """Stands for a sequence's token ids: knows how many there are. Schedulers only count, append and look at
-    the last one, which never ends a text."""
-
-    __slots__ = ("_count",)
-
-    def __init__(self, count: int) -> None:
-        super().__init__()
-        self._count = count
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: object) -> int:  # type: ignore[override]
-        return 0
-
-    def append(self, item: int) -> None:
-        self._count += 1
-
-    def __iadd__(self, items: Seq[int]) -> TokenCount:  # type: ignore[override, misc]
-        self._count += len(items)
-        return self
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -75,7 +51,8 @@ def sequence_of(request: SimRequest, slo: Slo, generated: int = 0) -> Sequence:
     return Sequence(
         key=request.key,
         gateway_id="",
-        token_ids=TokenCount(request.prompt_tokens + generated),
+        # Schedulers count tokens, append and look at the last one: a byte for each does.
+        token_ids=cast("list[int]", bytearray(request.prompt_tokens + generated)),
         num_prompt_tokens=request.prompt_tokens,
         params=_params(request.output_tokens),
         slo=slo,

@@ -81,6 +81,8 @@ class SimWorker:
             self.prefill = PrefillScheduler(spec.scheduler, self.tables, limits)
         else:
             self.decode = DecodeScheduler(spec.scheduler, self.tables, limits)
+        self.unscheduled: set[int] = set()
+        """Requests here of which no step has begun: their first is a step by itself, for on_plan to see."""
         self.busy_ns = 0
         """Of the first stage."""
         self.steps = 0
@@ -152,6 +154,8 @@ class SimWorker:
         """Whether the next steps are one event."""
         decode = self.decode
         assert decode is not None
+        if self.unscheduled:
+            return False
         steps = min(decode.steady_steps(), MAX_STRETCH)
         if steps < 2:
             return False

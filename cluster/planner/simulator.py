@@ -58,8 +58,6 @@ class Simulation:
         )
         self._admission = Admission(config.router)
         self._handoffs = Handoffs(deployment, self.workers, self._events, self._slo, self._on_joined)
-        self._unscheduled: list[set[int]] = [set() for _ in self.workers]
-        """Requests on a worker of which no step has begun there."""
 
     def run(self) -> SimResult:
         for request in self.requests:
@@ -110,11 +108,11 @@ class Simulation:
             first.settle()
             first.decode.add(sequence)
         request.prefill_worker, request.decode_worker = first.index, decode
-        self._unscheduled[first.index].add(request.index)
+        first.unscheduled.add(request.index)
         first.start()
 
     def _on_plan(self, worker: SimWorker, plan: StepPlan) -> None:
-        unscheduled = self._unscheduled[worker.index]
+        unscheduled = worker.unscheduled
         if worker.decode is not None:
             for sequence in worker.decode.take_outgrown():
                 self.requests[int(sequence.key.request_id)].rejected = True
@@ -156,7 +154,7 @@ class Simulation:
 
     def _on_joined(self, handoff: Handoff) -> None:
         request = handoff.request
-        self._unscheduled[handoff.target.index].add(request.index)
+        handoff.target.unscheduled.add(request.index)
         self._handles[handoff.target.index].forget_sequence(request.key.request_id)
         self._policy.observe_handoff((request.verified - request.token0) / 1e9)
         if self._shares:
