@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import ipaddress
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from ..proto.errors import ConfigError, InvalidRequest
 from ..proto.rpc import MAX_MESSAGE_BYTES
 from ..proto.slo import Priority, Slo
 
 ADMISSIONS = ("queue", "slo")
+POLICIES: Mapping[str, str] = {
+    "goodput": "diphase.router.goodput_policy:GoodputPolicy",
+    "distserve": "diphase.router.distserve_policy:DistServePolicy",
+    "splitwise": "diphase.router.splitwise_policy:SplitwisePolicy",
+}
+"""Placement policies: name to "module:Class"."""
 
 
 def is_loopback(host: str) -> bool:
@@ -74,8 +81,13 @@ class RouterConfig:
     """Attempts at one request before its last failure is the client's."""
     wait_for_workers_s: float = 5.0
     """How long an accepted request waits for a placement to become possible, seconds."""
+    policy: str = field(default="goodput", metadata={"choices": tuple(POLICIES)})
+    """Who chooses the workers of a request. goodput: where the most is left of its objectives and of memory.
+    distserve: the fewest requests in each pool. splitwise: the fewest pending prompt tokens, the least
+    memory, and a mixed pool for what finds no room."""
     local_prefill_tokens: int = 64
-    """A prompt with at most so many uncached tokens may be computed by a decode worker."""
+    """A prompt with at most so many uncached tokens may be computed by a decode worker. The other policies
+    than goodput take no notice of it."""
     hang_after_s: float = 1.3
     """Silence after which a worker counts as hung, seconds; it is noticed up to 0.1 s later."""
     resume_timeout_s: float = 2.0
@@ -94,6 +106,9 @@ class RouterConfig:
     def __post_init__(self) -> None:
         if self.admission not in ADMISSIONS:
             raise ConfigError(f'router.admission = "{self.admission}" is unknown; use "queue" or "slo"')
+        if self.policy not in POLICIES:
+            names = ", ".join(f'"{name}"' for name in POLICIES)
+            raise ConfigError(f'router.policy = "{self.policy}" is unknown; use one of {names}')
         _check("router", "max_queued_requests", self.max_queued_requests, 1)
         _check("router", "max_queued_tokens", self.max_queued_tokens, 1)
         _check("router", "max_attempts", self.max_attempts, 1, 100)

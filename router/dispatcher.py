@@ -31,7 +31,8 @@ from .admission import Admission
 from .config import RouterConfig
 from .journal import Journal, JournalRecord
 from .metrics import GatewayMetrics
-from .placement import Demand, Placement, PlacementPolicy
+from .placement import Demand, Placement
+from .placement_policy import PlacementPolicy
 from .prompt_hashes import PromptHashes
 from .reattach import Reattacher
 from .text import PreparedRequest

@@ -27,7 +27,7 @@ from .journal import Journal, RedisJournal
 from .links import GrpcLink, LinkFactory
 from .membership import MembershipSource, RedisMembership
 from .metrics import GatewayMetrics
-from .placement import PlacementPolicy
+from .placement_policy import make_policy
 from .prefix_index import PrefixIndex
 from .services import CLUSTER, INFERENCE, GatewayServices
 from .supervisor_link import SupervisorLink
@@ -87,7 +87,7 @@ class Router:
             config=router,
             max_open_requests=parts.config.max_open_requests,
             pool=self.pool,
-            policy=PlacementPolicy(prefixes, router.local_prefill_tokens, router.expected_output_tokens),
+            policy=make_policy(router, prefixes),
             journal=parts.journal,
             metrics=self.metrics,
             clock=parts.clock,

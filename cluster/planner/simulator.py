@@ -15,7 +15,8 @@ from ...proto.slo import Slo
 from ...router.admission import Admission
 from ...router.latency_model import INFORMED_SAMPLES, LatencyModel
 from ...router.membership import Member
-from ...router.placement import Demand, Placement, PlacementPolicy
+from ...router.placement import Demand, Placement
+from ...router.placement_policy import make_policy
 from ...router.prefix_index import PrefixIndex
 from ...router.step_time import StepShape, StepTime
 from ...router.worker_handle import WorkerHandle, WorkerState
@@ -53,9 +54,7 @@ class Simulation:
         self._deltas = [0] * len(self.workers)
         models: dict[int, LatencyModel] = {}
         self._handles = [self._handle_of(worker, models) for worker in self.workers]
-        self._policy = PlacementPolicy(
-            self._prefixes, config.router.local_prefill_tokens, config.router.expected_output_tokens
-        )
+        self._policy = make_policy(config.router, self._prefixes)
         self._admission = Admission(config.router)
         self._handoffs = Handoffs(deployment, self.workers, self._events, self._slo, self._on_joined)
 
@@ -192,6 +191,7 @@ class Simulation:
     def _report(self, worker: SimWorker, load: pb.Load) -> None:
         """What the policy looks at, as of the worker's last complete step."""
         if worker.prefill is not None:
+            load.running = worker.prefill.num_started
             load.waiting_requests = worker.prefill.num_waiting
             load.waiting_tokens = worker.prefill.waiting_tokens
             return

@@ -24,9 +24,10 @@ from diphase.proto.slo import Slo
 from diphase.router.active_request import RequestStream
 from diphase.router.config import RouterConfig
 from diphase.router.dispatcher import Dispatcher
+from diphase.router.goodput_policy import GoodputPolicy
 from diphase.router.links import GrpcLink
 from diphase.router.metrics import GatewayMetrics
-from diphase.router.placement import Demand, Placement, PlacementPolicy
+from diphase.router.placement import Demand, Placement
 from diphase.router.prefix_index import PrefixIndex
 from diphase.router.text import PreparedRequest
 from diphase.router.worker_handle import WorkerHandle, WorkerState
@@ -59,7 +60,7 @@ PAIR = (P0, D0)
 """Those that faults happen to."""
 
 
-class SteeredPlacement(PlacementPolicy):
+class SteeredPlacement(GoodputPolicy):
     """Placement among all workers, or among those that are named."""
 
     among: Collection[str] = ()
@@ -132,10 +133,13 @@ class FaultCluster:
             clock=clock,
             hang_after_s=hang_after_s,
         )
-        self._policy = SteeredPlacement(prefixes, local_prefill_tokens=0, expected_output_tokens=64)
+        config = RouterConfig(
+            wait_for_workers_s=NO_WORKER_S, local_prefill_tokens=0, expected_output_tokens=64
+        )
+        self._policy = SteeredPlacement(prefixes, config)
         self.dispatcher = Dispatcher(
             gateway_id="g",
-            config=RouterConfig(wait_for_workers_s=NO_WORKER_S),
+            config=config,
             max_open_requests=1000,
             pool=self.pool,
             policy=self._policy,
