@@ -1,6 +1,6 @@
 """Splitwise's cluster-level scheduling (ISCA 2024, and its simulator): join the shortest queue, by pending
-prompt tokens for the prompt and by memory for the tokens, with a mixed pool that takes what the two pools have
-no room for.
+prompt tokens for the prompt and by memory for the tokens, with a mixed pool that takes what the two pools
+have no room for.
 
 The prompt pool is the prefill workers and the token pool the decode workers. Mixed are the colocated workers,
 and decode workers for as long as they have prompts of their own to compute: one that was borrowed for a

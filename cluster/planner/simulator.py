@@ -144,6 +144,7 @@ class Simulation:
                 self._policy.observe_completion(request.output_tokens)
                 if worker.prefill is not None:
                     worker.prefill.release(outcome.sequence)
+                    self._handles[request.decode_worker].forget_sequence(request.key.request_id)
             elif worker.prefill is not None:
                 self._handoffs.computed(request)
         if worker.spec.role == "decode":

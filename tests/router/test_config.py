@@ -19,6 +19,11 @@ from diphase.router.config import GatewayConfig, RouterConfig, SloConfig, is_loo
         (GatewayConfig, {"max_message_bytes": 10}, "gateway.max_message_bytes"),
         (GatewayConfig, {"max_open_requests": 0}, "gateway.max_open_requests"),
         (RouterConfig, {"admission": "maybe"}, '"queue" or "slo"'),
+        (
+            RouterConfig,
+            {"policy": "random"},
+            'router.policy = "random" is unknown; use one of "goodput", "dist',
+        ),
         (RouterConfig, {"max_attempts": 0}, "router.max_attempts"),
         (RouterConfig, {"max_queued_requests": -1}, "router.max_queued_requests"),
         (RouterConfig, {"max_queued_tokens": 0}, "router.max_queued_tokens"),
