@@ -43,23 +43,15 @@ def _for_tokens(
 ) -> Placement:
     """The prompt pool has room: where do the tokens go?"""
     targets = partners(prefill, decodes)
-    pool = [worker for worker in targets if not _mixed(worker)]
-    if pool:
-        decode = min(pool, key=_memory)
-        if _fits(decode, demand):
-            return forecast.of(prefill, decode)
-    mixed = [
+    pool = [worker for worker in targets if not _mixed(worker) and _fits(worker, demand)]
+    found = pool or [
         worker
         for worker in decodes
         if _fits(worker, demand)
-        and (
-            _mixed(worker) and worker in targets if worker.role == "decode" else not _crowded(worker, demand)
-        )
+        and (worker in targets if worker.role == "decode" else not _crowded(worker, demand))
     ]
-    if mixed:
-        decode = min(mixed, key=_memory)
-        return forecast.of(prefill if decode.role == "decode" else None, decode)
-    return forecast.of(prefill, min(targets, key=_memory))  # the hand-off waits for room
+    decode = min(found or targets, key=_memory)  # without room anywhere, the hand-off waits for it
+    return forecast.of(None if decode.role == "colocated" else prefill, decode)
 
 
 def _for_both_phases(decodes: Sequence[WorkerHandle], demand: Demand) -> WorkerHandle:

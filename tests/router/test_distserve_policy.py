@@ -47,11 +47,11 @@ def test_the_decode_worker_with_the_fewest_sequences_is_taken_whatever_their_con
 
 
 def test_sequences_that_wait_and_those_on_their_way_count() -> None:
-    waits = worker("d0", "decode", running=1, waiting_requests=2)
-    comes = worker("d1", "decode", running=1)
+    others = worker("d0", "decode", running=1, handoffs=3)  # another gateway's
+    waits = worker("d1", "decode", running=1, waiting_requests=2)
+    comes = worker("d2", "decode", running=1)
     comes.expect_sequence("a", 10)
-    others = worker("d2", "decode", running=1, handoffs=3)  # another gateway's
-    assert place([worker("p0", "prefill"), waits, comes, others]) == ("p0", "d1")
+    assert place([worker("p0", "prefill"), others, waits, comes]) == ("p0", "d2")
 
 
 def test_submits_that_no_report_includes_count() -> None:

@@ -94,6 +94,24 @@ def test_the_most_that_a_request_may_become_has_to_fit() -> None:
     assert place(pools, demand(new=400)) == ("-", "c0")
 
 
+def test_prompts_that_wait_on_a_mixed_worker_will_take_memory() -> None:
+    pools = [worker("p0", "prefill"), worker("d0", "decode", **FULL)]
+    queue = worker("c0", "colocated", waiting_requests=1, waiting_tokens=6000)
+    assert place([*pools, queue, worker("c1", "colocated", blocks_free=800)]) == ("-", "c1")
+
+
+def test_in_a_pool_of_several_sizes_the_request_has_to_fit() -> None:
+    small = worker("d0", "decode", blocks_total=30, blocks_free=10)
+    large = worker("d1", "decode", blocks_free=500)
+    assert place([worker("p0", "prefill"), small, large]) == ("p0", "d1")
+    assert place([worker("p0", "prefill", **CROWD), small, large]) == ("-", "d1")
+
+
+def test_a_hand_off_without_room_waits_where_the_least_memory_is_taken() -> None:
+    fuller = worker("d0", "decode", blocks_free=10)
+    assert place([worker("p0", "prefill"), fuller, worker("d1", "decode", **FULL)]) == ("p0", "d1")
+
+
 def test_without_room_anywhere_the_least_loaded_serves_both_phases() -> None:
     workers = [
         worker("p0", "prefill", **CROWD),
