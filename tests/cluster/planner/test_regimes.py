@@ -14,7 +14,7 @@ def test_tight_tpot_favours_pools_and_tight_ttft_colocated_workers() -> None:
         pytest.skip(f"Splitwise's measurements are not in {FOLDER}")
     records, found = load_trace("arxiv", FOLDER), deployments(FOLDER)
     shares = {
-        (regime, name): attainment(found[name], workload(records, 300, rate), REGIMES[regime])
+        (regime, name): attainment(found[name], workload(records, 600, rate), REGIMES[regime])
         for regime, rate in (("tight TPOT", 4.0), ("tight TTFT", 7.0))
         for name in ("colocated", "4P4D")
     }
