@@ -226,18 +226,19 @@ def profile_slowdowns(
     """
     rng = random.Random(1)
     plans = {kind: _plan_of(cell, engine, rng) for kind, cell in SLOWED_CELLS.items()}
-    seconds: dict[tuple[str, str], list[float]] = {}
+    ratios: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds + 1):
+        times: dict[tuple[str, str], float] = {}
         for beside in (IDLE, *plans) if number % 2 else (*plans, IDLE):
             tell(beside)
             for own, plan in plans.items():
-                times = _visit(engine, plan, clock)
-                seconds.setdefault((own, beside), []).extend(times if number else [])
+                times[own, beside] = median(_visit(engine, plan, clock))
+        # Within a round, so that a machine whose speed wanders is compared with itself.
+        for own in plans if number else ():
+            for beside in plans:
+                ratios.setdefault((own, beside), []).append(times[own, beside] / times[own, IDLE])
     tell(IDLE)
-    return {
-        own: {beside: max(1.0, median(seconds[own, beside]) / median(seconds[own, IDLE])) for beside in plans}
-        for own in plans
-    }
+    return {own: {beside: max(1.0, median(ratios[own, beside])) for beside in plans} for own in plans}
 
 
 def run_steps(engine: Engine, kind: str, go_on: Callable[[], bool]) -> None:

@@ -24,4 +24,4 @@ def test_one_that_cannot_load_its_model_is_an_error(capfd: pytest.CaptureFixture
         neighbour(EngineConfig(model="dummy:none"), ()),
     ):
         raise AssertionError("it was never ready")
-    assert "dummy:none" in capfd.readouterr().err
+    assert "write dummy:PRESET" in capfd.readouterr().err

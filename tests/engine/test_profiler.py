@@ -15,7 +15,7 @@ from diphase.engine.profiler import (
 from diphase.proto.errors import ConfigError
 
 COST = StepCost(base_s=0.02, prefill_token_s=3e-4, decode_sequence_s=1e-3, context_token_s=2e-6)
-BLOCKS = 600
+BLOCKS = 1200
 
 
 class HandClock:
@@ -47,12 +47,12 @@ def engine_of(clock: HandClock) -> FakeEngine:
 
 
 def test_a_grid_keeps_to_what_workers_with_such_limits_can_meet() -> None:
-    cells = grid(num_blocks=300, chunk_budget=256, max_running=8)
+    cells = grid(num_blocks=900, chunk_budget=256, max_running=8)
     assert {cell.kind for cell in cells} == {"prefill", "decode", "mixed"}
     assert len(set(cells)) == len(cells)
     assert max(cell.prompts * cell.prompt_tokens for cell in cells) == 256
     assert max(cell.decode_batch for cell in cells) == 8
-    assert max(cell.blocks(16) for cell in cells) <= 300
+    assert max(cell.blocks(16) for cell in cells) <= 900
 
 
 def test_a_pool_too_small_for_a_fit_says_what_to_raise() -> None:
