@@ -56,6 +56,7 @@ def test_rates_are_numbers_between_commas() -> None:
     assert validate_command.rates_from("") == []
 
 
+@pytest.mark.slow
 def test_an_engine_is_profiled_from_the_command_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
