@@ -20,7 +20,7 @@ from rich.console import Console
 from ..proto.clock import system_rng
 from ..proto.errors import CheckpointError, ConfigError, DiphaseError, InvalidRequest, NotFound
 from ..proto.rpc import host_port
-from . import generate, scale, status, trace
+from . import generate, profile_command, scale, status, trace, validate_command
 from .config import GIVEN, ClusterConfig, load
 from .config_writer import to_toml
 from .endpoint import WILDCARDS
@@ -32,7 +32,10 @@ DEMO_SETTINGS = (
     "router.local_prefill_tokens=0",
 )
 
-COMMANDS = ("serve", "generate", "status", "trace", "scale", "restart", "bench", "config", "demo")
+COMMANDS = (
+    "serve", "generate", "status", "trace", "scale", "restart", "bench", "profile", "validate", "config",
+    "demo",
+)  # fmt: skip
 
 REACHING = ("gateway.host", "gateway.port", "security.cluster_token")
 """All that the commands which talk to a running cluster read of a configuration."""
@@ -112,12 +115,16 @@ def _parser() -> _Parser:
     scale.add_scale_arguments(ask("scale", "give a pool another number of workers while it serves"))
     scale.add_restart_arguments(ask("restart", "replace workers one after the other while they serve"))
     bench.add_arguments(ask("bench", "measure latency, attainment and goodput under load"))
+    profile_command.add_arguments(add("profile", "measure this machine's engine for the planner"))
+    validate_command.add_arguments(add("validate", "serve a workload and simulate it, and compare"))
     add("config", "print the resolved configuration, with what every key means")
     add("demo", "start a cluster, send it three prompts, print answers and timings, stop")
     return parser
 
 
 def _run(args: argparse.Namespace) -> int:
+    if args.command in _HERE:
+        return _HERE[args.command](args)
     if args.command not in ("serve", "config", "demo"):
         _check_settings(args)
     settings = [*DEMO_SETTINGS, *args.settings] if args.command == "demo" else args.settings
@@ -128,6 +135,10 @@ def _run(args: argparse.Namespace) -> int:
     if args.command in ("serve", "demo"):
         return _run_cluster(args.command, config)
     return _ask(args, config)
+
+
+_HERE = {"profile": profile_command.run, "validate": validate_command.run}
+"""Commands that start what they need on this machine, and read the configuration themselves."""
 
 
 def _check_settings(args: argparse.Namespace) -> None:

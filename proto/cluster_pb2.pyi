@@ -87,7 +87,7 @@ class Mismatch(_message.Message):
     def __init__(self, prefill: _Optional[str] = ..., decode: _Optional[str] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class WorkerStatus(_message.Message):
-    __slots__ = ("worker_id", "role", "state", "address", "incarnation", "load", "heartbeat_age_s", "metrics_address", "transfers", "layout_hash", "protocol_version", "kv_sharding", "package_version")
+    __slots__ = ("worker_id", "role", "state", "address", "incarnation", "load", "heartbeat_age_s", "metrics_address", "transfers", "layout_hash", "protocol_version", "kv_sharding", "package_version", "step_error", "step_bias", "predicted_steps")
     WORKER_ID_FIELD_NUMBER: _ClassVar[int]
     ROLE_FIELD_NUMBER: _ClassVar[int]
     STATE_FIELD_NUMBER: _ClassVar[int]
@@ -101,6 +101,9 @@ class WorkerStatus(_message.Message):
     PROTOCOL_VERSION_FIELD_NUMBER: _ClassVar[int]
     KV_SHARDING_FIELD_NUMBER: _ClassVar[int]
     PACKAGE_VERSION_FIELD_NUMBER: _ClassVar[int]
+    STEP_ERROR_FIELD_NUMBER: _ClassVar[int]
+    STEP_BIAS_FIELD_NUMBER: _ClassVar[int]
+    PREDICTED_STEPS_FIELD_NUMBER: _ClassVar[int]
     worker_id: str
     role: str
     state: str
@@ -114,7 +117,10 @@ class WorkerStatus(_message.Message):
     protocol_version: int
     kv_sharding: str
     package_version: str
-    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., heartbeat_age_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., transfers: _Optional[_Iterable[_Union[_worker_pb2.TransferFigures, _Mapping]]] = ..., layout_hash: _Optional[str] = ..., protocol_version: _Optional[int] = ..., kv_sharding: _Optional[str] = ..., package_version: _Optional[str] = ...) -> None: ...
+    step_error: float
+    step_bias: float
+    predicted_steps: int
+    def __init__(self, worker_id: _Optional[str] = ..., role: _Optional[str] = ..., state: _Optional[str] = ..., address: _Optional[str] = ..., incarnation: _Optional[str] = ..., load: _Optional[_Union[_worker_pb2.Load, _Mapping]] = ..., heartbeat_age_s: _Optional[float] = ..., metrics_address: _Optional[str] = ..., transfers: _Optional[_Iterable[_Union[_worker_pb2.TransferFigures, _Mapping]]] = ..., layout_hash: _Optional[str] = ..., protocol_version: _Optional[int] = ..., kv_sharding: _Optional[str] = ..., package_version: _Optional[str] = ..., step_error: _Optional[float] = ..., step_bias: _Optional[float] = ..., predicted_steps: _Optional[int] = ...) -> None: ...
 
 class GetTraceRequest(_message.Message):
     __slots__ = ("request_id",)

@@ -101,6 +101,13 @@ class Router:
         gauge("queued_tokens", "Their prompt tokens", lambda: admission.queued_tokens)
         gauge("open_requests", "Requests in any state", lambda: self.dispatcher.open_requests)
         gauge("journal_dropped", "Journal records given up", lambda: journal.dropped)
+        self.metrics.gauges(
+            "step_error",
+            "How far recent steps are from their prediction: mean of |measured / predicted - 1|",
+            "role",
+            ROLES,
+            pool.step_error,
+        )
         for role in ROLES:
             gauge(
                 f"{role}_workers_ready",

@@ -3,7 +3,8 @@ only."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
@@ -57,6 +58,14 @@ class GatewayMetrics:
     def gauge(self, name: str, documentation: str, read: Callable[[], float]) -> None:
         """A value that is read when Prometheus asks."""
         Gauge(f"diphase_{name}", documentation, registry=self.registry).set_function(read)
+
+    def gauges(
+        self, name: str, documentation: str, label: str, values: Iterable[str], read: Callable[[str], float]
+    ) -> None:
+        """One such value for each value of a label."""
+        gauge = Gauge(f"diphase_{name}", documentation, [label], registry=self.registry)
+        for value in values:
+            gauge.labels(value).set_function(partial(read, value))
 
     def placed(self, pair: bool) -> None:
         (self._pair if pair else self._local).inc()

@@ -253,6 +253,9 @@ class GatewayServices:
                     protocol_version=worker.protocol_version,
                     kv_sharding=worker.kv_sharding,
                     package_version=worker.package_version,
+                    step_error=worker.drift.error,
+                    step_bias=worker.drift.bias,
+                    predicted_steps=worker.drift.num_steps,
                 )
                 for worker in self._pool.handles()
             ],

@@ -15,6 +15,7 @@ from .clock_offset import ClockOffset
 from .latency_model import LatencyModel
 from .links import Link
 from .membership import Member
+from .step_drift import StepDrift
 from .step_time import StepShape
 
 MIN_STEP_AGE_S = 2.0
@@ -68,6 +69,8 @@ class WorkerHandle:
         self.step_predicted_s = 0.0
         self._role_model = role_model
         self._own_model = LatencyModel()
+        self.drift = StepDrift()
+        """Of its steps, from the predictions of `model`."""
         self.terms = role_model.terms
         """The coefficients of `model`, for arithmetic at each placement."""
         self._unreported: deque[tuple[float, int]] = deque()  # (sent at, prompt tokens)
@@ -163,6 +166,8 @@ class WorkerHandle:
             self._unreported_tokens -= unreported.popleft()[1]
 
     def observe_step(self, shape: StepShape, duration_s: float) -> None:
+        if self.model.informed:
+            self.drift.observe(self.model.step_s(shape), duration_s)
         self._own_model.observe(shape, duration_s)
         if self.model is not self._own_model:
             self._role_model.observe(shape, duration_s)

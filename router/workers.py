@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections.abc import Iterable
 from contextlib import aclosing
 from typing import Protocol
@@ -99,6 +100,12 @@ class WorkerPool:
     def ready(self) -> list[WorkerHandle]:
         """Those that take new requests, in a fixed order."""
         return [handle for handle in self._handles.values() if handle.state is WorkerState.READY]
+
+    def step_error(self, role: str) -> float:
+        """Mean over the role's workers of how far their recent steps are from their predictions
+        (step_drift.py); NaN before any was predicted."""
+        errors = [h.drift.error for h in self._handles.values() if h.role == role and h.drift.num_steps]
+        return sum(errors) / len(errors) if errors else math.nan
 
     def get(self, worker_id: str) -> WorkerHandle | None:
         return self._handles.get(worker_id)

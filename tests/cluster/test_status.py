@@ -117,3 +117,21 @@ def test_the_table_of_transfers_fits_80_columns_and_shows_the_last_one() -> None
     assert "prefill-10 → decode-10, failed: 90 deadline_exceeded, 9 lost" in text
     assert "…" not in text
     assert transfers_table(cluster_pb2.GetStatusResponse()) is None
+
+
+def test_how_far_steps_are_from_their_prediction_is_said_of_workers_that_have_some() -> None:
+    status = cluster_pb2.GetStatusResponse(
+        model="m",
+        workers=[
+            cluster_pb2.WorkerStatus(
+                worker_id="prefill-0", step_error=0.124, step_bias=0.1, predicted_steps=9
+            ),
+            cluster_pb2.WorkerStatus(
+                worker_id="decode-0", step_error=0.031, step_bias=-0.02, predicted_steps=70
+            ),
+            cluster_pb2.WorkerStatus(worker_id="decode-1"),
+        ],
+    )
+    text = " ".join(" ".join(shown(status_table(status, ""))).split())
+    assert "steps beside their prediction: decode-0 ±3% (-2%), prefill-0 ±12% (+10%)" in text
+    assert "decode-1 ±" not in text

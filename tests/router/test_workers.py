@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from diphase.proto.errors import WorkerLost
 from diphase.proto.ids import PROTOCOL_VERSION
 from diphase.router.gateway import Router
+from diphase.router.latency_model import INFORMED_SAMPLES
 from diphase.router.links import FrameSink, Link, WorkerSilent
 from diphase.router.membership import Member
 from diphase.router.step_time import StepShape
@@ -300,6 +302,12 @@ def test_step_samples_feed_the_latency_model_of_worker_and_role() -> None:
                 assert model.step_s(StepShape(decode_batch=1, decode_context=15)) == pytest.approx(
                     0.02, rel=0.1
                 )
+                drift = handle_of(router, "d0").drift
+                assert drift.num_steps == 30 - INFORMED_SAMPLES, "before that, predictions promise nothing"
+                assert router.pool.step_error("decode") == drift.error < 0.05
+                assert math.isnan(router.pool.step_error("prefill"))
+                read = router.metrics.registry.get_sample_value
+                assert read("diphase_step_error", {"role": "decode"}) == drift.error
 
     run_virtually(main())
 

@@ -1,0 +1,251 @@
+"""What `diphase profile` found out about an engine on a machine, and its file: step times, memory, what
+workers on one machine cost each other, and what serving adds.
+
+A source of step times for the simulator. It measures nothing (cluster/profile_command.py does, with
+engine/profiler.py and cluster/load) and loads no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...proto.errors import ConfigError
+from ...router.latency_model import Coefficients
+from ...router.step_time import StepShape
+from .profile_fit import StepCell, fit_steps
+from .regime_step_time import Regimes, RegimeStepTime, kind_of
+
+SCHEMA = 1
+KINDS = ("prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingCost:
+    """What a request and a step take in a cluster beside the engine's own time."""
+
+    first_token_s: float = 0.0
+    """From the client to the worker and from there back, for the first token: tokenising, placement, two
+    messages each way."""
+    step_s: float = 0.0
+    """Of each step: the worker's scheduler, its event loop, its messages."""
+    step_per_sequence_s: float = 0.0
+    """Of each step, for each sequence that decodes in it."""
+    handoff_s: float = 0.0
+    """Of a hand-off, beside its bytes."""
+    handoff_bytes_per_s: float = float("inf")
+
+    def __post_init__(self) -> None:
+        for name in ("first_token_s", "step_s", "step_per_sequence_s", "handoff_s"):
+            if not 0.0 <= getattr(self, name) < 3600.0:
+                raise ConfigError(f"serving.{name} = {getattr(self, name)} is out of range; use 0 to 3600")
+        if not self.handoff_bytes_per_s > 0.0:
+            raise ConfigError(
+                f"serving.handoff_bytes_per_s = {self.handoff_bytes_per_s}; use a number above 0"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Slowdown:
+    """How many times longer a step takes while another worker of the machine computes: [own][neighbour's],
+    of prefill and decode. All 1: they do not feel each other."""
+
+    factors: Mapping[str, Mapping[str, float]]
+
+    def __post_init__(self) -> None:
+        for own in KINDS:
+            for beside in KINDS:
+                factor = self.factors.get(own, {}).get(beside)
+                if factor is None or not 1.0 <= factor < 1e3:
+                    raise ConfigError(f"slowdown.{own}.{beside} = {factor}; use 1 to 1000")
+
+    def of(self, own: str, prefill_busy: float, decode_busy: float) -> float:
+        """With neighbours that together compute prompts and decode for such shares of the time."""
+        factors = self.factors[own]
+        return 1.0 + (factors["prefill"] - 1.0) * prefill_busy + (factors["decode"] - 1.0) * decode_busy
+
+
+ALONE = Slowdown(factors={own: dict.fromkeys(KINDS, 1.0) for own in KINDS})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineFacts:
+    """Which engine was measured, and its memory."""
+
+    model: str
+    dtype: str
+    block_size: int
+    kv_cache_mib: int
+    threads: int
+    num_blocks: int
+    block_bytes: int
+    """Of the whole model's KV."""
+    num_layers: int
+    context_length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepErrors:
+    """Relative errors of one kind of step, over its cells."""
+
+    median: float
+    worst: float
+    hold_out_median: float
+    hold_out_worst: float
+    cells: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CellReport:
+    """A kind of step that was measured, and how far the fit is from it."""
+
+    shape: StepShape
+    median_s: float
+    fastest_s: float
+    runs: int
+    error: float
+    """Predicted / measured - 1."""
+    hold_out_error: float
+    """The same, of a fit that had not seen it."""
+
+    @property
+    def kind(self) -> str:
+        """prefill, decode or mixed."""
+        return kind_of(self.shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """One engine on one machine."""
+
+    engine: EngineFacts
+    machine: Mapping[str, Any]
+    """Date, versions and kind of machine, for people."""
+    step_time: RegimeStepTime
+    coefficients: Coefficients
+    """One set for all steps: what the live router's model would have come to."""
+    cells: tuple[CellReport, ...]
+    slowdown: Slowdown = ALONE
+    serving: ServingCost = ServingCost()
+
+    def errors(self, kind: str) -> StepErrors:
+        """Of one kind of step."""
+        cells = [cell for cell in self.cells if cell.kind == kind]
+        seen, unseen = (
+            np.abs([getattr(cell, name) for cell in cells]) for name in ("error", "hold_out_error")
+        )
+        return StepErrors(
+            median=float(np.median(seen)),
+            worst=float(seen.max()),
+            hold_out_median=float(np.median(unseen)),
+            hold_out_worst=float(unseen.max()),
+            cells=len(cells),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the file."""
+        cells = [{**asdict(cell), "kind": cell.kind, "shape": cell.shape._asdict()} for cell in self.cells]
+        kinds = dict.fromkeys(cell.kind for cell in self.cells)
+        return {
+            "schema": SCHEMA,
+            **self.machine,
+            "engine": asdict(self.engine),
+            "step_time": asdict(self.step_time),
+            "coefficients": asdict(self.coefficients),
+            "slowdown": {own: dict(beside) for own, beside in self.slowdown.factors.items()},
+            "serving": asdict(self.serving),
+            "errors": {kind: asdict(self.errors(kind)) for kind in kinds},
+            "cells": cells,
+        }
+
+
+def make_profile(
+    engine: EngineFacts,
+    machine: Mapping[str, Any],
+    cells: Sequence[StepCell],
+    slowdown: Slowdown = ALONE,
+) -> Profile:
+    """The profile of measured steps.
+
+    Raises:
+        ConfigError: there are too few kinds of them.
+    """
+    fit = fit_steps(cells)
+    reports = tuple(
+        CellReport(
+            shape=cell.shape,
+            median_s=cell.median_s,
+            fastest_s=min(cell.seconds),
+            runs=len(cell.seconds),
+            error=error,
+            hold_out_error=hold_out,
+        )
+        for cell, error, hold_out in zip(cells, fit.errors, fit.hold_out, strict=True)
+    )
+    return Profile(
+        engine=engine,
+        machine=machine,
+        step_time=fit.step_time,
+        coefficients=fit.coefficients,
+        cells=reports,
+        slowdown=slowdown,
+    )
+
+
+def load_profile(path: Path) -> Profile:
+    """
+    Raises:
+        ConfigError: it cannot be read, or is no profile of this version; the message names the field.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"the profile {path} cannot be read: {exc.strerror or exc}") from exc
+    except ValueError as exc:
+        raise ConfigError(f"the profile {path} is no JSON: {exc}") from exc
+    if not isinstance(content, dict) or content.get("schema") != SCHEMA:
+        raise ConfigError(f"{path} is no profile of schema {SCHEMA}; make one with `diphase profile`")
+    try:
+        return _from_dict(content)
+    except KeyError as exc:
+        raise ConfigError(f"the profile {path} lacks {exc}") from exc
+    except (TypeError, ValueError, AttributeError) as exc:
+        raise ConfigError(f"the profile {path} is malformed: {exc}") from exc
+    except ConfigError as exc:
+        raise ConfigError(f"the profile {path}: {exc.message}") from exc
+
+
+def _from_dict(content: dict[str, Any]) -> Profile:
+    step_time, serving = content["step_time"], dict(content["serving"])
+    if serving["handoff_bytes_per_s"] is None:  # JSON has no infinity
+        serving["handoff_bytes_per_s"] = float("inf")
+    known = ("schema", "engine", "step_time", "coefficients", "slowdown", "serving", "errors", "cells")
+    return Profile(
+        engine=EngineFacts(**content["engine"]),
+        machine={name: value for name, value in content.items() if name not in known},
+        step_time=RegimeStepTime(
+            prefill=_regimes(step_time["prefill"]),
+            decode=_regimes(step_time["decode"]),
+            mixed=_regimes(step_time["mixed"]),
+        ),
+        coefficients=Coefficients(**content["coefficients"]),
+        cells=tuple(_cell(cell) for cell in content["cells"]),
+        slowdown=Slowdown(factors=content["slowdown"]),
+        serving=ServingCost(**serving),
+    )
+
+
+def _regimes(table: dict[str, Any]) -> Regimes:
+    return Regimes(
+        small=Coefficients(**table["small"]), large=Coefficients(**table["large"]), boundary=table["boundary"]
+    )
+
+
+def _cell(cell: dict[str, Any]) -> CellReport:
+    values = {name: value for name, value in cell.items() if name != "kind"}
+    return CellReport(**{**values, "shape": StepShape(**cell["shape"])})

@@ -1,0 +1,122 @@
+"""Predicted against measured: percentiles and attainment of the same requests, simulated and served."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...proto.slo import Slo
+from .records import SimResult
+
+PERCENTILES = (50, 90, 99)
+GOOD_ERROR, GOOD_POINTS = 0.10, 5.0
+"""Marks: of the median relative error on percentiles, and on attainment in percentage points."""
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """Of one run, milliseconds; None where nothing came back."""
+
+    ttft_ms: dict[str, float] | None
+    """By p50, p90, p99, interpolated linearly; of requests that were served."""
+    tpot_ms: dict[str, float] | None
+    """The same, of requests of two tokens and more."""
+    attainment: float
+    """Share of all requests that met both objectives."""
+    busy: dict[str, float] | None = None
+    """Share of the time that workers computed, by role; only the simulation knows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """One rate."""
+
+    rate: float
+    requests: int
+    measured: Figures
+    predicted: Figures
+
+    @property
+    def errors(self) -> dict[str, float]:
+        """Predicted / measured - 1 of each percentile that both have."""
+        found: dict[str, float] = {}
+        for name in ("ttft_ms", "tpot_ms"):
+            measured, predicted = getattr(self.measured, name), getattr(self.predicted, name)
+            if measured and predicted:
+                found |= {f"{name}_{p}": predicted[p] / measured[p] - 1.0 for p in measured if measured[p]}
+        return found
+
+    @property
+    def attainment_points(self) -> float:
+        """Predicted - measured, percentage points."""
+        return (self.predicted.attainment - self.measured.attainment) * 100.0
+
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "rate": self.rate,
+            "requests": self.requests,
+            "measured": self.measured,
+            "predicted": self.predicted,
+            "errors": self.errors,
+            "attainment_points": self.attainment_points,
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """Over all rates of a placement."""
+
+    median_error: float | None
+    """Of the absolute errors of all percentiles; None without any."""
+    median_points: float
+    """Of the absolute differences in attainment."""
+    inside: bool
+    """Both within their marks."""
+
+
+def figures_of(ttft_ms: Sequence[float], tpot_ms: Sequence[float], met: int, total: int) -> Figures:
+    """Of what a client measured."""
+    return Figures(
+        ttft_ms=_percentiles(np.array(ttft_ms)),
+        tpot_ms=_percentiles(np.array(tpot_ms)),
+        attainment=met / total,
+    )
+
+
+def figures_of_simulation(result: SimResult, slo: Slo) -> Figures:
+    """Of the simulated requests, those refused counting as missed."""
+    several = np.array([request.output_tokens > 1 for request in result.requests])
+    served = np.isfinite(result.ttft_ms)
+    roles = dict.fromkeys(use.role for use in result.workers)
+    return Figures(
+        ttft_ms=_percentiles(result.ttft_ms[served]),
+        tpot_ms=_percentiles(result.tpot_ms[served & several]),
+        attainment=result.attainment(slo.ttft_ms, slo.tpot_ms),
+        busy={
+            role: float(np.mean([use.busy for use in result.workers if use.role == role])) for role in roles
+        },
+    )
+
+
+def verdict_of(validations: Sequence[Validation]) -> Verdict:
+    """Of at least one rate."""
+    errors = [abs(error) for validation in validations for error in validation.errors.values()]
+    median_error = float(np.median(errors)) if errors else None
+    points = float(np.median([abs(validation.attainment_points) for validation in validations]))
+    return Verdict(
+        median_error=median_error,
+        median_points=points,
+        inside=median_error is not None and median_error <= GOOD_ERROR and points <= GOOD_POINTS,
+    )
+
+
+def _percentiles(values: Floats) -> dict[str, float] | None:
+    if not len(values):
+        return None
+    found = np.percentile(values, PERCENTILES)
+    return {f"p{p}": float(value) for p, value in zip(PERCENTILES, found, strict=True)}

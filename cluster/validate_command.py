@@ -1,0 +1,250 @@
+"""`diphase validate`: serves a workload with a cluster on this machine and with the simulator, and says how
+far they are apart.
+
+Both get the same arrivals and lengths, and the simulator the profile that `diphase profile` made here.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import shlex
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ..proto.errors import ConfigError, InternalError
+from ..proto.slo import Slo
+from ..proto.slo import Verdict as SloVerdict
+from .load.client import LoadClient, LoopTimer, Outcome, RequestResult
+from .load.report import environment, judge, write_json
+from .load.trace_formats import TraceRecord
+from .load.traces import TRACES, data_folder, load_trace
+from .load.workload import Arrival, Arrivals, ModelShape, WorkloadConfig, plan_arrivals, plan_load
+from .one_machine import PLACEMENTS, OneMachine
+from .planner.prediction import predict
+from .planner.profile import Profile, load_profile
+from .planner.validation import (
+    GOOD_ERROR,
+    GOOD_POINTS,
+    PERCENTILES,
+    Figures,
+    Validation,
+    figures_of,
+    figures_of_simulation,
+    verdict_of,
+)
+from .profile_command import OUTPUT as PROFILE
+
+SHARES = (0.3, 0.5, 0.7)
+"""Rates where none are given, of what the simulation can serve."""
+ALL_AT_ONCE = 1e4
+"""Requests a second: a queue that never empties."""
+WARM_UP = 5
+REQUEST_S = 900.0
+"""Longest life of one request."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `diphase validate`."""
+    parser.add_argument("--model", metavar="NAME", help="as model.name (default: as configured)")
+    parser.add_argument(
+        "--profile", type=Path, default=Path(PROFILE), metavar="FILE", help="of this machine (%(default)s)"
+    )
+    parser.add_argument("--placement", choices=[*PLACEMENTS], default="1p1d", help="default: %(default)s")
+    parser.add_argument(
+        "--rates", default="", metavar="R[,R…]", help="requests/s (default: from the simulated capacity)"
+    )
+    parser.add_argument("--requests", type=int, default=100, metavar="N", help="a rate (%(default)s)")
+    parser.add_argument(
+        "--trace", default="azure-conv", help=f"lengths: {', '.join(TRACES)} or a log (%(default)s)"
+    )
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of the traces (DIPHASE_DATA, else ../shared/data)"
+    )
+    parser.add_argument("--mean-input", type=int, default=256, metavar="N", help="tokens (%(default)s)")
+    parser.add_argument("--mean-output", type=int, default=48, metavar="N", help="tokens (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--ttft-ms", type=float, metavar="MS", help="objective (default: as configured)")
+    parser.add_argument("--tpot-ms", type=float, metavar="MS", help="objective (default: as configured)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("diphase-validate.json"), metavar="FILE", help="(%(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; the exit status, 1 when the errors are not within their marks.
+
+    Raises:
+        ConfigError: an option is wrong, or the profile does not hold for this configuration.
+        InternalError: the cluster failed.
+    """
+    console = Console()
+    machine = OneMachine(args, args.placement)
+    profile = load_profile(args.profile)
+    workload = WorkloadConfig(
+        num_requests=args.requests,
+        arrivals=Arrivals.POISSON,
+        mean_input=args.mean_input,
+        mean_output=args.mean_output,
+        seed=args.seed,
+    )
+    records = load_trace(args.trace, data_folder(args.data, os.environ))
+    default = machine.config.slo.slo()
+    slo = replace(
+        default,
+        ttft_ms=default.ttft_ms if args.ttft_ms is None else args.ttft_ms,
+        tpot_ms=default.tpot_ms if args.tpot_ms is None else args.tpot_ms,
+    )
+    task = _Task(machine, profile, workload, records, slo)
+    rates = rates_from(args.rates) or task.rates()
+    validations = asyncio.run(task.validate(rates, console))
+    verdict = verdict_of(validations)
+    write_json(
+        args.output,
+        {
+            "command": shlex.join(["diphase", *sys.argv[1:]]),
+            **environment(),
+            "placement": args.placement,
+            "trace": args.trace,
+            "workload": workload,
+            "slo": slo,
+            "profile": profile.to_dict() | {"cells": len(profile.cells)},
+            "rates": [validation.to_dict() for validation in validations],
+            "verdict": verdict,
+        },
+    )
+    error = "–" if verdict.median_error is None else f"{verdict.median_error:.1%}"
+    console.print(
+        f"median error {error} on percentiles (mark {GOOD_ERROR:.0%}), "
+        f"{verdict.median_points:.1f} points on attainment (mark {GOOD_POINTS:g}); wrote {args.output}",
+        markup=False,
+        highlight=False,
+    )
+    return 0 if verdict.inside else 1
+
+
+def rates_from(text: str) -> list[float]:
+    """
+    Raises:
+        ConfigError: it is no list of rates.
+    """
+    try:
+        rates = [float(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise ConfigError(f"--rates {text!r} is no list of numbers such as 0.5,1,2") from None
+    if any(not 0.0 < rate < 1e6 for rate in rates):
+        raise ConfigError(f"--rates {text}: use requests a second above 0")
+    return rates
+
+
+class _Task:
+    """One placement and one workload, at any rate."""
+
+    def __init__(
+        self,
+        machine: OneMachine,
+        profile: Profile,
+        workload: WorkloadConfig,
+        records: Sequence[TraceRecord],
+        slo: Slo,
+    ) -> None:
+        self._machine = machine
+        self._profile = profile
+        self._workload = workload
+        self._records = records
+        self._slo = slo
+
+    def rates(self) -> list[float]:
+        """Shares of the rate at which the simulation serves a queue that never empties."""
+        arrivals = self._arrivals(ALL_AT_ONCE)
+        result = predict(self._machine.config, self._profile, arrivals, self._slo)
+        return [round(share * len(arrivals) / result.duration_s, 3) for share in SHARES]
+
+    async def validate(self, rates: Sequence[float], console: Console) -> list[Validation]:
+        """One cluster, one run a rate."""
+        # Before the cluster is started: a profile that does not fit is said at once.
+        predicted = [self._predicted(rate) for rate in rates]
+        validations = []
+        with tempfile.TemporaryDirectory(prefix="diphase-validate-") as folder:
+            async with self._machine.serving(Path(folder) / "serve.log") as (stub, shape):
+                client = LoadClient(
+                    stub,
+                    slo=self._slo,
+                    timeout_s=REQUEST_S,
+                    timer=LoopTimer(),
+                    token=self._machine.config.security.cluster_token,
+                )
+                await self._warm_up(client, shape)
+                for i, (rate, figures) in enumerate(zip(rates, predicted, strict=True)):
+                    plan = plan_load(self._workload, self._records, shape, rate, i + 1)
+                    measured = self._measured(await client.run_open_loop(plan))
+                    found = Validation(rate=rate, requests=len(plan), measured=measured, predicted=figures)
+                    console.print(table_of(found))
+                    validations.append(found)
+        return validations
+
+    def _arrivals(self, rate: float) -> list[Arrival]:
+        return plan_arrivals(self._workload, self._records, self._profile.engine.context_length, rate)
+
+    def _predicted(self, rate: float) -> Figures:
+        result = predict(self._machine.config, self._profile, self._arrivals(rate), self._slo)
+        return figures_of_simulation(result, self._slo)
+
+    async def _warm_up(self, client: LoadClient, shape: ModelShape) -> None:
+        plan = plan_load(self._workload, self._records, shape, 1.0, 0)
+        await client.run_one_by_one(plan[:WARM_UP])
+
+    def _measured(self, results: Sequence[RequestResult]) -> Figures:
+        """
+        Raises:
+            InternalError: some requests failed: that is no measurement.
+        """
+        failed = Counter(r.detail for r in results if r.outcome is Outcome.FAILED)
+        if failed:
+            raise InternalError(f"requests failed: {dict(failed)}")
+        return figures_of(
+            [r.ttft_ms for r in results if r.ttft_ms is not None],
+            [r.tpot_ms for r in results if r.tpot_ms is not None],
+            sum(judge(r, self._slo) is SloVerdict.MET for r in results),
+            len(results),
+        )
+
+
+def table_of(validation: Validation) -> Table:
+    """One rate for the terminal."""
+    busy = validation.predicted.busy or {}
+    shares = ", ".join(f"{role} {share:.0%}" for role, share in busy.items())
+    table = Table(
+        "",
+        "measured",
+        "predicted",
+        "error",
+        title=f"{validation.requests} requests at {validation.rate:.3g}/s; predicted busy: {shares}",
+        title_justify="left",
+    )
+    errors = validation.errors
+    for label, name in (("TTFT", "ttft_ms"), ("TPOT", "tpot_ms")):
+        measured, predicted = getattr(validation.measured, name), getattr(validation.predicted, name)
+        for p in (f"p{p}" for p in PERCENTILES):
+            error = errors.get(f"{name}_{p}")
+            table.add_row(
+                f"{label} {p} ms",
+                f"{measured[p]:.1f}" if measured else "–",
+                f"{predicted[p]:.1f}" if predicted else "–",
+                "–" if error is None else f"{error:+.1%}",
+            )
+    table.add_row(
+        "met both",
+        f"{validation.measured.attainment:.1%}",
+        f"{validation.predicted.attainment:.1%}",
+        f"{validation.attainment_points:+.1f} points",
+    )
+    return table

@@ -1,0 +1,92 @@
+"""Placements of `diphase profile` and `diphase validate`, and what their commands refuse."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from diphase.cluster import validate_command
+from diphase.cluster.cli import main
+from diphase.cluster.one_machine import OneMachine, placement_settings
+from diphase.cluster.planner.profile import load_profile
+from diphase.proto.errors import ConfigError
+
+
+def arguments(*settings: str, model: str | None = None) -> argparse.Namespace:
+    return argparse.Namespace(model=model, settings=[*settings], config=None)
+
+
+def test_each_worker_has_a_core_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {3, 5})
+    pools = OneMachine(arguments(model="dummy:tiny"), "1p1d").config.pools
+    assert (pools.prefill.placement.cores, pools.decode.placement.cores) == ([3], [5])
+    alone = OneMachine(arguments(), "colocated").config.pools.placements()
+    assert {role: pool.workers for role, pool in alone.items()} == {"prefill": 0, "decode": 0, "colocated": 1}
+    assert alone["colocated"].cores == [3]
+
+
+def test_too_few_cores_are_left_to_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0})
+    assert not [setting for setting in placement_settings("1p1d", 1) if "cores" in setting]
+
+
+def test_what_is_set_by_hand_comes_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    machine = OneMachine(arguments("pools.decode.cores=[0]"), "1p1d")
+    assert machine.config.pools.decode.placement.cores == [0]
+
+
+def test_an_unknown_placement_is_refused() -> None:
+    with pytest.raises(ConfigError, match="use 1p1d or colocated"):
+        placement_settings("3p9d", 1)
+
+
+@pytest.mark.parametrize("text", ["a", "1,x", "0", "-1"])
+def test_rates_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--rates"):
+        validate_command.rates_from(text)
+
+
+def test_rates_are_numbers_between_commas() -> None:
+    assert validate_command.rates_from("0.5, 1,2") == [0.5, 1.0, 2.0]
+    assert validate_command.rates_from("") == []
+
+
+@pytest.mark.slow
+def test_an_engine_is_profiled_from_the_command_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "profile.json"
+    words = ("--model", "dummy:tiny", "--rounds", "2", "--engine-only", "--output", str(output))
+    settings = (
+        "pools.prefill.chunk_budget=256",
+        "pools.colocated.prefill_budget=256",
+        "pools.decode.max_running=8",
+        "pools.colocated.max_running=8",
+    )
+    assert main(["profile", *words, *(word for setting in settings for word in ("--set", setting))]) == 0
+    found = load_profile(output)
+    assert found.engine.model == "dummy:tiny"
+    assert found.errors("decode").cells > 4
+    assert max(cell.shape.decode_batch for cell in found.cells) == 8
+    assert "held out median" in capsys.readouterr().out
+
+
+def test_a_profile_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["validate", "--profile", "/nowhere/profile.json"]) == 2
+    assert "the profile /nowhere/profile.json cannot be read" in capsys.readouterr().err
+
+
+def test_one_round_is_no_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["profile", "--rounds", "1"]) == 2
+    assert "--rounds 1; use 2 or more" in capsys.readouterr().err
+
+
+def test_the_command_line_loads_no_torch() -> None:
+    script = "import sys; import diphase.cluster.cli; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-P", "-c", script], capture_output=True, text=True, check=True)
+    assert found.stdout == "False\n"
