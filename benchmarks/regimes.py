@@ -3,9 +3,10 @@
     .venv/bin/python -P benchmarks/regimes.py   # writes docs/results/regimes.json
 
 Eight workers of four A100 each serve Llama-2-70B (step times as Splitwise measured them) on summaries of
-arXiv papers with Poisson arrivals: all colocated with chunks of 512 tokens, or in pools. Tight TPOT with loose
-TTFT has to favour the pools, tight TTFT with loose TPOT the colocated workers. TaiChi measured, at its rate,
-7 % against 98 % in the first regime (aggregated against disaggregated) and 97 % against 42 % in the second.
+arXiv papers with Poisson arrivals: all colocated with chunks of 512 tokens, or in pools. Tight TPOT with
+loose TTFT has to favour the pools, tight TTFT with loose TPOT the colocated workers. TaiChi measured, at its
+rate, 7 % against 98 % in the first regime (aggregated against disaggregated) and 97 % against 42 % in the
+second.
 """
 
 from __future__ import annotations
