@@ -1,4 +1,4 @@
-"""When to disaggregate: the sign that TaiChi (arXiv 2508.01989, section 3) reports has to flip in our simulator.
+"""When to disaggregate: the sign that TaiChi (arXiv 2508.01989, section 3) reports has to flip here, too.
 
     .venv/bin/python -P benchmarks/regimes.py   # writes docs/results/regimes.json
 
