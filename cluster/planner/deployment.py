@@ -81,6 +81,9 @@ class SimulationConfig:
     ttft_ms: float = 2000.0
     """Objectives that all requests carry."""
     tpot_ms: float = 100.0
+    most_missed: int | None = None
+    """The run ends as soon as more requests than this missed TTFT, or TPOT; what is unfinished then counts as
+    missed. None: it goes on to its end."""
     exact: bool = False
     """Every step is an event of its own; else stretches in which a batch does not change are one. The results
     are the same."""

@@ -35,6 +35,10 @@ class EventQueue:
         self._order += 1
         heapq.heappush(self._heap, (when, rank, self._order, action, args))
 
+    def stop(self) -> None:
+        """Nothing happens any more."""
+        self._heap.clear()
+
     def run(self) -> None:
         """Until nothing is left to happen."""
         heap = self._heap

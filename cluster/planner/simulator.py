@@ -35,6 +35,8 @@ class Simulation:
         self._deployment = deployment
         self.requests = list(requests)
         self._slo = Slo(ttft_ms=config.ttft_ms, tpot_ms=config.tpot_ms)
+        self._most_missed = config.most_missed
+        self._late = self._slow = 0
         self._events = EventQueue()
         self.workers = [
             SimWorker(
@@ -139,14 +141,20 @@ class Simulation:
             if request.token0 < 0:
                 request.token0 = self._events.now
                 self._admission.leave(request.prompt_tokens, self._events.now_s)
+                self._late += request.token0 - request.arrival > self._slo.ttft_ms * 1e6
             if outcome.finish_reason != NOT_FINISHED:
                 request.last_token = self._events.now
                 self._policy.observe_completion(request.output_tokens)
+                decoded = (request.output_tokens - 1) * self._slo.tpot_ms * 1e6
+                self._slow += request.last_token - request.token0 > decoded
                 if worker.prefill is not None:
                     worker.prefill.release(outcome.sequence)
                     self._handles[request.decode_worker].forget_sequence(request.key.request_id)
             elif worker.prefill is not None:
                 self._handoffs.computed(request)
+        if self._most_missed is not None and max(self._late, self._slow) > self._most_missed:
+            self._events.stop()
+            return
         if worker.spec.role == "decode":
             self._handoffs.give_room(worker)
         if self._shares:

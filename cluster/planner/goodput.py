@@ -1,0 +1,258 @@
+"""Goodput of a deployment: the largest rate that a simulation of it serves within both objectives.
+
+Two definitions, both from the literature: 90 % of the requests meet both objectives (DistServe, OSDI 2024),
+and the 90th percentile of TTFT and that of TPOT are each inside their objective (its released simulator). Knows
+how to search a rate, not where deployments come from.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ...proto.errors import ConfigError
+from ...router.config import RouterConfig
+from ..load.search import TARGET, Point
+from .deployment import Deployment, SimulationConfig
+from .records import SimResult
+from .sim_workload import Workload
+from .simulator import Simulation
+
+ROUTER = RouterConfig(max_queued_requests=10**9, max_queued_tokens=10**9, local_prefill_tokens=0)
+"""Bounds of the queue would hide how late what waits there is."""
+LEAST_REQUESTS, MOST_REQUESTS = 300, 2000
+LIVES = 3.0
+"""A run lasts at least so many times as long as a request may, else it measures how a cluster fills up."""
+GROWTH = 1.6
+"""Step of the search for rates on both sides."""
+HOPELESS = 1 / 500
+"""Share of the first rate below which nothing is tried."""
+PUBLISHED_HIGH, PUBLISHED_STEP, PUBLISHED_REQUESTS = 32.0, 0.25, 300
+"""Of DistServe's bisection: requests/s a GPU, and how many requests a run has."""
+
+_T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Student's t, two-sided 95 %, by degrees of freedom."""
+
+
+class Definition(StrEnum):
+    """What it means that a rate is served."""
+
+    BOTH = "both objectives"
+    """90 % of the requests meet both."""
+    EACH = "each percentile"
+    """P90 of TTFT and P90 of TPOT are each inside."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Objectives:
+    """What every request is to meet; infinite where a phase is judged alone."""
+
+    ttft_ms: float
+    tpot_ms: float
+
+    def __post_init__(self) -> None:
+        for name in ("ttft_ms", "tpot_ms"):
+            if not getattr(self, name) > 0.0:
+                raise ConfigError(f"slo: {name} = {getattr(self, name):g}; use milliseconds above 0")
+
+    def scaled(self, ttft: float = 1.0, tpot: float = 1.0) -> Objectives:
+        """Both times a factor."""
+        return Objectives(ttft_ms=self.ttft_ms * ttft, tpot_ms=self.tpot_ms * tpot)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """A search for one goodput; can be sent to another process."""
+
+    deployment: Deployment
+    workload: Workload
+    objectives: Objectives
+    guess: float
+    """Requests/s, the first to try."""
+    ceiling: float = math.inf
+    """Requests/s that no rate can exceed in the long run: a short run at more would only fill the cluster."""
+    seeds: tuple[int, ...] = (0,)
+    tolerance: float = 0.05
+    """Relative width at which a bracket is narrow enough."""
+    definitions: tuple[Definition, ...] = (Definition.BOTH,)
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.guess < math.inf or not self.ceiling > 0.0:
+            raise ConfigError(
+                f"a goodput is searched from {self.guess} up to {self.ceiling} requests/s; give rates above 0"
+            )
+        if not self.seeds or not self.definitions or not self.tolerance > 0.0:
+            raise ConfigError("a goodput needs a seed, a definition and a tolerance above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A goodput over seeds, requests/s."""
+
+    rates: tuple[float, ...]
+    """By seed."""
+
+    @property
+    def mean(self) -> float:
+        return sum(self.rates) / len(self.rates)
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % of the mean, by Student's t; (0, infinite) for one seed."""
+        degrees = len(self.rates) - 1
+        if not degrees:
+            return 0.0, math.inf
+        spread = math.sqrt(sum((rate - self.mean) ** 2 for rate in self.rates) / degrees)
+        half = (_T95[degrees] if degrees < len(_T95) else 1.96) * spread / math.sqrt(len(self.rates))
+        return max(0.0, self.mean - half), self.mean + half
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """To a Question."""
+
+    estimates: dict[Definition, Estimate]
+
+    @property
+    def rate(self) -> float:
+        """By the first definition that was asked for."""
+        return next(iter(self.estimates.values())).mean
+
+    def times(self, factor: int) -> Answer:
+        """Of so many equal deployments."""
+        return Answer(
+            estimates={
+                definition: Estimate(rates=tuple(rate * factor for rate in estimate.rates))
+                for definition, estimate in self.estimates.items()
+            }
+        )
+
+
+def run_length(workload: Workload, objectives: Objectives, rate: float) -> int:
+    """Requests that a run at `rate` needs."""
+    lengths = workload.lengths(0, workload.most(LEAST_REQUESTS))
+    outputs = sum(output for _, output in lengths) / len(lengths)
+    finite = [ms for ms in (objectives.ttft_ms, objectives.tpot_ms * outputs) if math.isfinite(ms)]
+    wanted = math.ceil(LIVES * rate * sum(finite) / 1e3)
+    return workload.most(max(LEAST_REQUESTS, min(wanted, MOST_REQUESTS)))
+
+
+def simulate(
+    deployment: Deployment,
+    workload: Workload,
+    objectives: Objectives,
+    rate: float,
+    seed: int,
+    count: int,
+    *,
+    whole: bool = True,
+) -> SimResult:
+    """One run. The policy, which knows only finite objectives, is told an hour for those that are not. One that
+    is not `whole` ends where no definition can be met any more."""
+    config = SimulationConfig(
+        router=ROUTER,
+        ttft_ms=min(objectives.ttft_ms, 3.6e6),
+        tpot_ms=min(objectives.tpot_ms, 3.6e6),
+        most_missed=None if whole else math.floor((1.0 - TARGET) * count) + 1,
+    )
+    return Simulation(deployment, config, workload.requests(rate, seed, count)).run()
+
+
+def served(result: SimResult, objectives: Objectives, definition: Definition) -> bool:
+    """Whether the run was good enough."""
+    if definition is Definition.EACH:
+        return result.percentiles_inside(objectives.ttft_ms, objectives.tpot_ms, TARGET)
+    return result.attainment(objectives.ttft_ms, objectives.tpot_ms) >= TARGET
+
+
+def answer(question: Question) -> Answer:
+    """Searches each seed's goodput by every definition asked for; runs serve all of them."""
+    rates: dict[Definition, list[float]] = {definition: [] for definition in question.definitions}
+    guess = question.guess
+    for seed in question.seeds:
+        runs: dict[float, SimResult] = {}
+        for definition in question.definitions:
+            found = _search(question, seed, definition, guess, runs)
+            rates[definition].append(found)
+            guess = found or guess  # the next is near
+    return Answer(
+        estimates={definition: Estimate(rates=tuple(found)) for definition, found in rates.items()}
+    )
+
+
+def point(rate: float, result: SimResult, objectives: Objectives) -> Point:
+    """The run as a point of an attainment curve."""
+    total = len(result.requests)
+    met = round(result.attainment(objectives.ttft_ms, objectives.tpot_ms) * total)
+    return Point(rate=rate, met=met, total=total)
+
+
+def _search(
+    question: Question, seed: int, definition: Definition, guess: float, runs: dict[float, SimResult]
+) -> float:
+    def good(rate: float) -> bool:
+        if rate not in runs:
+            count = run_length(question.workload, question.objectives, rate)
+            runs[rate] = simulate(
+                question.deployment, question.workload, question.objectives, rate, seed, count, whole=False
+            )
+        return served(runs[rate], question.objectives, definition)
+
+    return largest_rate(good, min(guess, question.ceiling), question.ceiling, question.tolerance)
+
+
+def largest_rate(good: Callable[[float], bool], guess: float, ceiling: float, tolerance: float) -> float:
+    """The largest rate known to be good, within `tolerance` of one that is not; 0 when there is none near the
+    guess, `ceiling` when that is good."""
+    low, high, rate = 0.0, math.inf, guess
+    while high == math.inf or low == 0.0:
+        if good(rate):
+            low = rate
+            if rate >= ceiling:
+                return ceiling
+        else:
+            high = rate
+            if rate < guess * HOPELESS:
+                return 0.0
+        rate = min(low * GROWTH, ceiling) if high == math.inf else high / GROWTH
+        if low and high < math.inf:
+            break
+    while high / low > 1.0 + tolerance:
+        rate = math.sqrt(low * high)
+        if good(rate):
+            low = rate
+        else:
+            high = rate
+    return low
+
+
+def published_goodput(
+    deployment: Deployment,
+    workload: Workload,
+    objectives: Objectives,
+    *,
+    step: float = PUBLISHED_STEP,
+    high: float = PUBLISHED_HIGH,
+) -> float:
+    """Requests/s a GPU by the bisection of DistServe's released simulator: percentiles, seed 0, 300 requests,
+    from 0 to `high` until the bracket is `step` wide."""
+    low = 0.0
+    while high - low > step:
+        middle = (low + high) / 2.0
+        rate = middle * deployment.gpus
+        result = simulate(deployment, workload, objectives, rate, 0, PUBLISHED_REQUESTS, whole=False)
+        if served(result, objectives, Definition.EACH):
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def answer_all(
+    questions: Sequence[Question], mapped: Callable[..., object] = map
+) -> list[Answer]:
+    """In the order of the questions, whatever `mapped` (of an executor, for example) does beside each other."""
+    return list(mapped(answer, questions))  # type: ignore[call-overload, no-any-return]
+

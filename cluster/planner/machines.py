@@ -1,0 +1,198 @@
+"""What a worker of some parallelism is: step time and room for KV of one model on one kind of GPU. Each source of
+step times becomes one class here. Knows no pools and no objectives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Protocol
+
+from ...proto.errors import ConfigError
+from ...router.step_time import StepTime
+from .distserve import distserve_kv_capacity, distserve_step_time
+from .hardware import Hardware
+from .model_shape import ModelShape
+from .roofline import Precision, RooflineStepTime, kv_capacity_tokens
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Parallel:
+    """How one worker is spread over GPUs."""
+
+    tp: int = 1
+    pp: int = 1
+
+    @property
+    def gpus(self) -> int:
+        return self.tp * self.pp
+
+    def __str__(self) -> str:
+        return f"tp {self.tp}" if self.pp == 1 else f"tp {self.tp} pp {self.pp}"
+
+
+class Machine(Protocol):
+    """One model on one kind of GPU."""
+
+    @property
+    def model(self) -> ModelShape: ...
+
+    @property
+    def hardware(self) -> Hardware: ...
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all layers."""
+        ...
+
+    def step_time(self, parallel: Parallel) -> StepTime:
+        """
+        Raises:
+            ConfigError: it is not known.
+        """
+        ...
+
+    def kv_tokens(self, parallel: Parallel) -> int:
+        """
+        Raises:
+            ConfigError: the model does not fit.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class RooflineMachine:
+    """Step times and memory by arithmetic."""
+
+    model: ModelShape
+    hardware: Hardware
+    precision: Precision = "bf16"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all layers, in 16 bits."""
+        return self.model.kv_bytes_per_token()
+
+    def step_time(self, parallel: Parallel) -> StepTime:
+        """See Machine."""
+        return _roofline(self, parallel)
+
+    def kv_tokens(self, parallel: Parallel) -> int:
+        """See Machine."""
+        check_parallel(self.model, parallel)
+        return kv_capacity_tokens(
+            self.model, self.hardware, tp=parallel.tp, pp=parallel.pp, precision=self.precision
+        )
+
+
+@lru_cache(maxsize=256)
+def _roofline(machine: RooflineMachine, parallel: Parallel) -> RooflineStepTime:
+    """One object for equal workers: what is derived of it is derived once."""
+    check_parallel(machine.model, parallel)
+    return RooflineStepTime(
+        machine.model, machine.hardware, tp=parallel.tp, pp=parallel.pp, precision=machine.precision
+    )
+
+
+@dataclass(frozen=True)
+class DistServeMachine:
+    """DistServe's measurements of OPT on A100-80G, with its KV capacities where they are published and
+    arithmetic where they are not."""
+
+    model: ModelShape
+    hardware: Hardware
+    name: str
+    folder: Path
+    engine: str = "distserve"
+    overheads: bool = True
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all layers, in 16 bits."""
+        return self.model.kv_bytes_per_token()
+
+    def step_time(self, parallel: Parallel) -> StepTime:
+        """See Machine."""
+        return _distserve(self, parallel)
+
+    def kv_tokens(self, parallel: Parallel) -> int:
+        """See Machine."""
+        check_parallel(self.model, parallel)
+        try:
+            return distserve_kv_capacity(self.folder, model=self.name, tp=parallel.tp, pp=parallel.pp)
+        except ConfigError:
+            return kv_capacity_tokens(self.model, self.hardware, tp=parallel.tp, pp=parallel.pp)
+
+
+@lru_cache(maxsize=256)
+def _distserve(machine: DistServeMachine, parallel: Parallel) -> StepTime:
+    check_parallel(machine.model, parallel)
+    return distserve_step_time(
+        machine.folder,
+        model=machine.name,
+        tp=parallel.tp,
+        pp=parallel.pp,
+        engine=machine.engine,
+        overheads=machine.overheads,
+    )
+
+
+def check_parallel(model: ModelShape, parallel: Parallel) -> None:
+    """
+    Raises:
+        ConfigError: the model's heads or layers cannot be divided so.
+    """
+    tp, pp = parallel.tp, parallel.pp
+    if tp < 1 or model.num_q_heads % tp:
+        raise ConfigError(
+            f"tp = {tp} does not divide the model's {model.num_q_heads} heads; use one of "
+            f"{', '.join(map(str, divisors(model.num_q_heads, 16)))}"
+        )
+    if model.num_kv_heads % tp and tp % model.num_kv_heads:
+        raise ConfigError(f"tp = {tp} does not fit the model's {model.num_kv_heads} key-value heads")
+    if pp < 1 or model.num_layers % pp:
+        raise ConfigError(
+            f"pp = {pp} does not divide the model's {model.num_layers} layers; use one of "
+            f"{', '.join(map(str, divisors(model.num_layers, 16)))}"
+        )
+
+
+def divisors(number: int, most: int) -> list[int]:
+    """Of `number`, up to `most`."""
+    return [i for i in range(1, min(number, most) + 1) if number % i == 0]
+
+
+def feasible_parallels(machine: Machine, gpus: int, max_pp: int = 1) -> list[Parallel]:
+    """Every parallelism of one worker that fits `gpus` GPUs, by ascending GPUs: tensor parallelism divides a
+    node; a pipeline longer than a node takes whole nodes.
+
+    Raises:
+        ConfigError: none fits; the message says why.
+    """
+    if gpus < 1:
+        raise ConfigError(f"gpus = {gpus}; plan for at least 1 GPU")
+    if max_pp < 1:
+        raise ConfigError(f"max_pp = {max_pp}; a worker has at least 1 pipeline stage")
+    node = machine.hardware.gpus_per_node
+    found: list[Parallel] = []
+    error: ConfigError | None = None
+    for tp in divisors(node, min(node, gpus)):
+        if machine.model.num_q_heads % tp:
+            continue
+        if machine.model.num_kv_heads % tp and tp % machine.model.num_kv_heads:
+            continue
+        for pp in divisors(machine.model.num_layers, min(max_pp, gpus // tp)):
+            parallel = Parallel(tp, pp)
+            if parallel.gpus > node and parallel.gpus % node:
+                continue
+            try:
+                machine.kv_tokens(parallel)
+                machine.step_time(parallel)
+            except ConfigError as exc:
+                error = exc  # the largest is what one can do nothing more about
+                continue
+            found.append(parallel)
+    if not found:
+        assert error is not None  # one GPU is always tried
+        raise ConfigError(f"gpus = {gpus} cannot hold the model: {error.message}")
+    return sorted(found, key=lambda parallel: (parallel.gpus, parallel.pp))

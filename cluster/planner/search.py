@@ -1,0 +1,239 @@
+"""The search for a placement: workers are judged alone, pools are matched by their rates, and the few best
+combinations are simulated jointly.
+
+Within a budget of GPUs the placement with the highest goodput is chosen, or, for a wanted rate, the one with the
+fewest GPUs that serves it. Ties go to fewer GPUs, then to no hand-off. Deterministic. Knows no files.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from ...proto.errors import ConfigError
+from .goodput import Answer, Definition, Objectives, Question, answer_all
+from .machines import Machine, feasible_parallels
+from .phase_rates import Kind, PhaseRates, measure_phases
+from .placement import Placement, Pool, build
+from .sim_workload import Workload
+
+JOINT = {"disaggregated": 5, "colocated": 2, "mixed": 2}
+"""Placements of each kind that are simulated jointly."""
+FINAL = 2
+"""Of them, those that all seeds are simulated of; the best colocated one always is."""
+UNIT_WORKERS = 4
+"""A placement of several equal parts is simulated as the smallest part with so many workers: the others do the
+same. A larger one would share its load a little better."""
+TIE = 0.02
+"""Goodputs this near, relatively, are equal."""
+COARSE, FINE = 0.08, 0.03
+"""Tolerances of the joint search and of the final estimate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Task:
+    """What is to be planned."""
+
+    machine: Machine
+    workload: Workload
+    objectives: Objectives
+    gpus: int
+    """The most that may be used."""
+    rate: float | None = None
+    """Requests/s that are to be served by as few GPUs as possible; None: as many as possible."""
+    max_pp: int = 1
+    seeds: tuple[int, ...] = (0, 1, 2)
+
+    def __post_init__(self) -> None:
+        if self.gpus < 1:
+            raise ConfigError(f"gpus = {self.gpus}; plan for at least 1 GPU")
+        if self.rate is not None and not 0.0 < self.rate < math.inf:
+            raise ConfigError(f"rate = {self.rate} requests/s; use a number above 0")
+        if not self.seeds:
+            raise ConfigError("seeds is empty; simulate at least one")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """A placement and what is known of it."""
+
+    placement: Placement
+    expected: float
+    """Requests/s by the rates of its workers alone."""
+    answer: Answer | None = None
+
+    @property
+    def rate(self) -> float:
+        """Simulated goodput, else the expected one."""
+        return self.expected if self.answer is None else self.answer.rate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What a search came to."""
+
+    candidates: tuple[Candidate, ...]
+    """Best first, those that all seeds were simulated of; empty when nothing serves any rate."""
+    others: tuple[Candidate, ...]
+    """Simulated jointly, but with one seed and coarsely."""
+    phases: PhaseRates
+    reached: bool = True
+    """False: no placement within the GPUs serves the wanted rate, and the candidates are those that serve
+    most."""
+
+
+def search(task: Task, mapped: Callable[..., object] = map) -> Found:
+    """
+    Args:
+        mapped: how questions are answered beside each other, such as an executor's map.
+
+    Raises:
+        ConfigError: the model does not fit the GPUs.
+    """
+    parallels = feasible_parallels(task.machine, task.gpus, task.max_pp)
+    phases = measure_phases(task.machine, task.workload, task.objectives, parallels, mapped)
+    pool = list(proposals(phases, task.gpus, task.rate))
+    found = _judge(task, phases, pool, mapped)
+    if task.rate is None:
+        return found
+    if any(candidate.rate >= task.rate for candidate in found.candidates):
+        return found
+    return replace(_judge(task, phases, list(proposals(phases, task.gpus, None)), mapped), reached=False)
+
+
+def _judge(
+    task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Callable[..., object]
+) -> Found:
+    order = _order(task.rate)
+    chosen: list[Candidate] = []
+    for kind, count in JOINT.items():
+        chosen += sorted((c for c in pool if c.placement.kind == kind), key=order)[:count]
+    joint = sorted(_simulated(task, phases, chosen, mapped, seeds=task.seeds[:1], fine=False), key=order)
+    joint = [candidate for candidate in joint if candidate.rate > 0.0]
+    finalists = joint[:FINAL]
+    finalists += [c for c in joint if c.placement.kind == "colocated" and c not in finalists][:1]
+    if not finalists:
+        return Found(candidates=(), others=(), phases=phases)
+    final = _simulated(task, phases, finalists, mapped, seeds=task.seeds, fine=True)
+    others = tuple(candidate for candidate in joint if candidate not in finalists)
+    return Found(candidates=tuple(_ranked(final, task.rate)), others=others, phases=phases)
+
+
+def proposals(phases: PhaseRates, gpus: int, rate: float | None) -> Iterable[Candidate]:
+    """Every combination of pools within the budget whose rates match: no pool has a worker more than the
+    slowest one needs."""
+    colocated = phases.of_role("colocated")
+    for kind, one in colocated.items():
+        most = gpus // kind.parallel.gpus
+        for count in _counts(one, most, rate):
+            yield Candidate(placement=Placement(colocated=_pool(kind, count)), expected=count * one)
+    best = max(colocated, key=lambda kind: colocated[kind] / kind.parallel.gpus, default=None)
+    for prefill, prefill_rate in phases.of_role("prefill").items():
+        for decode, decode_rate in phases.of_role("decode").items():
+            for pair in _pairs(prefill, prefill_rate, decode, decode_rate, gpus, rate):
+                yield pair
+                if best is None or (rate is not None and pair.expected >= rate):
+                    continue
+                rest = (gpus - pair.placement.gpus) // best.parallel.gpus
+                wanted = None if rate is None else rate - pair.expected
+                for count in _counts(colocated[best], rest, wanted):
+                    yield Candidate(
+                        placement=replace(pair.placement, colocated=_pool(best, count)),
+                        expected=pair.expected + count * colocated[best],
+                    )
+
+
+def _pairs(
+    prefill: Kind, prefill_rate: float, decode: Kind, decode_rate: float, gpus: int, rate: float | None
+) -> Iterable[Candidate]:
+    """Of one kind of prefill and one kind of decode worker, with every useful number of the first."""
+    for count in range(1, (gpus - decode.parallel.gpus) // prefill.parallel.gpus + 1):
+        room = (gpus - count * prefill.parallel.gpus) // decode.parallel.gpus
+        needed = math.ceil(count * prefill_rate / decode_rate - TIE)
+        # One more or less than the rates of single workers ask for: pools share their load better than one.
+        for decodes in sorted({max(1, min(room, needed + more)) for more in (-1, 0, 1)}):
+            expected = min(count * prefill_rate, decodes * decode_rate)
+            if rate is not None and not 0.7 * rate <= expected <= 3.0 * rate + prefill_rate:
+                continue
+            placement = Placement(prefill=_pool(prefill, count), decode=_pool(decode, decodes))
+            yield Candidate(placement=placement, expected=expected)
+
+
+def _counts(one: float, most: int, rate: float | None) -> list[int]:
+    """Numbers of workers worth trying: all there is room for, or about as many as the rate needs."""
+    if most < 1 or rate is None:
+        return [most] if most else []
+    needed = math.ceil(rate / one)
+    return sorted({max(1, min(most, needed + more)) for more in (-1, 0, 1)})
+
+
+def _pool(kind: Kind, count: int) -> Pool:
+    return Pool(count=count, parallel=kind.parallel, budget=kind.budget)
+
+
+def _order(rate: float | None) -> Callable[[Candidate], tuple[float, ...]]:
+    """Best first, before the tie rule: the highest rate, or enough of it with the fewest GPUs."""
+
+    def key(candidate: Candidate) -> tuple[float, ...]:
+        gpus = candidate.placement.gpus
+        if rate is None:
+            return (-candidate.rate, gpus)
+        return (candidate.rate < rate, gpus if candidate.rate >= rate else 0, -candidate.rate)
+
+    return key
+
+
+def _ranked(candidates: Iterable[Candidate], rate: float | None) -> list[Candidate]:
+    """Best first; within TIE of the best, fewer GPUs and no hand-off go first."""
+    ordered = sorted(candidates, key=_order(rate))
+    top = ordered[0]
+    near = [
+        candidate
+        for candidate in ordered
+        if candidate.rate >= (1.0 - TIE) * top.rate and (rate is None or top.rate < rate)
+        or (rate is not None and candidate.rate >= rate and candidate.placement.gpus == top.placement.gpus)
+    ]
+    kinds = ("colocated", "disaggregated", "mixed")
+    near.sort(key=lambda c: (c.placement.gpus, kinds.index(c.placement.kind), -c.rate))
+    return near + [candidate for candidate in ordered if candidate not in near]
+
+
+def part_of(placement: Placement) -> tuple[Placement, int]:
+    """(what is simulated of it, how many of that it is)."""
+    unit, share = placement.unit()
+    for factor in range(1, share + 1):
+        if share % factor == 0 and unit.workers * factor >= UNIT_WORKERS:
+            return unit.times(factor), share // factor
+    return placement, 1
+
+
+def _simulated(
+    task: Task,
+    phases: PhaseRates,
+    candidates: Sequence[Candidate],
+    mapped: Callable[..., object],
+    *,
+    seeds: tuple[int, ...],
+    fine: bool,
+) -> list[Candidate]:
+    parts = [part_of(candidate.placement) for candidate in candidates]
+    questions = [
+        Question(
+            deployment=build(part, task.machine),
+            workload=task.workload,
+            objectives=task.objectives,
+            guess=candidate.rate / times,
+            ceiling=max(phases.bound(part), candidate.rate / times),
+            seeds=seeds,
+            tolerance=FINE if fine else COARSE,
+            definitions=(Definition.BOTH, Definition.EACH) if fine else (Definition.BOTH,),
+        )
+        for candidate, (part, times) in zip(candidates, parts, strict=True)
+    ]
+    return [
+        replace(candidate, answer=reply.times(times))
+        for candidate, (_, times), reply in zip(
+            candidates, parts, answer_all(questions, mapped), strict=True
+        )
+    ]

@@ -1,0 +1,138 @@
+"""Workloads for the simulator: the same arrivals and lengths as `diphase bench`, at any rate and for any seed.
+
+Knows nothing of deployments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from ...proto.errors import ConfigError
+from ..load.trace_formats import TraceRecord
+from ..load.workload import Arrival, WorkloadConfig, plan_arrivals
+from .sim_request import SimRequest
+
+Lengths = Sequence[tuple[int, int]]
+"""(prompt tokens, completion tokens) of each request."""
+
+
+@dataclass(slots=True, kw_only=True)
+class SimWorkload:
+    """One kind of load. Plans of one seed are one pattern, stretched in time by the rate."""
+
+    config: WorkloadConfig
+    """Its seed is the first of several, its number of requests the least."""
+    records: Sequence[TraceRecord] = ()
+    context_length: int | None = None
+    block_size: int = 16
+    """Tokens that a block hash stands for."""
+    _plans: dict[tuple[int, int], list[Arrival]] = field(default_factory=dict)
+
+    def requests(self, rate: float, seed: int, count: int) -> list[SimRequest]:
+        """Fresh requests at `rate` requests/s.
+
+        Raises:
+            ConfigError: the trace lacks what the arrivals ask for.
+        """
+        return [
+            SimRequest(
+                index=i,
+                arrival=round(arrival.arrival_s / rate * 1e9),
+                prompt_tokens=arrival.input_tokens,
+                output_tokens=arrival.output_tokens,
+                hashes=_block_hashes(arrival, self.block_size),
+            )
+            for i, arrival in enumerate(self._plan(seed, count))
+        ]
+
+    def lengths(self, seed: int, count: int) -> list[tuple[int, int]]:
+        """Of the requests of that seed."""
+        return [(arrival.input_tokens, arrival.output_tokens) for arrival in self._plan(seed, count)]
+
+    @property
+    def shares(self) -> bool:
+        """Whether prompts have blocks in common, so that less than their tokens may have to be computed."""
+        return any(record.hash_ids for record in self.records[:1])
+
+    def most(self, count: int) -> int:
+        """The most requests up to `count` that a plan may have."""
+        limited = self.records and (self.shares or self.config.arrivals == "trace")
+        return min(count, len(self.records)) if limited else count
+
+    def _plan(self, seed: int, count: int) -> list[Arrival]:
+        plan = self._plans.get((seed, count))
+        if plan is None:
+            config = replace(self.config, seed=self.config.seed + seed, num_requests=count)
+            plan = plan_arrivals(config, self.records, self.context_length, 1.0)
+            self._plans[seed, count] = plan
+        return plan
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedWorkload:
+    """As DistServe's released simulator draws it: the lengths in their order, gaps of numpy's old generator,
+    the first request at once."""
+
+    pairs: tuple[tuple[int, int], ...]
+    shares = False
+
+    def __post_init__(self) -> None:
+        if not self.pairs:
+            raise ConfigError("a workload needs at least one request")
+
+    def requests(self, rate: float, seed: int, count: int) -> list[SimRequest]:
+        """The first `count` of them at `rate` requests/s."""
+        pairs = self.pairs[:count]
+        gaps = np.random.RandomState(seed).gamma(1.0, 1.0 / rate, size=len(pairs) - 1)
+        times = np.concatenate(([0.0], np.cumsum(gaps)))
+        return [
+            SimRequest(
+                index=i, arrival=round(time * 1e9), prompt_tokens=prompt, output_tokens=output, hashes=[]
+            )
+            for i, (time, (prompt, output)) in enumerate(zip(times.tolist(), pairs, strict=True))
+        ]
+
+    def lengths(self, seed: int, count: int) -> list[tuple[int, int]]:
+        """The same for every seed."""
+        return list(self.pairs[:count])
+
+    def most(self, count: int) -> int:
+        """No more than there are."""
+        return min(count, len(self.pairs))
+
+
+class Workload(Protocol):
+    """Requests of one pattern at any rate."""
+
+    @property
+    def shares(self) -> bool:
+        """Whether prompts have blocks in common."""
+        ...
+
+    def requests(self, rate: float, seed: int, count: int) -> list[SimRequest]:
+        """Fresh ones."""
+        ...
+
+    def lengths(self, seed: int, count: int) -> list[tuple[int, int]]:
+        """(prompt, completion) tokens of the same requests."""
+        ...
+
+    def most(self, count: int) -> int:
+        """The most requests up to `count` that there can be."""
+        ...
+
+
+def _block_hashes(arrival: Arrival, block_size: int) -> list[bytes]:
+    """Of the prompt's full blocks. An id of the trace names all of the prompt up to its end, so a block that
+    ends inside of it is named by it and by where it ends."""
+    if not arrival.hash_ids:
+        return []
+    last = len(arrival.hash_ids) - 1
+    ends = range(block_size, arrival.input_tokens + 1, block_size)
+    return [
+        b"%d:%d" % (arrival.hash_ids[min(last, (end - 1) // arrival.hash_block_tokens)], end) for end in ends
+    ]
