@@ -25,6 +25,7 @@ from .config import GIVEN, ClusterConfig, load
 from .config_writer import to_toml
 from .endpoint import WILDCARDS
 from .load import command as bench
+from .planner import plan_command
 
 DEMO_SETTINGS = (
     "gateway.port=0",
@@ -33,8 +34,8 @@ DEMO_SETTINGS = (
 )
 
 COMMANDS = (
-    "serve", "generate", "status", "trace", "scale", "restart", "bench", "profile", "validate", "config",
-    "demo",
+    "serve", "generate", "status", "trace", "scale", "restart", "bench", "plan", "profile", "validate",
+    "config", "demo",
 )  # fmt: skip
 
 REACHING = ("gateway.host", "gateway.port", "security.cluster_token")
@@ -97,13 +98,17 @@ def _parser() -> _Parser:
     parser.add_argument("--version", action="version", version=f"diphase {version('diphase')}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
 
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        made = commands.add_parser(name, help=text, description=text)
+        made.set_defaults(parser=made)
+        made.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
+        return made
+
     def add(name: str, text: str, sets: str = "section.key=value") -> argparse.ArgumentParser:
-        command = commands.add_parser(name, help=text, description=text)
-        command.set_defaults(parser=command)
-        command.add_argument("-v", "--verbose", action="store_true", help="log to stderr")
-        command.add_argument("--config", type=Path, metavar="FILE", help="TOML file; see `diphase config`")
-        command.add_argument("--set", action="append", default=[], metavar="K=V", dest="settings", help=sets)
-        return command
+        made = command(name, text)
+        made.add_argument("--config", type=Path, metavar="FILE", help="TOML file; see `diphase config`")
+        made.add_argument("--set", action="append", default=[], metavar="K=V", dest="settings", help=sets)
+        return made
 
     def ask(name: str, text: str) -> argparse.ArgumentParser:
         return add(name, text, f"how to reach the gateway: {', '.join(REACHING)}")
@@ -115,6 +120,7 @@ def _parser() -> _Parser:
     scale.add_scale_arguments(ask("scale", "give a pool another number of workers while it serves"))
     scale.add_restart_arguments(ask("restart", "replace workers one after the other while they serve"))
     bench.add_arguments(ask("bench", "measure latency, attainment and goodput under load"))
+    plan_command.add_arguments(command("plan", "find the placement that serves a workload best, and say why"))
     profile_command.add_arguments(add("profile", "measure this machine's engine for the planner"))
     validate_command.add_arguments(add("validate", "serve a workload and simulate it, and compare"))
     add("config", "print the resolved configuration, with what every key means")
@@ -137,8 +143,8 @@ def _run(args: argparse.Namespace) -> int:
     return _ask(args, config)
 
 
-_HERE = {"profile": profile_command.run, "validate": validate_command.run}
-"""Commands that start what they need on this machine, and read the configuration themselves."""
+_HERE = {"plan": plan_command.run, "profile": profile_command.run, "validate": validate_command.run}
+"""Commands that talk to no running cluster, and read what they need of the configuration themselves."""
 
 
 def _check_settings(args: argparse.Namespace) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -13,7 +14,7 @@ from .search import Point, goodput, merge
 Curves = Mapping[str, Sequence[Point]]
 """Points of each curve by its label."""
 
-_COLOURS = (
+COLOURS = (
     "#0072b2",
     "#d55e00",
     "#009e73",
@@ -30,21 +31,26 @@ def attainment_plot(path: Path, panels: Mapping[str, Curves], target: float) -> 
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for panel, (title, curves) in zip(axes, panels.items(), strict=True):
-        for colour, (label, points) in zip(_cycle(len(curves)), curves.items(), strict=True):
-            _draw_curve(panel, label, merge(points), colour, target)
-        panel.axhline(100 * target, color="0.4", linewidth=0.8, linestyle="--")
+        draw_attainment(panel, curves, target)
         panel.set_title(title, fontsize=10)
-        panel.set_xlabel("offered load, requests/s")
-        panel.set_ylim(0, 102)
-        panel.set_xlim(left=0)
-        panel.grid(alpha=0.25)
     axes[0].set_ylabel("requests that met both objectives, %")
     axes[-1].legend(fontsize=8, loc="lower left")
     path.parent.mkdir(parents=True, exist_ok=True)
     canvas.print_png(str(path))
 
 
-def _draw_curve(panel: object, label: str, points: list[Point], colour: str, target: float) -> None:
+def draw_attainment(panel: Axes, curves: Curves, target: float) -> None:
+    """One panel of it."""
+    for colour, (label, points) in zip(_cycle(len(curves)), curves.items(), strict=True):
+        _draw_curve(panel, label, merge(points), colour, target)
+    panel.axhline(100 * target, color="0.4", linewidth=0.8, linestyle="--")
+    panel.set_xlabel("offered load, requests/s")
+    panel.set_ylim(0, 102)
+    panel.set_xlim(left=0)
+    panel.grid(alpha=0.25)
+
+
+def _draw_curve(panel: Axes, label: str, points: list[Point], colour: str, target: float) -> None:
     rates = [point.rate for point in points]
     values = [100 * point.attainment for point in points]
     bounds = [point.interval() for point in points]
@@ -52,7 +58,7 @@ def _draw_curve(panel: object, label: str, points: list[Point], colour: str, tar
         [max(0.0, value - 100 * low) for value, (low, _) in zip(values, bounds, strict=True)],
         [max(0.0, 100 * high - value) for value, (_, high) in zip(values, bounds, strict=True)],
     ]
-    panel.errorbar(  # type: ignore[attr-defined]
+    panel.errorbar(
         rates,
         values,
         yerr=errors,
@@ -64,8 +70,8 @@ def _draw_curve(panel: object, label: str, points: list[Point], colour: str, tar
         linewidth=1.4,
     )
     if points and (found := goodput(points, target)).bracketed:
-        panel.axvline(found.rate, color=colour, linewidth=0.8, linestyle=":")  # type: ignore[attr-defined]
+        panel.axvline(found.rate, color=colour, linewidth=0.8, linestyle=":")
 
 
 def _cycle(count: int) -> list[str]:
-    return [_COLOURS[i % len(_COLOURS)] for i in range(count)]
+    return [COLOURS[i % len(COLOURS)] for i in range(count)]

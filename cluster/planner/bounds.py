@@ -63,10 +63,7 @@ def ttft_floor(step_time: StepTime, lengths: Lengths, chunk: int, ttft_ms: float
 def tpot_floor(step_time: StepTime, lengths: Lengths, tpot_ms: float) -> Floor:
     """Of decoding each request alone."""
     return _floor(
-        [
-            (lone_token_s(step_time, prompt, output) * 1e3, prompt + output // 2)
-            for prompt, output in lengths
-        ],
+        [(lone_token_s(step_time, prompt, output) * 1e3, prompt + output // 2) for prompt, output in lengths],
         tpot_ms,
     )
 
@@ -85,8 +82,7 @@ def prefill_rate(step_time: StepTime, lengths: Lengths, chunk: int) -> float:
     """Requests/s of one worker that computes prompts in the best batches, without end: of its slowest stage,
     and of 90 % of the requests only, the shortest."""
     per_token = min(
-        max(step_time.stage_s(StepShape(prefill_tokens=tokens, prefill_context=tokens * tokens / 2)))
-        / tokens
+        max(step_time.stage_s(StepShape(prefill_tokens=tokens, prefill_context=tokens * tokens / 2))) / tokens
         for tokens in _batches(chunk)
     )
     return _of_shortest([prompt * per_token for prompt, _ in lengths])

@@ -25,8 +25,8 @@ ROUTER = RouterConfig(max_queued_requests=10**9, max_queued_tokens=10**9, local_
 LEAST_REQUESTS, MOST_REQUESTS = 300, 2000
 LIVES = 3.0
 """A run lasts at least so many times as long as a request may, else it measures how a cluster fills up."""
-GROWTH = 1.6
-"""Step of the search for rates on both sides."""
+GROWTH = 1.15
+"""First step away from a guess; each further one is the last one squared."""
 HOPELESS = 1 / 500
 """Share of the first rate below which nothing is tried."""
 PUBLISHED_HIGH, PUBLISHED_STEP, PUBLISHED_REQUESTS = 32.0, 0.25, 300
@@ -177,9 +177,7 @@ def answer(question: Question) -> Answer:
             found = _search(question, seed, definition, guess, runs)
             rates[definition].append(found)
             guess = found or guess  # the next is near
-    return Answer(
-        estimates={definition: Estimate(rates=tuple(found)) for definition, found in rates.items()}
-    )
+    return Answer(estimates={definition: Estimate(rates=tuple(found)) for definition, found in rates.items()})
 
 
 def point(rate: float, result: SimResult, objectives: Objectives) -> Point:
@@ -206,7 +204,7 @@ def _search(
 def largest_rate(good: Callable[[float], bool], guess: float, ceiling: float, tolerance: float) -> float:
     """The largest rate known to be good, within `tolerance` of one that is not; 0 when there is none near the
     guess, `ceiling` when that is good."""
-    low, high, rate = 0.0, math.inf, guess
+    low, high, rate, growth = 0.0, math.inf, guess, GROWTH
     while high == math.inf or low == 0.0:
         if good(rate):
             low = rate
@@ -216,9 +214,8 @@ def largest_rate(good: Callable[[float], bool], guess: float, ceiling: float, to
             high = rate
             if rate < guess * HOPELESS:
                 return 0.0
-        rate = min(low * GROWTH, ceiling) if high == math.inf else high / GROWTH
-        if low and high < math.inf:
-            break
+        rate = min(low * growth, ceiling) if high == math.inf else high / growth
+        growth *= growth
     while high / low > 1.0 + tolerance:
         rate = math.sqrt(low * high)
         if good(rate):
@@ -250,9 +247,6 @@ def published_goodput(
     return low
 
 
-def answer_all(
-    questions: Sequence[Question], mapped: Callable[..., object] = map
-) -> list[Answer]:
+def answer_all(questions: Sequence[Question], mapped: Callable[..., object] = map) -> list[Answer]:
     """In the order of the questions, whatever `mapped` (of an executor, for example) does beside each other."""
     return list(mapped(answer, questions))  # type: ignore[call-overload, no-any-return]
-

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from typing import NamedTuple
 
 from ...decode_workers.config import DecodeSchedulerConfig
@@ -99,6 +100,8 @@ class PhaseRates:
     ttft_floors: dict[Parallel, Floor] = field(default_factory=dict)
     """Empty where prompts share blocks: a cached prompt has no floor."""
     tpot_floors: dict[Parallel, Floor] = field(default_factory=dict)
+    paired: dict[tuple[Parallel, Parallel], float] = field(default_factory=dict)
+    """Bound of a decode worker (the second) that has no more KV than a prefill worker (the first)."""
     bounds: dict[Kind, float] = field(default_factory=dict)
     """Requests/s of one worker that cannot be exceeded in the long run."""
     rates: dict[Kind, float] = field(default_factory=dict)
@@ -138,6 +141,11 @@ def measure_phases(
         for kind in _kinds(machine, parallel, objectives.tpot_ms):
             bound = {"prefill": prefill, "decode": decode}.get(kind.role, min(prefill, decode))
             found.bounds[kind] = bound if _feasible(found, kind) else 0.0
+    rooms = {parallel: machine.kv_tokens(parallel) for parallel in parallels}
+    for prefill_at, decode_at in product(parallels, parallels):
+        room = min(rooms[prefill_at], rooms[decode_at])
+        step_time = machine.step_time(decode_at)
+        found.paired[prefill_at, decode_at] = decode_rate(step_time, lengths, objectives.tpot_ms, room)
     worthy = _worthy(found.bounds)
     questions = [_question(machine, workload, objectives, kind, found.bounds[kind]) for kind in worthy]
     answers: list[Answer] = answer_all(questions, mapped)
@@ -169,8 +177,7 @@ def _worthy(bounds: dict[Kind, float]) -> list[Kind]:
     return [
         kind
         for kind, bound in bounds.items()
-        if bound > 0.0
-        and (math.isinf(bound) or bound / kind.parallel.gpus >= WORTH * best[kind.role])
+        if bound > 0.0 and (math.isinf(bound) or bound / kind.parallel.gpus >= WORTH * best[kind.role])
     ]
 
 

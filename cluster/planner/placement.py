@@ -157,9 +157,7 @@ def kv_room(placement: Placement, machine: Machine) -> int:
     return min(machine.kv_tokens(pool.parallel) for _, pool in placement.pools())
 
 
-def scheduler_of(
-    role: str, pool: Pool, machine: Machine
-) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
+def scheduler_of(role: str, pool: Pool, machine: Machine) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
     """What the pool's workers are configured with."""
     if role == "prefill":
         saturation = saturating_tokens(machine.step_time(pool.parallel), CHUNK_BUDGET)

@@ -20,8 +20,9 @@ from .sim_workload import Workload
 
 JOINT = {"disaggregated": 5, "colocated": 2, "mixed": 2}
 """Placements of each kind that are simulated jointly."""
-FINAL = 2
-"""Of them, those that all seeds are simulated of; the best colocated one always is."""
+FINAL = 0.8
+"""All seeds are simulated of the best of each kind, unless it is below this share of the best of all; of the
+best colocated one always."""
 UNIT_WORKERS = 4
 """A placement of several equal parts is simulated as the smallest part with so many workers: the others do the
 same. A larger one would share its load a little better."""
@@ -102,20 +103,20 @@ def search(task: Task, mapped: Callable[..., object] = map) -> Found:
     return replace(_judge(task, phases, list(proposals(phases, task.gpus, None)), mapped), reached=False)
 
 
-def _judge(
-    task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Callable[..., object]
-) -> Found:
+def _judge(task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Callable[..., object]) -> Found:
     order = _order(task.rate)
     chosen: list[Candidate] = []
     for kind, count in JOINT.items():
         chosen += sorted((c for c in pool if c.placement.kind == kind), key=order)[:count]
     joint = sorted(_simulated(task, phases, chosen, mapped, seeds=task.seeds[:1], fine=False), key=order)
     joint = [candidate for candidate in joint if candidate.rate > 0.0]
-    finalists = joint[:FINAL]
-    finalists += [c for c in joint if c.placement.kind == "colocated" and c not in finalists][:1]
-    if not finalists:
+    if not joint:
         return Found(candidates=(), others=(), phases=phases)
-    final = _simulated(task, phases, finalists, mapped, seeds=task.seeds, fine=True)
+    finalists = [next((c for c in joint if c.placement.kind == kind), None) for kind in JOINT]
+    finalists = [
+        c for c in finalists if c and (c.placement.kind == "colocated" or c.rate >= FINAL * joint[0].rate)
+    ]
+    final = _simulated(task, phases, [c for c in finalists if c], mapped, seeds=task.seeds, fine=True)
     others = tuple(candidate for candidate in joint if candidate not in finalists)
     return Found(candidates=tuple(_ranked(final, task.rate)), others=others, phases=phases)
 
@@ -131,7 +132,8 @@ def proposals(phases: PhaseRates, gpus: int, rate: float | None) -> Iterable[Can
     best = max(colocated, key=lambda kind: colocated[kind] / kind.parallel.gpus, default=None)
     for prefill, prefill_rate in phases.of_role("prefill").items():
         for decode, decode_rate in phases.of_role("decode").items():
-            for pair in _pairs(prefill, prefill_rate, decode, decode_rate, gpus, rate):
+            least = min(decode_rate, phases.paired[prefill.parallel, decode.parallel])
+            for pair in _pairs(prefill, prefill_rate, decode, least, gpus, rate):
                 yield pair
                 if best is None or (rate is not None and pair.expected >= rate):
                     continue
@@ -191,7 +193,8 @@ def _ranked(candidates: Iterable[Candidate], rate: float | None) -> list[Candida
     near = [
         candidate
         for candidate in ordered
-        if candidate.rate >= (1.0 - TIE) * top.rate and (rate is None or top.rate < rate)
+        if candidate.rate >= (1.0 - TIE) * top.rate
+        and (rate is None or top.rate < rate)
         or (rate is not None and candidate.rate >= rate and candidate.placement.gpus == top.placement.gpus)
     ]
     kinds = ("colocated", "disaggregated", "mixed")
@@ -233,7 +236,5 @@ def _simulated(
     ]
     return [
         replace(candidate, answer=reply.times(times))
-        for candidate, (_, times), reply in zip(
-            candidates, parts, answer_all(questions, mapped), strict=True
-        )
+        for candidate, (_, times), reply in zip(candidates, parts, answer_all(questions, mapped), strict=True)
     ]

@@ -1,0 +1,281 @@
+"""Why a placement is what it is: what makes objectives infeasible, what binds the goodput of the chosen one, and
+how it moves with rate and objectives.
+
+What binds is found by relaxing one thing at a time and searching the goodput anew. Knows no files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from ...router.step_time import Line, StepShape, StepTime
+from ..load.search import TARGET, Goodput, Point, goodput
+from .bounds import Floor
+from .deployment import Deployment
+from .goodput import Objectives, Question, answer_all, point, run_length, simulate
+from .machines import Parallel
+from .phase_rates import PhaseRates
+from .placement import CHUNK_BUDGET, Placement, Pool, build, colocated_budgets
+from .search import FINE, Candidate, Task, part_of
+from .sim_workload import Workload
+from .topology import free_topology
+
+RELAXED = 1.25
+"""Factor by which a thing is relaxed, memory apart, which doubles, and links, which are free."""
+NEAR_FLOOR = 0.75
+"""Share of an objective from which on the floor, not the load, is what binds."""
+LEAST_GAIN = 0.02
+"""Relative; less is within the search's tolerance."""
+LOWEST_RATE = 0.01
+"""Requests/s at which requests hardly meet each other."""
+RATE_FACTORS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
+"""Of the goodput: rates of the attainment curve."""
+SLO_FACTORS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
+"""Of both objectives: points of goodput over SLO."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Relaxation:
+    """What the goodput would be if one thing were better."""
+
+    what: str
+    """compute of prefill, compute of decode, memory, link, TTFT objective or TPOT objective."""
+    gain: float
+    """Relative."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Binding:
+    """What holds the goodput down."""
+
+    what: str
+    sentence: str
+    relaxations: tuple[Relaxation, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Curve:
+    """Of one placement over rates."""
+
+    points: tuple[Point, ...]
+    by_slo: dict[float, Goodput]
+    """Goodput when both objectives are so many times as long, judged from the same runs."""
+
+
+@dataclass(frozen=True)
+class FasterStepTime:
+    """Another step time whose prompt and decode parts take a share of their time."""
+
+    whole: StepTime
+    prefill: float = 1.0
+    decode: float = 1.0
+
+    @property
+    def stages(self) -> int:
+        """See step_time.StepTime."""
+        return self.whole.stages
+
+    def stage_s(self, shape: StepShape) -> tuple[float, ...]:
+        """See step_time.StepTime. The decode part of a mixed step is what it would be without the prompt."""
+        whole = self.whole.stage_s(shape)
+        if not shape.decode_batch:
+            return tuple(seconds * self.prefill for seconds in whole)
+        if not shape.prefill_tokens:
+            return tuple(seconds * self.decode for seconds in whole)
+        alone = self.whole.stage_s(shape._replace(prefill_tokens=0, prefill_context=0.0))
+        return tuple(
+            one * self.decode + max(0.0, both - one) * self.prefill
+            for both, one in zip(whole, alone, strict=True)
+        )
+
+    def step_s(self, shape: StepShape) -> float:
+        """See step_time.StepTime."""
+        return sum(self.stage_s(shape))
+
+    def decode_line(self, batch: int, context: float) -> Line:
+        """See step_time.StepTime."""
+        line = self.whole.decode_line(batch, context)
+        return Line(line.intercept_s * self.decode, line.slope_s * self.decode, line.until)
+
+
+def infeasible(task: Task, phases: PhaseRates) -> str:
+    """Why no placement serves any rate: the floor that is above its objective, or what a lone request takes."""
+    reasons = []
+    if floors := phases.ttft_floors:
+        at, floor = _quickest(floors)
+        if floor.feasible < TARGET:
+            reasons.append(
+                f"a lone prefill of {floor.tokens:,} tokens takes {_ms(floor.quantile_ms)} at best ({at}), "
+                f"the objective is {task.objectives.ttft_ms:g}; of the workload's prompts "
+                f"{floor.feasible:.0%} can meet it, {TARGET:.0%} are to"
+            )
+    at, floor = _quickest(phases.tpot_floors)
+    if floor.feasible < TARGET:
+        reasons.append(
+            f"a lone decode step with a context of {floor.tokens:,} tokens takes {_ms(floor.quantile_ms)} "
+            f"at best ({at}), the objective is {task.objectives.tpot_ms:g}; of the workload's requests "
+            f"{floor.feasible:.0%} can meet it, {TARGET:.0%} are to"
+        )
+    return "; ".join(reasons) or _when_alone(task, list(phases.tpot_floors))
+
+
+def _when_alone(task: Task, parallels: Sequence[Parallel]) -> str:
+    """No floor is above its objective, and yet nothing is served: what the quickest worker gives to requests
+    that hardly meet each other."""
+    parallel = max(parallels, key=lambda parallel: (parallel.tp, -parallel.pp))
+    budget = max(colocated_budgets(task.machine, parallel, task.objectives.tpot_ms))
+    placement = Placement(colocated=Pool(count=1, parallel=parallel, budget=budget))
+    count = run_length(task.workload, task.objectives, LOWEST_RATE)
+    result = simulate(
+        build(placement, task.machine), task.workload, task.objectives, LOWEST_RATE, task.seeds[0], count
+    )
+    met = result.attainment(task.objectives.ttft_ms, task.objectives.tpot_ms)
+    late = float((result.ttft_ms > task.objectives.ttft_ms).mean())
+    slow = float((result.tpot_ms > task.objectives.tpot_ms).mean())
+    return (
+        f"of requests that hardly meet each other on one worker ({parallel}) only {met:.0%} meet both "
+        f"objectives: {late:.0%} miss TTFT, {slow:.0%} miss TPOT, {result.rejected} of {count} do not fit its "
+        f"{task.machine.kv_tokens(parallel):,} tokens of KV"
+    )
+
+
+def _quickest(floors: dict[Parallel, Floor]) -> tuple[Parallel, Floor]:
+    return min(floors.items(), key=lambda item: (item[1].quantile_ms, item[0]))
+
+
+def binding(task: Task, phases: PhaseRates, best: Candidate, mapped: Callable[..., object] = map) -> Binding:
+    """What binds the goodput of the chosen placement."""
+    part, times = part_of(best.placement)
+    assert best.answer is not None  # it was simulated
+    base = next(iter(best.answer.estimates.values())).rates[0] / times
+    deployment = build(part, task.machine)
+    relaxed: dict[str, tuple[Deployment, Objectives]] = {
+        "compute of prefill": (_faster(deployment, prefill=1.0 / RELAXED), task.objectives),
+        "compute of decode": (_faster(deployment, decode=1.0 / RELAXED), task.objectives),
+        "memory": (_roomier(deployment), task.objectives),
+        "TTFT objective": (deployment, task.objectives.scaled(ttft=RELAXED)),
+        "TPOT objective": (deployment, task.objectives.scaled(tpot=RELAXED)),
+    }
+    if part.prefill is not None:
+        relaxed["link"] = (_unlinked(deployment, part.prefill.count), task.objectives)
+    questions = [
+        Question(
+            deployment=changed,
+            workload=task.workload,
+            objectives=objectives,
+            guess=base,
+            ceiling=2.0 * base,
+            seeds=task.seeds[:1],
+            tolerance=FINE,
+        )
+        for changed, objectives in relaxed.values()
+    ]
+    gains = tuple(
+        Relaxation(what=what, gain=reply.rate / base - 1.0)
+        for what, reply in zip(relaxed, answer_all(questions, mapped), strict=True)
+    )
+    return _judged(task, phases, best.placement, gains)
+
+
+def _judged(task: Task, phases: PhaseRates, placement: Placement, gains: tuple[Relaxation, ...]) -> Binding:
+    first = placement.prefill or placement.colocated
+    second = placement.decode or placement.colocated
+    assert first is not None and second is not None  # a placement has both or does both
+    objectives = task.objectives
+    ttft = phases.ttft_floors.get(first.parallel)
+    tpot = phases.tpot_floors[second.parallel]
+    shares = {"TPOT floor": tpot.quantile_ms / objectives.tpot_ms}
+    if ttft is not None:
+        shares["TTFT floor"] = ttft.quantile_ms / objectives.ttft_ms
+    by_what = {gain.what: gain.gain for gain in gains}
+    for name, objective in (("TTFT floor", "TTFT objective"), ("TPOT floor", "TPOT objective")):
+        if shares.get(name, 0.0) >= NEAR_FLOOR and by_what[objective] > LEAST_GAIN:
+            floor = ttft if name == "TTFT floor" else tpot
+            assert floor is not None  # it has a share
+            phase = "prefill" if name == "TTFT floor" else "decode step"
+            return Binding(
+                what=name,
+                sentence=f"a lone {phase} ({floor.tokens:,} tokens) takes {_ms(floor.quantile_ms)}, "
+                f"{shares[name]:.0%} of the objective: little is left for waiting",
+                relaxations=gains,
+            )
+    resources = [gain for gain in gains if not gain.what.endswith("objective")]
+    top = max(resources, key=lambda gain: gain.gain)
+    if top.gain <= LEAST_GAIN:
+        top = max(gains, key=lambda gain: gain.gain)
+    how = {"memory": "twice the KV memory", "link": "free hand-offs"}.get(top.what)
+    how = how or f"{RELAXED - 1.0:.0%} more {top.what}"
+    return Binding(what=top.what, sentence=f"{how} would serve {top.gain:+.0%} requests", relaxations=gains)
+
+
+def _faster(deployment: Deployment, *, prefill: float = 1.0, decode: float = 1.0) -> Deployment:
+    known: dict[int, StepTime] = {}
+    workers = []
+    for spec in deployment.workers:
+        step_time = known.setdefault(
+            id(spec.step_time), FasterStepTime(spec.step_time, prefill=prefill, decode=decode)
+        )
+        workers.append(replace(spec, step_time=step_time))
+    return replace(deployment, workers=tuple(workers))
+
+
+def _roomier(deployment: Deployment) -> Deployment:
+    workers = tuple(replace(spec, num_blocks=2 * spec.num_blocks) for spec in deployment.workers)
+    return replace(deployment, workers=workers)
+
+
+def _unlinked(deployment: Deployment, prefills: int) -> Deployment:
+    free = free_topology(range(prefills), range(prefills, len(deployment.workers)))
+    return replace(deployment, topology=free)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _CurveRun:
+    deployment: Deployment
+    workload: Workload
+    objectives: Objectives
+    rate: float
+    seed: int
+    count: int
+
+
+def _run_curve(run: _CurveRun) -> list[Point]:
+    """The run judged by every multiple of the objectives."""
+    result = simulate(run.deployment, run.workload, run.objectives, run.rate, run.seed, run.count)
+    return [point(run.rate, result, run.objectives.scaled(factor, factor)) for factor in SLO_FACTORS]
+
+
+def curves(task: Task, candidates: Sequence[Candidate], mapped: Callable[..., object] = map) -> list[Curve]:
+    """Attainment over rate, and goodput over objectives, of each candidate, at the same rates."""
+    top = max(candidate.rate for candidate in candidates)
+    runs: list[_CurveRun] = []
+    shares: list[int] = []
+    for candidate in candidates:
+        part, times = part_of(candidate.placement)
+        shares.append(times)
+        deployment = build(part, task.machine)
+        count = run_length(task.workload, task.objectives, top / times)
+        runs += [
+            _CurveRun(
+                deployment=deployment,
+                workload=task.workload,
+                objectives=task.objectives,
+                rate=factor * top / times,
+                seed=task.seeds[0],
+                count=count,
+            )
+            for factor in RATE_FACTORS
+        ]
+    judged: list[list[Point]] = list(mapped(_run_curve, runs))  # type: ignore[call-overload]
+    found: list[Curve] = []
+    for i, times in enumerate(shares):
+        rows = judged[i * len(RATE_FACTORS) : (i + 1) * len(RATE_FACTORS)]
+        columns = [[replace(p, rate=p.rate * times) for p in column] for column in zip(*rows, strict=True)]
+        by_slo = {factor: goodput(column) for factor, column in zip(SLO_FACTORS, columns, strict=True)}
+        found.append(Curve(points=tuple(columns[SLO_FACTORS.index(1.0)]), by_slo=by_slo))
+    return found
+
+
+def _ms(milliseconds: float) -> str:
+    return f"{milliseconds:.3g} ms" if milliseconds < 100.0 else f"{milliseconds:,.0f} ms"

@@ -1,0 +1,225 @@
+"""`diphase plan`: which placement serves a workload best within its objectives, why, and as a configuration."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from rich.console import Console
+
+from ...proto.errors import ConfigError
+from ..load.report import write_json
+from ..load.traces import TRACES, data_folder, load_trace
+from ..load.workload import Arrivals, WorkloadConfig
+from .explain import binding, curves, infeasible
+from .goodput import LEAST_REQUESTS, Objectives
+from .hardware import known_hardware, load_hardware
+from .machines import DistServeMachine, Machine, RooflineMachine
+from .model_shape import KNOWN_MODELS, load_model_shape
+from .plan_report import SHOWN, Plan, as_json, draw, text
+from .plan_toml import plan_toml
+from .search import Task, search
+from .sim_workload import SimWorkload
+
+FIXED = "fixed"
+SOURCES = ("roofline", "distserve")
+MOST_SEEDS = 10
+MOST_PROCESSES = 16
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of `diphase plan` on a (sub)parser."""
+    what = parser.add_argument_group("what is planned")
+    what.add_argument(
+        "--model", required=True, metavar="MODEL", help=f"{', '.join(KNOWN_MODELS)}, or a config.json"
+    )
+    what.add_argument(
+        "--hardware",
+        required=True,
+        metavar="HARDWARE",
+        help=f"{', '.join(known_hardware())}, or a TOML file with the same keys",
+    )
+    what.add_argument("--gpus", required=True, type=int, metavar="N", help="the most that may be used")
+    what.add_argument(
+        "--slo", required=True, metavar="ttft=MS,tpot=MS", help="objectives in milliseconds, of 90 %%"
+    )
+    what.add_argument(
+        "--rate", type=float, metavar="R", help="serve R requests/s with few GPUs (default: all that can be)"
+    )
+    what.add_argument(
+        "--max-pp", type=int, metavar="N", default=1, help="most pipeline stages of a worker (%(default)s)"
+    )
+    what.add_argument(
+        "--step-times", choices=SOURCES, default=SOURCES[0], help="where they come from (%(default)s)"
+    )
+    what.add_argument(
+        "--precision", choices=("bf16", "fp8"), default="bf16", help="of weights, by roofline (%(default)s)"
+    )
+    load = parser.add_argument_group("workload")
+    load.add_argument(
+        "--workload",
+        required=True,
+        metavar="TRACE",
+        help=f"lengths: {FIXED}, {', '.join(TRACES)}, or a .csv or .jsonl",
+    )
+    load.add_argument("--mean-input", type=int, metavar="N", help="mean prompt tokens (default: the trace's)")
+    load.add_argument("--mean-output", type=int, metavar="N", help="mean completion tokens")
+    load.add_argument(
+        "--arrivals", choices=[*Arrivals], default=Arrivals.POISSON.value, help="default: %(default)s"
+    )
+    load.add_argument("--cv", type=float, default=1.0, metavar="CV", help="burstiness of gamma arrivals")
+    load.add_argument("--context-length", type=int, metavar="N", help="scale lengths to fit so many tokens")
+    load.add_argument("--seed", type=int, default=0, metavar="N", help="the first (%(default)s)")
+    load.add_argument(
+        "--seeds", type=int, default=3, metavar="N", help="how many the interval is over (%(default)s)"
+    )
+    load.add_argument(
+        "--data", metavar="DIR", help="folder of the traces (DIPHASE_DATA, else ../shared/data)"
+    )
+    where = parser.add_argument_group("where")
+    where.add_argument("--output", metavar="DIR", help="write plan.json, plan.png and cluster.toml there")
+    where.add_argument(
+        "--processes", type=int, metavar="N", help="simulate in so many (default: the machine's cores)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Runs the command; the exit status, 1 when the objectives are infeasible or the rate out of reach.
+
+    Raises:
+        ConfigError: an option is wrong, or the model does not fit.
+    """
+    task = task_from(args)
+    processes = _processes(args.processes)
+    output = None if args.output is None else _folder(Path(args.output))
+    if processes == 1:
+        plan = make_plan(task)
+    else:
+        with ProcessPoolExecutor(processes) as executor:
+            plan = make_plan(task, executor.map)
+    console = Console()
+    for line in text(plan):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    if output is not None:
+        console.print(f"wrote {', '.join(_write(plan, output, args.model))}", markup=False, highlight=False)
+    return 1 if plan.infeasible or not plan.found.reached else 0
+
+
+def task_from(args: argparse.Namespace) -> Task:
+    """The checked task.
+
+    Raises:
+        ConfigError: a value is malformed or out of range.
+    """
+    if not 1 <= args.seeds <= MOST_SEEDS:
+        raise ConfigError(f"--seeds {args.seeds} is out of range; use 1 to {MOST_SEEDS}")
+    folder = data_folder(args.data, os.environ)
+    fixed = args.workload == FIXED
+    if fixed and (args.mean_input is None or args.mean_output is None):
+        raise ConfigError(f"--workload {FIXED} needs --mean-input and --mean-output")
+    workload = SimWorkload(
+        config=WorkloadConfig(
+            num_requests=LEAST_REQUESTS,
+            arrivals=Arrivals(args.arrivals),
+            cv=args.cv,
+            mean_input=args.mean_input,
+            mean_output=args.mean_output,
+            seed=args.seed,
+        ),
+        records=[] if fixed else load_trace(args.workload, folder),
+        context_length=args.context_length,
+    )
+    return Task(
+        machine=_machine(args, folder),
+        workload=workload,
+        objectives=parse_slo(args.slo),
+        gpus=args.gpus,
+        rate=args.rate,
+        max_pp=args.max_pp,
+        seeds=tuple(range(args.seeds)),
+    )
+
+
+def make_plan(task: Task, mapped: Callable[..., object] = map) -> Plan:
+    """Searches and explains."""
+    found = search(task, mapped)
+    if not found.candidates:
+        return Plan(task=task, found=found, infeasible=infeasible(task, found.phases))
+    shown = (*found.candidates, *found.others)[:SHOWN]
+    return Plan(
+        task=task,
+        found=found,
+        binding=binding(task, found.phases, found.candidates[0], mapped),
+        curves=tuple(curves(task, shown, mapped)),
+    )
+
+
+def parse_slo(given: str) -> Objectives:
+    """Objectives written as "ttft=400,tpot=40".
+
+    Raises:
+        ConfigError: one is missing, unknown or no number above 0.
+    """
+    values: dict[str, float] = {}
+    for part in given.split(","):
+        name, _, value = part.strip().partition("=")
+        if name not in ("ttft", "tpot") or name in values:
+            raise ConfigError(f"--slo {given}: write it as ttft=400,tpot=40, in milliseconds")
+        try:
+            values[name] = float(value)
+        except ValueError:
+            raise ConfigError(f"--slo {given}: {name} = {value!r} is no number of milliseconds") from None
+    if len(values) < 2:
+        raise ConfigError(f"--slo {given}: give both, as in ttft=400,tpot=40")
+    if not all(0.0 < value < 3.6e6 for value in values.values()):
+        raise ConfigError(f"--slo {given}: objectives are above 0 and below an hour, in milliseconds")
+    return Objectives(ttft_ms=values["ttft"], tpot_ms=values["tpot"])
+
+
+def _machine(args: argparse.Namespace, folder: Path) -> Machine:
+    model, hardware = load_model_shape(args.model), load_hardware(args.hardware)
+    if args.step_times == "roofline":
+        return RooflineMachine(model, hardware, args.precision)
+    if args.precision != "bf16":
+        raise ConfigError(f"--precision {args.precision} is for --step-times roofline; leave it out")
+    if args.hardware != "a100-sxm-80gb":
+        raise ConfigError(
+            f"--step-times distserve was measured on a100-sxm-80gb, not on {args.hardware}; use that"
+        )
+    return DistServeMachine(model, hardware, args.model, folder)
+
+
+def _processes(given: int | None) -> int:
+    if given is None:
+        return min(MOST_PROCESSES, os.cpu_count() or 1)
+    if not 1 <= given <= 1024:
+        raise ConfigError(f"--processes {given} is out of range; use 1 to 1024")
+    return given
+
+
+def _folder(path: Path) -> Path:
+    """Before the search, which may take minutes, rather than after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise ConfigError(f"--output {path} cannot be made: {exc.strerror or exc}") from exc
+    return path
+
+
+def _write(plan: Plan, folder: Path, model: str) -> list[str]:
+    """The files, and what is said of those that cannot be."""
+    written = [str(folder / "plan.json")]
+    write_json(folder / "plan.json", as_json(plan))
+    if plan.infeasible:
+        return written
+    draw(folder / "plan.png", plan)
+    written.append(str(folder / "plan.png"))
+    try:
+        toml = plan_toml(plan.best.placement, plan.task.machine, plan.task.objectives, model)
+    except ConfigError as exc:
+        return [*written, f"no cluster.toml: {exc.message}"]
+    (folder / "cluster.toml").write_text(toml, encoding="utf-8")
+    return [*written, str(folder / "cluster.toml")]

@@ -1,0 +1,201 @@
+"""What a plan says: text for the terminal, JSON and pictures. Knows no search."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..load.plot import COLOURS, draw_attainment
+from ..load.search import TARGET
+from .explain import Binding, Curve
+from .search import Candidate, Found, Task
+
+SHOWN = 3
+"""Placements in the pictures."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """A search with its explanations."""
+
+    task: Task
+    found: Found
+    infeasible: str = ""
+    """Why nothing serves any rate; then all of the rest is empty."""
+    binding: Binding | None = None
+    curves: tuple[Curve, ...] = ()
+    """Of the best candidates, in their order."""
+
+    @property
+    def best(self) -> Candidate:
+        return self.found.candidates[0]
+
+
+def text(plan: Plan) -> Iterator[str]:
+    """Lines for the terminal."""
+    objectives = plan.task.objectives
+    asked = f"TTFT ≤ {objectives.ttft_ms:g} ms, TPOT ≤ {objectives.tpot_ms:g} ms for {TARGET:.0%}"
+    if plan.infeasible:
+        yield f"infeasible: {asked}: {plan.infeasible}"
+        return
+    best = plan.best
+    if not plan.found.reached:
+        yield (
+            f"{plan.task.rate:g} requests/s are out of reach of {plan.task.gpus} GPUs; "
+            f"what serves most of them:"
+        )
+    yield f"placement: {best.placement}; {best.placement.gpus} of {plan.task.gpus} GPUs"
+    yield f"goodput ({asked}): {_estimates(best)}"
+    for runner_up in plan.found.candidates[1:2] or plan.found.others[:1]:
+        yield f"runner-up: {runner_up.placement}; {runner_up.placement.gpus} GPUs, {_estimates(runner_up)}"
+    if not any(c.placement.kind == "colocated" for c in _known(plan)):
+        yield "colocated: serves no rate within the objectives"
+    if plan.binding is not None:
+        yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
+        gains = ", ".join(f"{gain.what} {gain.gain:+.0%}" for gain in plan.binding.relaxations)
+        yield f"each relaxed alone: {gains}"
+    if plan.curves:
+        yield from _sensitivity(plan.curves[0])
+
+
+def _known(plan: Plan) -> tuple[Candidate, ...]:
+    return (*plan.found.candidates, *plan.found.others)
+
+
+def _estimates(candidate: Candidate) -> str:
+    assert candidate.answer is not None  # candidates are simulated
+    parts = []
+    for definition, estimate in candidate.answer.estimates.items():
+        low, high = estimate.interval
+        spread = f" ({low:.3g} to {high:.3g})" if len(estimate.rates) > 1 else ""
+        parts.append(f"{estimate.mean:.3g}{spread} requests/s by {definition.value}")
+    return "; ".join(parts) + f"; {candidate.rate / candidate.placement.gpus:.3g} a GPU"
+
+
+def _sensitivity(curve: Curve) -> Iterator[str]:
+    yield "rate: " + ", ".join(f"{point.rate:.3g}/s {point.attainment:.0%}" for point in curve.points)
+    yield "objectives: " + ", ".join(
+        f"×{factor:g} {'≥ ' if found.rate and not found.bracketed else ''}{found.rate:.3g}/s"
+        for factor, found in curve.by_slo.items()
+    )
+
+
+def as_json(plan: Plan) -> dict[str, Any]:
+    """Everything, in a fixed order; the same plan gives the same bytes."""
+    task = plan.task
+    content: dict[str, Any] = {
+        "hardware": task.machine.hardware.name,
+        "objectives": {"ttft_ms": task.objectives.ttft_ms, "tpot_ms": task.objectives.tpot_ms},
+        "target": TARGET,
+        "gpus": task.gpus,
+        "rate": task.rate,
+        "rate_reached": plan.found.reached,
+        "seeds": list(task.seeds),
+        "infeasible": plan.infeasible or None,
+        "candidates": [_candidate(candidate) for candidate in plan.found.candidates],
+        "others": [_candidate(candidate) for candidate in plan.found.others],
+        "workers": [
+            {
+                "role": kind.role,
+                "tp": kind.parallel.tp,
+                "pp": kind.parallel.pp,
+                "prompt_tokens_a_step": kind.budget or None,
+                "bound": _finite(bound),
+                "goodput": plan.found.phases.rates.get(kind),
+            }
+            for kind, bound in plan.found.phases.bounds.items()
+        ],
+        "floors": [
+            {
+                "objective": name,
+                "tp": parallel.tp,
+                "pp": parallel.pp,
+                "p90_ms": floor.quantile_ms,
+                "tokens": floor.tokens,
+                "feasible": floor.feasible,
+            }
+            for name, floors in (
+                ("ttft", plan.found.phases.ttft_floors),
+                ("tpot", plan.found.phases.tpot_floors),
+            )
+            for parallel, floor in floors.items()
+        ],
+    }
+    if plan.binding is not None:
+        content["binds"] = {
+            "what": plan.binding.what,
+            "sentence": plan.binding.sentence,
+            "relaxed": {gain.what: gain.gain for gain in plan.binding.relaxations},
+        }
+    content["curves"] = [
+        {
+            "placement": str(candidate.placement),
+            "attainment": [[point.rate, point.attainment] for point in curve.points],
+            "goodput_by_slo": [
+                [factor, found.rate, found.bracketed] for factor, found in curve.by_slo.items()
+            ],
+        }
+        for candidate, curve in zip(_known(plan), plan.curves, strict=False)
+    ]
+    return content
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    pools = {
+        role: {
+            "workers": pool.count,
+            "tp": pool.parallel.tp,
+            "pp": pool.parallel.pp,
+            "prompt_tokens_a_step": pool.budget or None,
+        }
+        for role, pool in candidate.placement.pools()
+    }
+    goodput: dict[str, Any] = {}
+    if candidate.answer is not None:
+        for definition, estimate in candidate.answer.estimates.items():
+            goodput[definition.value] = {
+                "mean": estimate.mean,
+                "interval": [_finite(bound) for bound in estimate.interval],
+                "by_seed": list(estimate.rates),
+            }
+    return {
+        "placement": str(candidate.placement),
+        "kind": candidate.placement.kind,
+        "gpus": candidate.placement.gpus,
+        "pools": pools,
+        "rate_by_its_workers_alone": candidate.expected,
+        "goodput": goodput,
+    }
+
+
+def _finite(value: float) -> float | None:
+    return value if value < float("inf") else None
+
+
+def draw(path: Path, plan: Plan) -> None:
+    """A PNG: attainment over rate, and goodput over objectives, of the best placements."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, which others need not wait
+    from matplotlib.figure import Figure
+
+    labelled: Mapping[str, Curve] = {
+        str(candidate.placement): curve for candidate, curve in zip(_known(plan), plan.curves, strict=False)
+    }
+    figure = Figure(figsize=(11.0, 4.6), layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    rates, slos = figure.subplots(1, 2)
+    draw_attainment(rates, {label: curve.points for label, curve in labelled.items()}, TARGET)
+    rates.set_ylabel("requests that meet both objectives, %")
+    rates.set_title("attainment", fontsize=10)
+    rates.legend(fontsize=7, loc="lower left")
+    for i, curve in enumerate(labelled.values()):
+        factors: Sequence[float] = list(curve.by_slo)
+        found = [goodput.rate for goodput in curve.by_slo.values()]
+        slos.plot(factors, found, color=COLOURS[i % len(COLOURS)], marker="o", markersize=4, linewidth=1.4)
+    slos.set_xlabel("both objectives, times what was asked")
+    slos.set_ylabel("goodput, requests/s")
+    slos.set_title("goodput over objectives", fontsize=10)
+    slos.set_ylim(bottom=0)
+    slos.grid(alpha=0.25)
+    canvas.print_png(str(path))

@@ -1,0 +1,71 @@
+"""A placement as the configuration of a cluster: what `diphase serve --config` takes. Knows no simulation."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from ...proto.errors import ConfigError
+from .goodput import Objectives
+from .machines import Machine
+from .placement import BLOCK_SIZE, Placement, kv_room, scheduler_of
+
+REPOSITORIES = {
+    "opt-13b": "facebook/opt-13b",
+    "opt-66b": "facebook/opt-66b",
+    "llama2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama3.1-70b": "meta-llama/Llama-3.1-70B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
+}
+"""Where the Hub has the models that are known by name."""
+
+
+def served_name(model: str) -> str:
+    """What [model] calls the model that the plan was asked for: a config.json's folder, or its repository."""
+    path = Path(model)
+    if path.exists():
+        return str(path.parent if path.is_file() else path)
+    return REPOSITORIES.get(model, model)
+
+
+def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, model: str) -> str:
+    """
+    Raises:
+        ConfigError: a worker has pipeline stages, which a cluster's configuration does not know.
+    """
+    for role, pool in placement.pools():
+        if pool.parallel.pp > 1:
+            raise ConfigError(
+                f"the {role} workers have pp = {pool.parallel.pp} and this cluster's workers have no pipeline "
+                "stages; plan with --max-pp 1 for a configuration"
+            )
+    kv_mib = max(1, kv_room(placement, machine) * machine.kv_bytes_per_token >> 20)
+    lines = [
+        f"# Planned: {placement}; {placement.gpus} GPUs ({machine.hardware.name}).",
+        "",
+        "[model]",
+        f"name = {json.dumps(served_name(model))}",
+        "",
+        "[engine]",
+        f"block_size = {BLOCK_SIZE}",
+        f"kv_cache_mib = {kv_mib}",
+    ]
+    pools = dict(placement.pools())
+    for role in ("prefill", "decode", "colocated"):
+        lines += ["", f"[pools.{role}]", f"workers = {pools[role].count if role in pools else 0}"]
+        if role not in pools:
+            continue
+        pool = pools[role]
+        lines += [f"tensor_parallel = {pool.parallel.tp}", f"gpus = {pool.parallel.gpus}"]
+        scheduler = scheduler_of(role, pool, machine)
+        names = ("chunk_budget", "saturation_tokens") if role == "prefill" else ("max_running",)
+        names += ("prefill_budget",) if role == "colocated" else ()
+        lines += [f"{name} = {getattr(scheduler, name)}" for name in names]
+    lines += [
+        "",
+        "[slo]",
+        f"ttft_ms = {float(objectives.ttft_ms)!r}",
+        f"tpot_ms = {float(objectives.tpot_ms)!r}",
+    ]
+    return "\n".join(lines) + "\n"
