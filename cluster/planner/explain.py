@@ -1,5 +1,5 @@
-"""Why a placement is what it is: what makes objectives infeasible, what binds the goodput of the chosen one, and
-how it moves with rate and objectives.
+"""Why a placement is what it is: what makes objectives infeasible, what binds the goodput of the chosen one,
+and how it moves with rate and objectives.
 
 What binds is found by relaxing one thing at a time and searching the goodput anew. Knows no files.
 """
@@ -13,10 +13,10 @@ from ...router.step_time import Line, StepShape, StepTime
 from ..load.search import TARGET, Goodput, Point, goodput
 from .bounds import Floor
 from .deployment import Deployment
-from .goodput import Objectives, Question, answer_all, point, run_length, simulate
+from .goodput import Objectives, Pattern, Question, answer_all, point, run_length, simulate
 from .machines import Parallel
 from .phase_rates import PhaseRates
-from .placement import CHUNK_BUDGET, Placement, Pool, build, colocated_budgets
+from .placement import Placement, Pool, build, colocated_budgets
 from .search import FINE, Candidate, Task, part_of
 from .sim_workload import Workload
 from .topology import free_topology
@@ -74,7 +74,8 @@ class FasterStepTime:
     @property
     def stages(self) -> int:
         """See step_time.StepTime."""
-        return self.whole.stages
+        stages: int = self.whole.stages
+        return stages
 
     def stage_s(self, shape: StepShape) -> tuple[float, ...]:
         """See step_time.StepTime. The decode part of a mixed step is what it would be without the prompt."""
@@ -100,7 +101,7 @@ class FasterStepTime:
 
 
 def infeasible(task: Task, phases: PhaseRates) -> str:
-    """Why no placement serves any rate: the floor that is above its objective, or what a lone request takes."""
+    """Why no placement serves any rate: the floor above its objective, or what lone requests take."""
     reasons = []
     if floors := phases.ttft_floors:
         at, floor = _quickest(floors)
@@ -127,16 +128,15 @@ def _when_alone(task: Task, parallels: Sequence[Parallel]) -> str:
     budget = max(colocated_budgets(task.machine, parallel, task.objectives.tpot_ms))
     placement = Placement(colocated=Pool(count=1, parallel=parallel, budget=budget))
     count = run_length(task.workload, task.objectives, LOWEST_RATE)
-    result = simulate(
-        build(placement, task.machine), task.workload, task.objectives, LOWEST_RATE, task.seeds[0], count
-    )
+    deployment, pattern = build(placement, task.machine), Pattern(task.seeds[0], count)
+    result = simulate(deployment, task.workload, task.objectives, LOWEST_RATE, pattern)
     met = result.attainment(task.objectives.ttft_ms, task.objectives.tpot_ms)
     late = float((result.ttft_ms > task.objectives.ttft_ms).mean())
     slow = float((result.tpot_ms > task.objectives.tpot_ms).mean())
     return (
         f"of requests that hardly meet each other on one worker ({parallel}) only {met:.0%} meet both "
-        f"objectives: {late:.0%} miss TTFT, {slow:.0%} miss TPOT, {result.rejected} of {count} do not fit its "
-        f"{task.machine.kv_tokens(parallel):,} tokens of KV"
+        f"objectives: {late:.0%} miss TTFT, {slow:.0%} miss TPOT, {result.rejected} of {count} do not fit "
+        f"its {task.machine.kv_tokens(parallel):,} tokens of KV"
     )
 
 
@@ -166,6 +166,7 @@ def binding(task: Task, phases: PhaseRates, best: Candidate, mapped: Callable[..
             objectives=objectives,
             guess=base,
             ceiling=2.0 * base,
+            count=best.answer.count,
             seeds=task.seeds[:1],
             tolerance=FINE,
         )
@@ -181,7 +182,8 @@ def binding(task: Task, phases: PhaseRates, best: Candidate, mapped: Callable[..
 def _judged(task: Task, phases: PhaseRates, placement: Placement, gains: tuple[Relaxation, ...]) -> Binding:
     first = placement.prefill or placement.colocated
     second = placement.decode or placement.colocated
-    assert first is not None and second is not None  # a placement has both or does both
+    assert first is not None  # a placement has both or does both
+    assert second is not None
     objectives = task.objectives
     ttft = phases.ttft_floors.get(first.parallel)
     tpot = phases.tpot_floors[second.parallel]
@@ -236,13 +238,12 @@ class _CurveRun:
     workload: Workload
     objectives: Objectives
     rate: float
-    seed: int
-    count: int
+    pattern: Pattern
 
 
 def _run_curve(run: _CurveRun) -> list[Point]:
     """The run judged by every multiple of the objectives."""
-    result = simulate(run.deployment, run.workload, run.objectives, run.rate, run.seed, run.count)
+    result = simulate(run.deployment, run.workload, run.objectives, run.rate, run.pattern)
     return [point(run.rate, result, run.objectives.scaled(factor, factor)) for factor in SLO_FACTORS]
 
 
@@ -255,15 +256,15 @@ def curves(task: Task, candidates: Sequence[Candidate], mapped: Callable[..., ob
         part, times = part_of(candidate.placement)
         shares.append(times)
         deployment = build(part, task.machine)
-        count = run_length(task.workload, task.objectives, top / times)
+        known = candidate.answer
+        count = known.count if known else run_length(task.workload, task.objectives, top / times)
         runs += [
             _CurveRun(
                 deployment=deployment,
                 workload=task.workload,
                 objectives=task.objectives,
                 rate=factor * top / times,
-                seed=task.seeds[0],
-                count=count,
+                pattern=Pattern(task.seeds[0], count),
             )
             for factor in RATE_FACTORS
         ]

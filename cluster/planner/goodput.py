@@ -1,8 +1,8 @@
 """Goodput of a deployment: the largest rate that a simulation of it serves within both objectives.
 
 Two definitions, both from the literature: 90 % of the requests meet both objectives (DistServe, OSDI 2024),
-and the 90th percentile of TTFT and that of TPOT are each inside their objective (its released simulator). Knows
-how to search a rate, not where deployments come from.
+and the 90th percentile of TTFT and that of TPOT are each inside their objective (its released simulator).
+Knows how to search a rate, not where deployments come from.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 from ...proto.errors import ConfigError
 from ...router.config import RouterConfig
@@ -45,6 +46,13 @@ class Definition(StrEnum):
     """P90 of TTFT and P90 of TPOT are each inside."""
 
 
+class Pattern(NamedTuple):
+    """Which requests of a workload, whatever their rate."""
+
+    seed: int
+    num_requests: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objectives:
     """What every request is to meet; infinite where a phase is judged alone."""
@@ -73,6 +81,9 @@ class Question:
     """Requests/s, the first to try."""
     ceiling: float = math.inf
     """Requests/s that no rate can exceed in the long run: a short run at more would only fill the cluster."""
+    count: int = 0
+    """Requests of a run; 0: as many as a run at the guess needs. It stays over all rates, which are then one
+    pattern."""
     seeds: tuple[int, ...] = (0,)
     tolerance: float = 0.05
     """Relative width at which a bracket is narrow enough."""
@@ -114,6 +125,8 @@ class Answer:
     """To a Question."""
 
     estimates: dict[Definition, Estimate]
+    count: int
+    """Requests that each run had."""
 
     @property
     def rate(self) -> float:
@@ -126,7 +139,8 @@ class Answer:
             estimates={
                 definition: Estimate(rates=tuple(rate * factor for rate in estimate.rates))
                 for definition, estimate in self.estimates.items()
-            }
+            },
+            count=self.count,
         )
 
 
@@ -144,20 +158,19 @@ def simulate(
     workload: Workload,
     objectives: Objectives,
     rate: float,
-    seed: int,
-    count: int,
+    pattern: Pattern,
     *,
     whole: bool = True,
 ) -> SimResult:
-    """One run. The policy, which knows only finite objectives, is told an hour for those that are not. One that
-    is not `whole` ends where no definition can be met any more."""
+    """One run. The policy, which knows only finite objectives, is told an hour for those that are not. One
+    that is not `whole` ends where no definition can be met any more."""
     config = SimulationConfig(
         router=ROUTER,
         ttft_ms=min(objectives.ttft_ms, 3.6e6),
         tpot_ms=min(objectives.tpot_ms, 3.6e6),
-        most_missed=None if whole else math.floor((1.0 - TARGET) * count) + 1,
+        most_missed=None if whole else math.floor((1.0 - TARGET) * pattern.num_requests) + 1,
     )
-    return Simulation(deployment, config, workload.requests(rate, seed, count)).run()
+    return Simulation(deployment, config, workload.requests(rate, *pattern)).run()
 
 
 def served(result: SimResult, objectives: Objectives, definition: Definition) -> bool:
@@ -169,15 +182,17 @@ def served(result: SimResult, objectives: Objectives, definition: Definition) ->
 
 def answer(question: Question) -> Answer:
     """Searches each seed's goodput by every definition asked for; runs serve all of them."""
+    count = question.count or run_length(question.workload, question.objectives, question.guess)
     rates: dict[Definition, list[float]] = {definition: [] for definition in question.definitions}
     guess = question.guess
     for seed in question.seeds:
         runs: dict[float, SimResult] = {}
         for definition in question.definitions:
-            found = _search(question, seed, definition, guess, runs)
+            found = _search(question, Pattern(seed, count), definition, guess, runs)
             rates[definition].append(found)
             guess = found or guess  # the next is near
-    return Answer(estimates={definition: Estimate(rates=tuple(found)) for definition, found in rates.items()})
+    estimates = {definition: Estimate(rates=tuple(found)) for definition, found in rates.items()}
+    return Answer(estimates=estimates, count=count)
 
 
 def point(rate: float, result: SimResult, objectives: Objectives) -> Point:
@@ -188,13 +203,12 @@ def point(rate: float, result: SimResult, objectives: Objectives) -> Point:
 
 
 def _search(
-    question: Question, seed: int, definition: Definition, guess: float, runs: dict[float, SimResult]
+    question: Question, pattern: Pattern, definition: Definition, guess: float, runs: dict[float, SimResult]
 ) -> float:
     def good(rate: float) -> bool:
         if rate not in runs:
-            count = run_length(question.workload, question.objectives, rate)
             runs[rate] = simulate(
-                question.deployment, question.workload, question.objectives, rate, seed, count, whole=False
+                question.deployment, question.workload, question.objectives, rate, pattern, whole=False
             )
         return served(runs[rate], question.objectives, definition)
 
@@ -232,14 +246,19 @@ def published_goodput(
     *,
     step: float = PUBLISHED_STEP,
     high: float = PUBLISHED_HIGH,
+    gpus: int | None = None,
 ) -> float:
     """Requests/s a GPU by the bisection of DistServe's released simulator: percentiles, seed 0, 300 requests,
-    from 0 to `high` until the bracket is `step` wide."""
-    low = 0.0
+    from 0 to `high` until the bracket is `step` wide.
+
+    Args:
+        gpus: that are counted; None: all of the deployment.
+    """
+    low, pattern = 0.0, Pattern(0, PUBLISHED_REQUESTS)
     while high - low > step:
         middle = (low + high) / 2.0
-        rate = middle * deployment.gpus
-        result = simulate(deployment, workload, objectives, rate, 0, PUBLISHED_REQUESTS, whole=False)
+        rate = middle * (gpus or deployment.gpus)
+        result = simulate(deployment, workload, objectives, rate, pattern, whole=False)
         if served(result, objectives, Definition.EACH):
             low = middle
         else:
@@ -248,5 +267,5 @@ def published_goodput(
 
 
 def answer_all(questions: Sequence[Question], mapped: Callable[..., object] = map) -> list[Answer]:
-    """In the order of the questions, whatever `mapped` (of an executor, for example) does beside each other."""
+    """In the order of the questions, whatever `mapped` (an executor's, for example) does in parallel."""
     return list(mapped(answer, questions))  # type: ignore[call-overload, no-any-return]

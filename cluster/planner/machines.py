@@ -1,5 +1,5 @@
-"""What a worker of some parallelism is: step time and room for KV of one model on one kind of GPU. Each source of
-step times becomes one class here. Knows no pools and no objectives."""
+"""What a worker of some parallelism is: step time and room for KV of one model on one kind of GPU. Each
+source of step times becomes one class here. Knows no pools and no objectives."""
 
 from __future__ import annotations
 

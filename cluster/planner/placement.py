@@ -1,4 +1,4 @@
-"""A placement: pools of equal workers, and the deployment that the simulator makes of them. Knows no search."""
+"""A placement: pools of equal workers, and the deployment that is simulated. Knows no search."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`diphase plan`: which placement serves a workload best within its objectives, why, and as a configuration."""
+"""`diphase plan`: the placement that serves a workload best within its objectives, and why."""
 
 from __future__ import annotations
 

@@ -20,6 +20,12 @@ REPOSITORIES = {
 }
 """Where the Hub has the models that are known by name."""
 
+_SETTINGS = {
+    "prefill": ("chunk_budget", "saturation_tokens"),
+    "decode": ("max_running",),
+    "colocated": ("max_running", "prefill_budget"),
+}
+
 
 def served_name(model: str) -> str:
     """What [model] calls the model that the plan was asked for: a config.json's folder, or its repository."""
@@ -37,8 +43,8 @@ def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, mo
     for role, pool in placement.pools():
         if pool.parallel.pp > 1:
             raise ConfigError(
-                f"the {role} workers have pp = {pool.parallel.pp} and this cluster's workers have no pipeline "
-                "stages; plan with --max-pp 1 for a configuration"
+                f"the {role} workers have pp = {pool.parallel.pp} and this cluster's workers have no "
+                "pipeline stages; plan with --max-pp 1 for a configuration"
             )
     kv_mib = max(1, kv_room(placement, machine) * machine.kv_bytes_per_token >> 20)
     lines = [
@@ -59,9 +65,7 @@ def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, mo
         pool = pools[role]
         lines += [f"tensor_parallel = {pool.parallel.tp}", f"gpus = {pool.parallel.gpus}"]
         scheduler = scheduler_of(role, pool, machine)
-        names = ("chunk_budget", "saturation_tokens") if role == "prefill" else ("max_running",)
-        names += ("prefill_budget",) if role == "colocated" else ()
-        lines += [f"{name} = {getattr(scheduler, name)}" for name in names]
+        lines += [f"{name} = {getattr(scheduler, name)}" for name in _SETTINGS[role]]
     lines += [
         "",
         "[slo]",

@@ -1,8 +1,8 @@
 """The search for a placement: workers are judged alone, pools are matched by their rates, and the few best
 combinations are simulated jointly.
 
-Within a budget of GPUs the placement with the highest goodput is chosen, or, for a wanted rate, the one with the
-fewest GPUs that serves it. Ties go to fewer GPUs, then to no hand-off. Deterministic. Knows no files.
+Within a budget of GPUs the placement with the highest goodput is chosen, or, for a wanted rate, the one with
+the fewest GPUs that serves it. Ties go to fewer GPUs, then to no hand-off. Deterministic. Knows no files.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ FINAL = 0.8
 """All seeds are simulated of the best of each kind, unless it is below this share of the best of all; of the
 best colocated one always."""
 UNIT_WORKERS = 4
-"""A placement of several equal parts is simulated as the smallest part with so many workers: the others do the
-same. A larger one would share its load a little better."""
+"""A placement of several equal parts is simulated as the smallest part with so many workers: the others do
+the same. A larger one would share its load a little better."""
 TIE = 0.02
 """Goodputs this near, relatively, are equal."""
 COARSE, FINE = 0.08, 0.03
@@ -133,7 +133,7 @@ def proposals(phases: PhaseRates, gpus: int, rate: float | None) -> Iterable[Can
     for prefill, prefill_rate in phases.of_role("prefill").items():
         for decode, decode_rate in phases.of_role("decode").items():
             least = min(decode_rate, phases.paired[prefill.parallel, decode.parallel])
-            for pair in _pairs(prefill, prefill_rate, decode, least, gpus, rate):
+            for pair in _pairs((prefill, prefill_rate), (decode, least), gpus, rate):
                 yield pair
                 if best is None or (rate is not None and pair.expected >= rate):
                     continue
@@ -147,9 +147,11 @@ def proposals(phases: PhaseRates, gpus: int, rate: float | None) -> Iterable[Can
 
 
 def _pairs(
-    prefill: Kind, prefill_rate: float, decode: Kind, decode_rate: float, gpus: int, rate: float | None
+    first: tuple[Kind, float], second: tuple[Kind, float], gpus: int, rate: float | None
 ) -> Iterable[Candidate]:
-    """Of one kind of prefill and one kind of decode worker, with every useful number of the first."""
+    """Of one kind of prefill and one kind of decode worker, each with its rate, with every number of the
+    first."""
+    (prefill, prefill_rate), (decode, decode_rate) = first, second
     for count in range(1, (gpus - decode.parallel.gpus) // prefill.parallel.gpus + 1):
         room = (gpus - count * prefill.parallel.gpus) // decode.parallel.gpus
         needed = math.ceil(count * prefill_rate / decode_rate - TIE)
@@ -190,13 +192,10 @@ def _ranked(candidates: Iterable[Candidate], rate: float | None) -> list[Candida
     """Best first; within TIE of the best, fewer GPUs and no hand-off go first."""
     ordered = sorted(candidates, key=_order(rate))
     top = ordered[0]
-    near = [
-        candidate
-        for candidate in ordered
-        if candidate.rate >= (1.0 - TIE) * top.rate
-        and (rate is None or top.rate < rate)
-        or (rate is not None and candidate.rate >= rate and candidate.placement.gpus == top.placement.gpus)
-    ]
+    if rate is not None and top.rate >= rate:
+        near = [c for c in ordered if c.rate >= rate and c.placement.gpus == top.placement.gpus]
+    else:
+        near = [c for c in ordered if c.rate >= (1.0 - TIE) * top.rate]
     kinds = ("colocated", "disaggregated", "mixed")
     near.sort(key=lambda c: (c.placement.gpus, kinds.index(c.placement.kind), -c.rate))
     return near + [candidate for candidate in ordered if candidate not in near]

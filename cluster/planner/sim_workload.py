@@ -1,4 +1,4 @@
-"""Workloads for the simulator: the same arrivals and lengths as `diphase bench`, at any rate and for any seed.
+"""Workloads for the simulator: arrivals and lengths of `diphase bench`, at any rate and for any seed.
 
 Knows nothing of deployments.
 """
