@@ -1,8 +1,9 @@
 """DistServe's two placement algorithms (OSDI 2024, section 4; its released simulator): one for a network as
 quick as the links of a node, one that keeps each prefill worker and its decode worker in one node.
 
-Both maximise goodput a GPU by its bisection and replicate what they find; its simplifications are on: hand-offs
-take no time, prompts are batched without bound, and decode steps have at most 50,000 tokens of context.
+Both maximise goodput a GPU by its bisection and replicate what they find; its simplifications are on:
+hand-offs take no time, prompts are batched without bound, and decode steps have at most 50,000 tokens of
+context.
 """
 
 from __future__ import annotations

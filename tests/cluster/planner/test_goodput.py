@@ -1,0 +1,113 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from diphase.cluster.load.workload import WorkloadConfig
+from diphase.cluster.planner.deployment import Deployment, WorkerSpec
+from diphase.cluster.planner.goodput import (
+    Definition,
+    Estimate,
+    Objectives,
+    Pattern,
+    Question,
+    answer,
+    largest_rate,
+    published_goodput,
+    served,
+    simulate,
+)
+from diphase.cluster.planner.hardware import load_hardware
+from diphase.cluster.planner.machines import DistServeMachine, Parallel
+from diphase.cluster.planner.model_shape import load_model_shape
+from diphase.cluster.planner.phase_rates import FirstTokens
+from diphase.cluster.planner.search_distserve import _alone, _pair
+from diphase.cluster.planner.sim_workload import PublishedWorkload, SimWorkload
+from diphase.decode_workers.config import ColocatedSchedulerConfig
+from diphase.proto.errors import ConfigError
+from diphase.router.linear_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
+
+STEP_TIME = TwoRegimeStepTime(
+    prefill=PrefillTerms(0.01, 1e-4, 0.0),
+    small=DecodeTerms(0.01, 0.0, 1e-4),
+    large=DecodeTerms(0.01, 0.0, 1e-4),
+    large_batch=95,
+)
+SPEC = WorkerSpec(
+    role="colocated", step_time=STEP_TIME, num_blocks=4000, scheduler=ColocatedSchedulerConfig()
+)
+ONE = Deployment(workers=(SPEC,))
+WORKLOAD = SimWorkload(config=WorkloadConfig(num_requests=300, mean_input=256, mean_output=8))
+OBJECTIVES = Objectives(ttft_ms=200.0, tpot_ms=50.0)
+QUESTION = Question(deployment=ONE, workload=WORKLOAD, objectives=OBJECTIVES, guess=10.0)
+
+
+def test_the_goodput_is_served_and_a_little_more_is_not() -> None:
+    found = answer(QUESTION)
+    pattern = Pattern(0, found.count)
+    good = simulate(ONE, WORKLOAD, OBJECTIVES, found.rate, pattern)
+    assert served(good, OBJECTIVES, Definition.BOTH)
+    more = simulate(ONE, WORKLOAD, OBJECTIVES, found.rate * (1.0 + QUESTION.tolerance), pattern)
+    assert not served(more, OBJECTIVES, Definition.BOTH)
+
+
+def test_the_guess_hardly_matters() -> None:
+    rates = [answer(replace(QUESTION, guess=guess, count=300)).rate for guess in (0.5, 10.0, 200.0)]
+    assert max(rates) <= min(rates) * (1.0 + 2 * QUESTION.tolerance)
+
+
+def test_percentiles_are_the_weaker_definition() -> None:
+    both = (Definition.BOTH, Definition.EACH)
+    estimates = answer(replace(QUESTION, definitions=both)).estimates
+    assert estimates[Definition.EACH].mean >= estimates[Definition.BOTH].mean > 0.0
+
+
+def test_a_run_that_is_cut_short_has_the_same_verdict() -> None:
+    for rate in (5.0, 20.0, 80.0):
+        whole, cut = (
+            simulate(ONE, WORKLOAD, OBJECTIVES, rate, Pattern(0, 300), whole=whole) for whole in (True, False)
+        )
+        for definition in Definition:
+            assert served(whole, OBJECTIVES, definition) == served(cut, OBJECTIVES, definition)
+    assert cut.duration_s < whole.duration_s
+
+
+def test_seeds_give_an_interval() -> None:
+    estimate = answer(replace(QUESTION, seeds=(0, 1, 2))).estimates[Definition.BOTH]
+    low, high = estimate.interval
+    assert 0.0 < low < estimate.mean < high < math.inf
+    assert Estimate(rates=(2.0,)).interval == (0.0, math.inf)
+
+
+def test_largest_rate_keeps_its_tolerance_and_its_ends() -> None:
+    assert 7.0 / 1.02 <= largest_rate(lambda rate: rate <= 7.0, 1.0, math.inf, 0.02) <= 7.0
+    assert largest_rate(lambda rate: True, 1.0, 5.0, 0.02) == 5.0
+    assert largest_rate(lambda rate: False, 1.0, 5.0, 0.02) == 0.0
+
+
+def test_wrong_objectives_and_rates_are_refused() -> None:
+    with pytest.raises(ConfigError, match="tpot_ms"):
+        Objectives(ttft_ms=1.0, tpot_ms=0.0)
+    with pytest.raises(ConfigError, match="0"):
+        replace(QUESTION, guess=0.0)
+
+
+def test_distserves_numbers(data: Path) -> None:
+    """OPT-13B, 512 and 64 tokens, 400 and 40 ms: its simulator gives 5.801 a GPU for 1P1D and 11.60 for a
+    prefill worker alone."""
+    machine = DistServeMachine(load_model_shape("opt-13b"), load_hardware("a100-sxm-80gb"), "opt-13b", data)
+    workload = PublishedWorkload(((512, 65),) * 300)
+    pair = published_goodput(
+        _pair(machine, Parallel(), Parallel()), workload, Objectives(ttft_ms=400.0, tpot_ms=40.0), step=0.1
+    )
+    assert pair == pytest.approx(5.801, rel=0.05)
+    prefill = published_goodput(
+        _alone(machine, Parallel(), "prefill"),
+        FirstTokens(workload),
+        Objectives(ttft_ms=400.0, tpot_ms=math.inf),
+        step=0.1,
+        gpus=1,
+    )
+    assert prefill == pytest.approx(11.60, rel=0.05)
