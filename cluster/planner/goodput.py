@@ -23,7 +23,7 @@ from .simulator import Simulation
 
 ROUTER = RouterConfig(max_queued_requests=10**9, max_queued_tokens=10**9, local_prefill_tokens=0)
 """Bounds of the queue would hide how late what waits there is."""
-LEAST_REQUESTS, MOST_REQUESTS = 300, 2000
+MOST_REQUESTS = 2000
 LIVES = 3.0
 """A run lasts at least so many times as long as a request may, else it measures how a cluster fills up."""
 GROWTH = 1.15
@@ -146,11 +146,11 @@ class Answer:
 
 def run_length(workload: Workload, objectives: Objectives, rate: float) -> int:
     """Requests that a run at `rate` needs."""
-    lengths = workload.lengths(0, workload.most(LEAST_REQUESTS))
+    lengths = workload.lengths(0, workload.most(workload.least))
     outputs = sum(output for _, output in lengths) / len(lengths)
     finite = [ms for ms in (objectives.ttft_ms, objectives.tpot_ms * outputs) if math.isfinite(ms)]
     wanted = math.ceil(LIVES * rate * sum(finite) / 1e3)
-    return workload.most(max(LEAST_REQUESTS, min(wanted, MOST_REQUESTS)))
+    return workload.most(max(workload.least, min(wanted, MOST_REQUESTS)))
 
 
 def simulate(

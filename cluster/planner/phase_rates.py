@@ -17,7 +17,7 @@ from ...router.step_time import Line, StepShape
 from ..load.search import TARGET
 from .bounds import Floor, decode_rate, prefill_rate, tpot_floor, ttft_floor
 from .deployment import Deployment, WorkerSpec
-from .goodput import LEAST_REQUESTS, Answer, Objectives, Question, answer_all
+from .goodput import Answer, Objectives, Question, answer_all
 from .machines import Machine, Parallel
 from .placement import (
     BLOCK_SIZE,
@@ -58,6 +58,11 @@ class FirstTokens:
     def shares(self) -> bool:
         """See the whole."""
         return self.whole.shares
+
+    @property
+    def least(self) -> int:
+        """See the whole."""
+        return self.whole.least
 
     def requests(self, rate: float, seed: int, count: int) -> list[SimRequest]:
         """Of the whole, each ending with its first token."""
@@ -130,7 +135,7 @@ def measure_phases(
 ) -> PhaseRates:
     """Floors and bounds of all kinds, and goodputs of those that are worth it."""
     found = PhaseRates()
-    lengths = workload.lengths(0, workload.most(LEAST_REQUESTS))
+    lengths = workload.lengths(0, workload.most(workload.least))
     for parallel in parallels:
         step_time = machine.step_time(parallel)
         if not workload.shares:
@@ -211,7 +216,7 @@ def _question(
         workers = (own, _free("decode", blocks))
         asked: Workload = FirstTokens(workload)
     else:
-        workers = (_free("prefill", 4 * blocks), own)
+        workers = (_free("prefill", blocks), own)
         asked = workload
     deployment = Deployment(workers=workers, block_size=BLOCK_SIZE, topology=free_topology([0], [1]))
     return Question(

@@ -15,18 +15,19 @@ from ..load.report import write_json
 from ..load.traces import TRACES, data_folder, load_trace
 from ..load.workload import Arrivals, WorkloadConfig
 from .explain import binding, curves, infeasible
-from .goodput import LEAST_REQUESTS, Objectives
+from .goodput import MOST_REQUESTS, Objectives
 from .hardware import known_hardware, load_hardware
 from .machines import DistServeMachine, Machine, RooflineMachine
 from .model_shape import KNOWN_MODELS, load_model_shape
 from .plan_report import SHOWN, Plan, as_json, draw, text
 from .plan_toml import plan_toml
 from .search import Task, search
-from .sim_workload import SimWorkload
+from .sim_workload import LEAST_REQUESTS, SimWorkload
 
 FIXED = "fixed"
 SOURCES = ("roofline", "distserve")
 MOST_SEEDS = 10
+MIN_REQUESTS = 20
 MOST_PROCESSES = 16
 
 
@@ -72,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument("--cv", type=float, default=1.0, metavar="CV", help="burstiness of gamma arrivals")
     load.add_argument("--context-length", type=int, metavar="N", help="scale lengths to fit so many tokens")
+    load.add_argument(
+        "--requests",
+        type=int,
+        default=LEAST_REQUESTS,
+        metavar="N",
+        help="of a simulation, at least; more where they live long (%(default)s)",
+    )
     load.add_argument("--seed", type=int, default=0, metavar="N", help="the first (%(default)s)")
     load.add_argument(
         "--seeds", type=int, default=3, metavar="N", help="how many the interval is over (%(default)s)"
@@ -116,13 +124,17 @@ def task_from(args: argparse.Namespace) -> Task:
     """
     if not 1 <= args.seeds <= MOST_SEEDS:
         raise ConfigError(f"--seeds {args.seeds} is out of range; use 1 to {MOST_SEEDS}")
+    if not MIN_REQUESTS <= args.requests <= MOST_REQUESTS:
+        raise ConfigError(
+            f"--requests {args.requests} is out of range; use {MIN_REQUESTS} to {MOST_REQUESTS}"
+        )
     folder = data_folder(args.data, os.environ)
     fixed = args.workload == FIXED
     if fixed and (args.mean_input is None or args.mean_output is None):
         raise ConfigError(f"--workload {FIXED} needs --mean-input and --mean-output")
     workload = SimWorkload(
         config=WorkloadConfig(
-            num_requests=LEAST_REQUESTS,
+            num_requests=args.requests,
             arrivals=Arrivals(args.arrivals),
             cv=args.cv,
             mean_input=args.mean_input,

@@ -16,6 +16,7 @@ from ..load.trace_formats import TraceRecord
 from ..load.workload import Arrival, WorkloadConfig, plan_arrivals
 from .sim_request import SimRequest
 
+LEAST_REQUESTS = 300
 Lengths = Sequence[tuple[int, int]]
 """(prompt tokens, completion tokens) of each request."""
 
@@ -57,6 +58,11 @@ class SimWorkload:
     def shares(self) -> bool:
         """Whether prompts have blocks in common, so that less than their tokens may have to be computed."""
         return any(record.hash_ids for record in self.records[:1])
+
+    @property
+    def least(self) -> int:
+        """The configured number."""
+        return self.config.num_requests or LEAST_REQUESTS
 
     def most(self, count: int) -> int:
         """The most requests up to `count` that a plan may have."""
@@ -100,6 +106,11 @@ class PublishedWorkload:
         """The same for every seed."""
         return list(self.pairs[:count])
 
+    @property
+    def least(self) -> int:
+        """All."""
+        return len(self.pairs)
+
     def most(self, count: int) -> int:
         """No more than there are."""
         return min(count, len(self.pairs))
@@ -111,6 +122,11 @@ class Workload(Protocol):
     @property
     def shares(self) -> bool:
         """Whether prompts have blocks in common."""
+        ...
+
+    @property
+    def least(self) -> int:
+        """Requests that a run has at least."""
         ...
 
     def requests(self, rate: float, seed: int, count: int) -> list[SimRequest]:

@@ -16,7 +16,7 @@ from diphase.proto.errors import ConfigError
 
 SMALL = RooflineMachine(load_model_shape("llama3.1-8b"), load_hardware("h100-sxm"))
 LARGE = RooflineMachine(load_model_shape("llama3.1-70b"), load_hardware("h100-sxm"))
-WORKLOAD = SimWorkload(config=WorkloadConfig(num_requests=300, mean_input=1024, mean_output=6))
+WORKLOAD = SimWorkload(config=WorkloadConfig(num_requests=60, mean_input=1024, mean_output=4))
 TASK = Task(
     machine=SMALL,
     workload=WORKLOAD,
@@ -41,7 +41,7 @@ def test_colocated_wins_where_its_own_simulation_says_so() -> None:
 
 
 def test_the_same_task_has_the_same_result() -> None:
-    assert search(replace(TASK, gpus=1)) == search(replace(TASK, gpus=1))
+    assert search(replace(TASK, gpus=1, seeds=(0,))) == search(replace(TASK, gpus=1, seeds=(0,)))
 
 
 def test_pools_are_matched_by_their_rates() -> None:
