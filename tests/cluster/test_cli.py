@@ -331,7 +331,7 @@ def test_a_configuration_file_is_named_in_its_mistakes(
         (
             ["x"],
             "usage: diphase ",
-            "known are serve, generate, status, trace, scale, restart, bench, plan, profile, validate, config",
+            "known are serve, generate, status, trace, scale, restart, bench, plan, profile, validate",
         ),
     ],
 )
