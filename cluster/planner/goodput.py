@@ -81,6 +81,8 @@ class Question:
     """Requests/s, the first to try."""
     ceiling: float = math.inf
     """Requests/s that no rate can exceed in the long run: a short run at more would only fill the cluster."""
+    floor: float = 0.0
+    """Requests/s below which nothing is of interest: whoever does not serve so many serves 0."""
     count: int = 0
     """Requests of a run; 0: as many as a run at the guess needs. It stays over all rates, which are then one
     pattern."""
@@ -212,12 +214,15 @@ def _search(
             )
         return served(runs[rate], question.objectives, definition)
 
-    return largest_rate(good, min(guess, question.ceiling), question.ceiling, question.tolerance)
+    guess = max(question.floor, min(guess, question.ceiling))
+    return largest_rate(good, guess, question.ceiling, question.tolerance, question.floor)
 
 
-def largest_rate(good: Callable[[float], bool], guess: float, ceiling: float, tolerance: float) -> float:
-    """The largest rate known to be good, within `tolerance` of one that is not; 0 when there is none near the
-    guess, `ceiling` when that is good."""
+def largest_rate(
+    good: Callable[[float], bool], guess: float, ceiling: float, tolerance: float, floor: float = 0.0
+) -> float:
+    """The largest rate known to be good, within `tolerance` of one that is not; 0 when `floor` is not good or
+    nothing near the guess is, `ceiling` when that is good."""
     low, high, rate, growth = 0.0, math.inf, guess, GROWTH
     while high == math.inf or low == 0.0:
         if good(rate):
@@ -226,9 +231,9 @@ def largest_rate(good: Callable[[float], bool], guess: float, ceiling: float, to
                 return ceiling
         else:
             high = rate
-            if rate < guess * HOPELESS:
+            if rate <= max(floor, guess * HOPELESS):
                 return 0.0
-        rate = min(low * growth, ceiling) if high == math.inf else high / growth
+        rate = min(low * growth, ceiling) if high == math.inf else max(floor, high / growth)
         growth *= growth
     while high / low > 1.0 + tolerance:
         rate = math.sqrt(low * high)

@@ -10,7 +10,7 @@ from typing import Any
 from ..load.plot import COLOURS, draw_attainment
 from ..load.search import TARGET
 from .explain import Binding, Curve
-from .search import Candidate, Found, Task
+from .search import HOPELESS, Candidate, Found, Task
 
 SHOWN = 3
 """Placements in the pictures."""
@@ -52,6 +52,8 @@ def text(plan: Plan) -> Iterator[str]:
         yield f"runner-up: {runner_up.placement}; {runner_up.placement.gpus} GPUs, {_estimates(runner_up)}"
     if not any(c.placement.kind == "colocated" for c in _known(plan)):
         yield "colocated: serves no rate within the objectives"
+    if not any(c.placement.kind == "disaggregated" for c in _known(plan)):
+        yield f"disaggregated: serves less than {HOPELESS:.0%} of what colocated workers do, or does not fit"
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
         gains = ", ".join(f"{gain.what} {gain.gain:+.0%}" for gain in plan.binding.relaxations)

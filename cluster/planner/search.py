@@ -28,6 +28,9 @@ UNIT_WORKERS = 4
 the same. A larger one would share its load a little better."""
 TIE = 0.02
 """Goodputs this near, relatively, are equal."""
+HOPELESS = 0.5
+"""Placements that serve less than this share of what the best colocated workers are expected to, or of the
+wanted rate, are dropped."""
 COARSE, FINE = 0.08, 0.03
 """Tolerances of the joint search and of the final estimate."""
 
@@ -108,7 +111,9 @@ def _judge(task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Ca
     chosen: list[Candidate] = []
     for kind, count in JOINT.items():
         chosen += sorted((c for c in pool if c.placement.kind == kind), key=order)[:count]
-    joint = sorted(_simulated(task, phases, chosen, mapped, seeds=task.seeds[:1], fine=False), key=order)
+    colocated = max((c.expected for c in chosen if c.placement.kind == "colocated"), default=0.0)
+    floor = HOPELESS * min(colocated, math.inf if task.rate is None else task.rate)
+    joint = sorted(_simulated(task, phases, chosen, mapped, floor=floor), key=order)
     joint = [candidate for candidate in joint if candidate.rate > 0.0]
     if not joint:
         return Found(candidates=(), others=(), phases=phases)
@@ -116,7 +121,7 @@ def _judge(task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Ca
     finalists = [
         c for c in finalists if c and (c.placement.kind == "colocated" or c.rate >= FINAL * joint[0].rate)
     ]
-    final = _simulated(task, phases, [c for c in finalists if c], mapped, seeds=task.seeds, fine=True)
+    final = _simulated(task, phases, [c for c in finalists if c], mapped)
     others = tuple(candidate for candidate in joint if candidate not in finalists)
     return Found(candidates=tuple(_ranked(final, task.rate)), others=others, phases=phases)
 
@@ -215,10 +220,11 @@ def _simulated(
     phases: PhaseRates,
     candidates: Sequence[Candidate],
     mapped: Callable[..., object],
-    *,
-    seeds: tuple[int, ...],
-    fine: bool,
+    floor: float | None = None,
 ) -> list[Candidate]:
+    """The candidates with their goodputs: with a floor, coarsely and of one seed; else of all seeds and by
+    both definitions."""
+    fine = floor is None
     parts = [part_of(candidate.placement) for candidate in candidates]
     questions = [
         Question(
@@ -227,7 +233,8 @@ def _simulated(
             objectives=task.objectives,
             guess=candidate.rate / times,
             ceiling=max(phases.bound(part), candidate.rate / times),
-            seeds=seeds,
+            floor=(floor or 0.0) / times,
+            seeds=task.seeds if fine else task.seeds[:1],
             tolerance=FINE if fine else COARSE,
             definitions=(Definition.BOTH, Definition.EACH) if fine else (Definition.BOTH,),
         )

@@ -87,6 +87,18 @@ def test_largest_rate_keeps_its_tolerance_and_its_ends() -> None:
     assert largest_rate(lambda rate: False, 1.0, 5.0, 0.02) == 0.0
 
 
+def test_below_the_floor_nothing_is_tried() -> None:
+    tried: list[float] = []
+
+    def good(rate: float) -> bool:
+        tried.append(rate)
+        return rate <= 0.7
+
+    assert largest_rate(good, 4.0, 5.0, 0.02, floor=1.0) == 0.0
+    assert min(tried) == 1.0
+    assert largest_rate(good, 4.0, 5.0, 0.02, floor=0.5) == pytest.approx(0.7, rel=0.02)
+
+
 def test_wrong_objectives_and_rates_are_refused() -> None:
     with pytest.raises(ConfigError, match="tpot_ms"):
         Objectives(ttft_ms=1.0, tpot_ms=0.0)
