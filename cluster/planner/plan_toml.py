@@ -68,6 +68,9 @@ def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, mo
         lines += [f"{name} = {getattr(scheduler, name)}" for name in _SETTINGS[role]]
     lines += [
         "",
+        "[router]",
+        "local_prefill_tokens = 0  # as it was simulated",
+        "",
         "[slo]",
         f"ttft_ms = {float(objectives.ttft_ms)!r}",
         f"tpot_ms = {float(objectives.tpot_ms)!r}",
