@@ -13,7 +13,7 @@ from diphase.kv_transfer.transports.endpoint import VERSION
 from diphase.kv_transfer.transports.framing import HEADER
 from diphase.kv_transfer.transports.socket_peer import ID, WRITE_HEAD, Kind
 from diphase.kv_transfer.transports.socket_transport import SocketTransport
-from diphase.kv_transfer.transports.tcp import TcpMedium
+from diphase.kv_transfer.transports.tcp import MIN_STRIPE, TcpMedium
 from diphase.proto.clock import MonotonicClock
 
 SIZE = 32 << 20
@@ -56,7 +56,7 @@ def test_a_commit_that_went_ahead_of_a_cancelled_stripe_is_withdrawn_and_the_str
     woken = threading.Event()
     context = TransportContext(incarnation="a", wake=woken.set, clock=MonotonicClock())
     regions: list[Region] = []
-    writer = SocketTransport(context, TcpMedium("127.0.0.1", regions, 2), regions)
+    writer = SocketTransport(context, TcpMedium("127.0.0.1", regions, 2, min_stripe=MIN_STRIPE), regions)
     writer.register(Region(buffer=memoryview(bytearray(b"\x07" * SIZE))))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         host, port = listener.getsockname()
