@@ -32,13 +32,12 @@ from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedu
 from diphase.prefill_workers.config import PrefillSchedulerConfig
 from diphase.router.config import RouterConfig
 from diphase.router.latency_model import Coefficients
-from diphase.router.linear_step_time import LinearStepTime
 
 MODEL = "opt-13b"
 ENDLESS = 2**31 - 1
 STEP_CONTEXT = 50_000
 BLOCK = 16
-NO_TIME = LinearStepTime(Coefficients(1e-9, 0.0, 0.0, 0.0, 0.0))
+NO_TIME = Coefficients(1e-9, 0.0, 0.0, 0.0, 0.0)
 KV_BYTES = 2 * 40 * 5120 * 2
 """Of a token of OPT-13B: keys and values, layers, hidden size, fp16."""
 LAYERS = 40

@@ -31,10 +31,9 @@ from diphase.decode_workers.config import DecodeSchedulerConfig
 from diphase.prefill_workers.config import PrefillSchedulerConfig
 from diphase.router.config import RouterConfig
 from diphase.router.latency_model import Coefficients
-from diphase.router.linear_step_time import LinearStepTime
 from diphase.router.step_time import StepShape
 
-STEPS = LinearStepTime(Coefficients(5e-3, 2.2e-5, 1.2e-10, 5e-5, 1.1e-8))
+STEPS = Coefficients(5e-3, 2.2e-5, 1.2e-10, 5e-5, 1.1e-8)
 """About a 70B-class model on eight H100: what matters here is only that batches have realistic sizes."""
 KV_TOKENS = 3_000_000
 KV_BYTES = 320 * 1024

@@ -12,20 +12,43 @@ prior does.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from typing import NamedTuple
 
 from .step_time import Line, StepShape
 
 
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    """Seconds: of a step, a prompt token, a unit of prompt context, a sequence, a token of decode context."""
+class Coefficients(NamedTuple):
+    """Seconds: of a step, a prompt token, a unit of prompt context, a sequence, a token of decode context. By
+    themselves they are the step times of a worker of one stage (step_time.StepTime)."""
 
     base: float = 0.01
     per_prefill_token: float = 5e-4
     per_prefill_context: float = 1e-8
     per_sequence: float = 1e-3
     per_decode_context: float = 1e-6
+
+    @property
+    def stages(self) -> int:
+        """See step_time.StepTime."""
+        return 1
+
+    def stage_s(self, shape: StepShape) -> tuple[float, ...]:
+        """See step_time.StepTime."""
+        return (self.step_s(shape),)
+
+    def step_s(self, shape: StepShape) -> float:
+        """See step_time.StepTime."""
+        return (
+            self.base
+            + self.per_prefill_token * shape.prefill_tokens
+            + self.per_prefill_context * shape.prefill_context
+            + self.per_sequence * shape.decode_batch
+            + self.per_decode_context * shape.decode_context
+        )
+
+    def decode_line(self, batch: int, context: float) -> Line:
+        """See step_time.StepTime; one line for all contexts."""
+        return Line(self.base + self.per_sequence * batch, self.per_decode_context, float("inf"))
 
 
 DEFAULT_PRIOR = Coefficients()
@@ -41,11 +64,9 @@ SIZE = 5
 class LatencyModel:
     """One worker's, or one pool's, step times; of a worker with pipeline stages, all together."""
 
-    stages = 1
-
     def __init__(self, prior: Coefficients = DEFAULT_PRIOR, memory: int = 500) -> None:
         """`memory`: a sample's weight falls to 1/e after so many further ones."""
-        self._prior = astuple(prior)
+        self._prior = prior
         self._theta = self._prior
         self._decay = 1.0 - 1.0 / memory
         self._gram = [[0.0] * SIZE for _ in range(SIZE)]  # decayed sum of x xᵀ / y²
@@ -79,31 +100,15 @@ class LatencyModel:
         return self.num_samples >= INFORMED_SAMPLES
 
     @property
-    def terms(self) -> tuple[float, ...]:
-        """The fields of Coefficients in order, from a fit that may lack the last few samples."""
+    def terms(self) -> Coefficients:
+        """From a fit that may lack the last few samples."""
         if self._unfitted >= REFIT_EVERY or (self._unfitted and self.num_samples <= REFIT_EVERY):
             self._fit()
         return self._theta
 
-    def stage_s(self, shape: StepShape) -> tuple[float, ...]:
-        """See step_time.StepTime."""
-        return (self.step_s(shape),)
-
     def step_s(self, shape: StepShape) -> float:
         """Predicted duration of one step, seconds."""
-        base, per_token, per_prefill_context, per_sequence, per_decode_context = self.terms
-        return (
-            base
-            + per_token * shape.prefill_tokens
-            + per_prefill_context * shape.prefill_context
-            + per_sequence * shape.decode_batch
-            + per_decode_context * shape.decode_context
-        )
-
-    def decode_line(self, batch: int, context: float) -> Line:
-        """See step_time.StepTime; one line for all contexts."""
-        base, _, _, per_sequence, per_decode_context = self.terms
-        return Line(base + per_sequence * batch, per_decode_context, float("inf"))
+        return self.terms.step_s(shape)
 
     def _fit(self) -> None:
         """Non-negative least squares by an active set: negative coefficients become 0, the others are fitted
@@ -119,7 +124,7 @@ class LatencyModel:
                     theta[i] = value
                 break
             free = [i for i in free if i not in negative]
-        self._theta = tuple(theta)
+        self._theta = Coefficients(*theta)
 
     def _solve(self, free: list[int]) -> list[float]:
         """The normal equations of the free coefficients, each in units of its prior, by Gaussian

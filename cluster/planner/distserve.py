@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ...proto.errors import ConfigError
-from ...router.linear_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
+from ...router.two_regime_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
 from .table_files import existing, missing, positive_int, read_object, read_rows
 
 FOLDER = "distserve_profile"

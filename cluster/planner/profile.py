@@ -22,6 +22,7 @@ from .profile_fit import StepCell, fit_steps
 from .regime_step_time import Regimes, RegimeStepTime, kind_of
 
 SCHEMA = 1
+STEP_KINDS = ("prefill", "decode", "mixed")
 KINDS = ("prefill", "decode")
 
 
@@ -155,8 +156,8 @@ class Profile:
             "schema": SCHEMA,
             **self.machine,
             "engine": asdict(self.engine),
-            "step_time": asdict(self.step_time),
-            "coefficients": asdict(self.coefficients),
+            "step_time": {kind: _table(getattr(self.step_time, kind)) for kind in STEP_KINDS},
+            "coefficients": self.coefficients._asdict(),
             "slowdown": {own: dict(beside) for own, beside in self.slowdown.factors.items()},
             "serving": asdict(self.serving),
             "errors": {kind: asdict(self.errors(kind)) for kind in kinds},
@@ -228,11 +229,7 @@ def _from_dict(content: dict[str, Any]) -> Profile:
     return Profile(
         engine=EngineFacts(**content["engine"]),
         machine={name: value for name, value in content.items() if name not in known},
-        step_time=RegimeStepTime(
-            prefill=_regimes(step_time["prefill"]),
-            decode=_regimes(step_time["decode"]),
-            mixed=_regimes(step_time["mixed"]),
-        ),
+        step_time=RegimeStepTime(**{kind: _regimes(step_time[kind]) for kind in STEP_KINDS}),
         coefficients=Coefficients(**content["coefficients"]),
         cells=tuple(_cell(cell) for cell in content["cells"]),
         slowdown=Slowdown(factors=content["slowdown"]),
@@ -244,6 +241,14 @@ def _regimes(table: dict[str, Any]) -> Regimes:
     return Regimes(
         small=Coefficients(**table["small"]), large=Coefficients(**table["large"]), boundary=table["boundary"]
     )
+
+
+def _table(regimes: Regimes) -> dict[str, Any]:
+    return {
+        "small": regimes.small._asdict(),
+        "large": regimes.large._asdict(),
+        "boundary": regimes.boundary,
+    }
 
 
 def _cell(cell: dict[str, Any]) -> CellReport:

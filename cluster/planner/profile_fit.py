@@ -9,7 +9,7 @@ Coefficients are not negative.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -175,6 +175,6 @@ def _hold_out(cells: Sequence[StepCell], terms: Terms, boundary: int) -> list[fl
         small, large = _split(cells, boundary)
         regime = small if size_of(cell.shape) < boundary else large
         found = _terms_of([other for other in regime if other is not cell], terms)
-        predicted = float(_features([cell])[0] @ astuple(found))
+        predicted = float(found.step_s(cell.shape))
         errors.append(predicted / cell.median_s - 1.0)
     return errors

@@ -6,7 +6,7 @@ steps and one for large ones. Within a regime a step's time is linear. Nothing i
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 from ...proto.errors import ConfigError
 from ...router.latency_model import Coefficients
@@ -25,7 +25,7 @@ class Regimes:
 
     def __post_init__(self) -> None:
         for name in ("small", "large"):
-            terms = astuple(getattr(self, name))
+            terms = getattr(self, name)
             if not all(0.0 <= term < float("inf") for term in terms) or not any(terms):
                 raise ConfigError(
                     f"{name} = {terms}: coefficients of a step's time must be finite, not negative and not "
@@ -39,13 +39,13 @@ class Regimes:
 
     def plus(self, step_s: float, per_sequence_s: float) -> Regimes:
         def longer(terms: Coefficients) -> Coefficients:
-            return replace(terms, base=terms.base + step_s, per_sequence=terms.per_sequence + per_sequence_s)
+            return terms._replace(base=terms.base + step_s, per_sequence=terms.per_sequence + per_sequence_s)
 
         return replace(self, small=longer(self.small), large=longer(self.large))
 
     def times(self, factor: float) -> Regimes:
         def scaled(terms: Coefficients) -> Coefficients:
-            return Coefficients(*(term * factor for term in astuple(terms)))
+            return Coefficients(*(term * factor for term in terms))
 
         return replace(self, small=scaled(self.small), large=scaled(self.large))
 
@@ -88,18 +88,11 @@ class RegimeStepTime:
             terms = self.decode.of(shape.decode_batch)
         else:
             terms = (self.mixed if shape.decode_batch else self.prefill).of(shape.prefill_tokens)
-        return (
-            terms.base
-            + terms.per_prefill_token * shape.prefill_tokens
-            + terms.per_prefill_context * shape.prefill_context
-            + terms.per_sequence * shape.decode_batch
-            + terms.per_decode_context * shape.decode_context
-        )
+        return terms.step_s(shape)
 
     def decode_line(self, batch: int, context: float) -> Line:
         """See step_time.StepTime; one line for all contexts of a batch."""
-        terms = self.decode.of(batch)
-        return Line(terms.base + terms.per_sequence * batch, terms.per_decode_context, float("inf"))
+        return self.decode.of(batch).decode_line(batch, context)
 
     def plus(self, step_s: float, per_sequence_s: float) -> RegimeStepTime:
         """With so many seconds more for each step, and for each sequence that decodes in it."""

@@ -7,10 +7,9 @@ from diphase.cluster.load.client import Outcome, RequestResult
 from diphase.cluster.serving_cost import cost_of
 from diphase.proto.errors import InternalError
 from diphase.router.latency_model import Coefficients
-from diphase.router.linear_step_time import LinearStepTime
 from diphase.router.step_time import StepShape
 
-STEPS = LinearStepTime(Coefficients(0.02, 4e-4, 0.0, 1e-3, 1e-6))
+STEPS = Coefficients(0.02, 4e-4, 0.0, 1e-3, 1e-6)
 KV_BYTES = 23_040
 
 

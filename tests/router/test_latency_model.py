@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from dataclasses import astuple
 
 import pytest
 from diphase.router.latency_model import Coefficients, LatencyModel
@@ -24,7 +23,7 @@ COEFFICIENTS = st.builds(
 
 
 def true_s(c: Coefficients, shape: StepShape) -> float:
-    return float(sum(a * b for a, b in zip(astuple(c), (1.0, *shape), strict=True)))
+    return float(sum(a * b for a, b in zip(c, (1.0, *shape), strict=True)))
 
 
 def mixed_step(rng: random.Random) -> StepShape:

@@ -14,18 +14,13 @@ from diphase.cluster.planner.topology import Topology, flat_topology
 from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
 from diphase.prefill_workers.config import PrefillSchedulerConfig
 from diphase.router.latency_model import Coefficients
-from diphase.router.linear_step_time import (
-    DecodeTerms,
-    LinearStepTime,
-    PrefillTerms,
-    TwoRegimeStepTime,
-)
 from diphase.router.step_time import StepTime
+from diphase.router.two_regime_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
 
 MS = 1_000_000
 """Nanoseconds."""
 
-STEPS = LinearStepTime(Coefficients(3.1e-3, 1.7e-5, 3.3e-9, 1.3e-4, 7.7e-8))
+STEPS = Coefficients(3.1e-3, 1.7e-5, 3.3e-9, 1.3e-4, 7.7e-8)
 
 
 def two_regimes(stages: int = 1) -> StepTime:

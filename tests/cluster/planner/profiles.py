@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple
-
 from diphase.cluster.planner.profile import EngineFacts, Profile, make_profile
 from diphase.cluster.planner.profile_fit import StepCell
 from diphase.router.latency_model import Coefficients
@@ -34,7 +32,7 @@ def true_s(shape: StepShape, boundary: int = BOUNDARY) -> float:
         terms = MIXED if shape.decode_batch else PREFILL
     else:
         terms = SMALL if shape.decode_batch < boundary else LARGE
-    return float(sum(a * b for a, b in zip(astuple(terms), (1.0, *shape), strict=True)))
+    return float(sum(a * b for a, b in zip(terms, (1.0, *shape), strict=True)))
 
 
 def shapes() -> list[StepShape]:

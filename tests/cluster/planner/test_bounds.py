@@ -11,7 +11,7 @@ from diphase.cluster.planner.bounds import (
     tpot_floor,
     ttft_floor,
 )
-from diphase.router.linear_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
+from diphase.router.two_regime_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
 
 
 def linear(stages: int = 1) -> TwoRegimeStepTime:

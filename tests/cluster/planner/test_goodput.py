@@ -27,7 +27,7 @@ from diphase.cluster.planner.search_distserve import _alone, _pair
 from diphase.cluster.planner.sim_workload import PublishedWorkload, SimWorkload
 from diphase.decode_workers.config import ColocatedSchedulerConfig
 from diphase.proto.errors import ConfigError
-from diphase.router.linear_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
+from diphase.router.two_regime_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
 
 STEP_TIME = TwoRegimeStepTime(
     prefill=PrefillTerms(0.01, 1e-4, 0.0),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import astuple, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -29,7 +29,7 @@ def test_the_terms_behind_exact_times_are_found() -> None:
         (step_time.decode.large, LARGE),
         (step_time.mixed.small, MIXED),
     ):
-        assert astuple(found) == pytest.approx(astuple(truth), rel=1e-6, abs=1e-12)
+        assert found == pytest.approx(truth, rel=1e-6, abs=1e-12)
     assert max(map(abs, fit.errors)) < 1e-9
     assert max(map(abs, fit.hold_out)) < 1e-9
 
@@ -118,4 +118,4 @@ def test_more_work_and_a_slower_machine_take_what_they_say() -> None:
 
 def test_coefficients_that_no_step_can_have_are_refused() -> None:
     with pytest.raises(ConfigError, match="finite, not negative and not all 0"):
-        Regimes(small=PREFILL, large=replace(PREFILL, base=-1.0), boundary=4)
+        Regimes(small=PREFILL, large=PREFILL._replace(base=-1.0), boundary=4)

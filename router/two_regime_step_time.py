@@ -1,53 +1,15 @@
-"""Step times by fixed coefficients: one linear form, or DistServe's with two regimes and pipeline stages.
+"""Step times in DistServe's form: fixed coefficients, two regimes of decode batches, pipeline stages.
 
 Coefficients come from who measured them (the planner's profile and tables); nothing is fitted or read here.
 """
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from ..proto.errors import ConfigError
-from .latency_model import Coefficients
 from .step_time import Line, StepShape
-
-
-class LinearStepTime:
-    """latency_model.py's form with coefficients that stay."""
-
-    stages = 1
-
-    def __init__(self, coefficients: Coefficients) -> None:
-        """
-        Raises:
-            ConfigError: a coefficient is negative or no number.
-        """
-        self._terms: tuple[float, ...] = astuple(coefficients)
-        if not all(0.0 <= term < float("inf") for term in self._terms):
-            raise ConfigError(
-                f"{coefficients}: coefficients of a step's time must be finite and not negative"
-            )
-
-    def stage_s(self, shape: StepShape) -> tuple[float, ...]:
-        """See step_time.StepTime."""
-        return (self.step_s(shape),)
-
-    def step_s(self, shape: StepShape) -> float:
-        """See step_time.StepTime."""
-        base, per_token, per_prefill_context, per_sequence, per_decode_context = self._terms
-        return (
-            base
-            + per_token * shape.prefill_tokens
-            + per_prefill_context * shape.prefill_context
-            + per_sequence * shape.decode_batch
-            + per_decode_context * shape.decode_context
-        )
-
-    def decode_line(self, batch: int, context: float) -> Line:
-        """See step_time.StepTime; one line for all contexts."""
-        base, _, _, per_sequence, per_decode_context = self._terms
-        return Line(base + per_sequence * batch, per_decode_context, float("inf"))
 
 
 class PrefillTerms(NamedTuple):

@@ -5,15 +5,15 @@ from __future__ import annotations
 import pytest
 from diphase.proto.errors import ConfigError
 from diphase.router.latency_model import Coefficients, LatencyModel
-from diphase.router.linear_step_time import DecodeTerms, LinearStepTime, PrefillTerms, TwoRegimeStepTime
 from diphase.router.step_time import StepShape
+from diphase.router.two_regime_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
 from hypothesis import given
 from hypothesis import strategies as st
 
 from .shapes import prompt_shape
 from .step_time_laws import check_grows, check_lines, check_stages
 
-LINEAR = LinearStepTime(Coefficients())
+LINEAR = Coefficients()
 SMALL = DecodeTerms(base=0.02, per_context=1e-6, per_sequence=1e-4)
 LARGE = DecodeTerms(base=0.01, per_context=2e-6, per_sequence=2e-4)
 
@@ -48,7 +48,6 @@ def test_fixed_coefficients_say_what_the_fitted_model_says_with_the_same(shape: 
 @given(SHAPES, st.integers(1, 5))
 def test_stages_add_up_to_the_step(shape: StepShape, stages: int) -> None:
     check_stages(LINEAR, shape)
-    check_stages(LatencyModel(), shape)
     check_stages(two_regimes(stages, prefill_hop_s=0.001, overhead_s=0.002, overhead_per_token_s=1e-7), shape)
 
 
@@ -56,7 +55,6 @@ def test_stages_add_up_to_the_step(shape: StepShape, stages: int) -> None:
 def test_decode_steps_lie_on_their_lines(batch: int, context: float, stages: int) -> None:
     models = (
         LINEAR,
-        LatencyModel(),
         two_regimes(stages, overhead_s=0.002, overhead_per_token_s=1e-7),
     )
     for model in models:
@@ -94,12 +92,6 @@ def test_a_mixed_step_has_one_base() -> None:
     mixed = StepShape(prompt.prefill_tokens, prompt.prefill_context, 8, 4000)
     model = two_regimes()
     assert model.step_s(mixed) == pytest.approx(model.step_s(prompt) + model.step_s(decode) - SMALL.base)
-
-
-@pytest.mark.parametrize("bad", [-1e-9, float("nan"), float("inf")])
-def test_impossible_coefficients_are_refused(bad: float) -> None:
-    with pytest.raises(ConfigError, match="finite and not negative"):
-        LinearStepTime(Coefficients(per_sequence=bad))
 
 
 def test_no_stages_are_refused() -> None:
