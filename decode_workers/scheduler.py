@@ -10,15 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from ..engine.base import Chunk, ModelLimits, StepPlan, StepResult
+from ..engine.base import Chunk, ModelLimits, SampledToken, StepPlan, StepResult
 from ..engine.block_tables import BlockTables
 from ..engine.chunking import next_chunk
-from ..engine.requests import Outcome, append_sampled
+from ..engine.requests import Outcome, append_sampled, finish_reason
 from ..engine.sequence import Sequence
 from ..engine.wait_queue import WaitQueue, rank
 from ..proto.errors import OutOfBlocks
 from ..proto.ids import HandoffKey
 from .config import DecodeSchedulerConfig
+from .decode_batch import DecodeBatch
 
 
 class DecodeScheduler:
@@ -31,7 +32,7 @@ class DecodeScheduler:
         self._waiting = WaitQueue()  # without blocks
         self._ready = WaitQueue()  # hand-offs with all their KV, waiting for a place in the batch
         self._prefilling: dict[HandoffKey, Sequence] = {}
-        self._running: dict[HandoffKey, Sequence] = {}
+        self._running = DecodeBatch(tables, limits)
         self._starved = False  # a waiting sequence found too few blocks
         self._in_step: set[HandoffKey] = set()
         self._cancelled: set[HandoffKey] = set()
@@ -64,7 +65,7 @@ class DecodeScheduler:
             self._cancelled.add(key)
             return
         self._waiting.remove(key)
-        sequence = self._ready.remove(key) or self._running.pop(key, None) or self._prefilling.pop(key, None)
+        sequence = self._ready.remove(key) or self._running.pop(key) or self._prefilling.pop(key, None)
         if sequence is not None:
             self._tables.release(sequence)
 
@@ -73,7 +74,7 @@ class DecodeScheduler:
     def plan(self) -> StepPlan | None:
         """The next step; None when nothing can run. The plan's sequences must not change until `complete`.
         An engine of several pipeline stages has several plans on their way; no sequence is in two."""
-        self._admit_ready()
+        self.take_ready()
         for sequence in sorted(self._running.values(), key=rank):
             if sequence.key in self._running and sequence.key not in self._in_step:
                 self._make_room(sequence)
@@ -99,7 +100,7 @@ class DecodeScheduler:
                 self._drop(sequence)
             elif token is not None:
                 self._prefilling.pop(sequence.key, None)
-                self._running[sequence.key] = sequence
+                self._running.add(sequence)
                 outcome = append_sampled(sequence, token, self._limits)
                 if outcome.finish_reason:
                     self._drop(sequence)
@@ -122,33 +123,51 @@ class DecodeScheduler:
 
     # steps that change nothing but lengths, for the simulator
 
+    def take_ready(self) -> list[Sequence]:
+        """Gives hand-offs that wait for a place in the batch one, as the next step does."""
+        taken: list[Sequence] = []
+        while self.num_running < self._config.max_running and (sequence := self._ready.head()):
+            self._ready.remove(sequence.key)
+            self._running.add(sequence)
+            taken.append(sequence)
+        return taken
+
     def steady_steps(self) -> int:
-        """After how many steps from now the batch is still the same, if no sequence samples a stop token and
-        nothing arrives: 0 when the next step may admit, compute a prompt, finish or preempt a sequence."""
-        if self._in_step or self._prefilling or not self._running:
+        """How many steps from now are of the same batch, if no sequence samples a stop token and nothing
+        arrives; the last may end sequences. 0 when the next step may admit or preempt a sequence or compute a
+        prompt."""
+        if self._in_step or self._prefilling:
             return 0
         if len(self._running) < self._config.max_running and (self._ready or self._waiting):
             return 0
-        steps = min(self._tokens_left(s) for s in self._running.values()) - 1
-        if limit := self._config.max_step_context:
-            context = sum(s.num_tokens for s in self._running.values())
+        steps = self._running.steps_left()
+        if steps and (limit := self._config.max_step_context):
+            context = self._running.context + len(self._running)
             steps = min(steps, (limit - context) // len(self._running) + 1)
         while steps > 0 and self.blocks_to_advance(steps) > self._tables.blocks.available:
             steps //= 2
         return max(0, steps)
 
-    def advance(self, steps: int, token_id: int = 0) -> None:
-        """The same as `steps` single steps that all sample `token_id`; at most steady_steps()."""
-        if not 0 <= steps <= self.steady_steps():
-            raise ValueError(f"the batch is steady for {self.steady_steps()} steps, not for {steps}")
-        for sequence in sorted(self._running.values(), key=rank):
-            self._tables.grow(sequence, sequence.num_tokens + steps - 1)
-            sequence.token_ids.extend([token_id] * steps)
-            self._tables.computed(sequence, steps)
+    def advance(self, steps: int, token_id: int = 0) -> list[Outcome]:
+        """The same as `steps` single steps, at most steady_steps() when the first of them began, that all
+        sample `token_id`. Only sequences that ended with the last of them are reported."""
+        if not 0 <= steps <= self._running.steps_left():
+            raise ValueError(f"the batch is steady for {self._running.steps_left()} steps, not for {steps}")
+        outcomes: list[Outcome] = []
+        token = SampledToken(token_id=token_id)
+        for sequence in self._running.advance(steps, token_id):
+            reason = finish_reason(sequence, self._limits)
+            outcomes.append(Outcome(sequence=sequence, token=token, finish_reason=reason))
+            self._tables.release(sequence)
+        return outcomes
 
     def blocks_to_advance(self, steps: int) -> int:
-        """Blocks that the batch takes from the pool in its next steps."""
-        return sum(self._tables.shortfall(s, s.num_tokens + steps - 1) for s in self._running.values())
+        """Blocks that the batch, while it is steady, takes from the pool in its next steps."""
+        return self._running.blocks_to_advance(steps)
+
+    def take_blocks(self, steps: int) -> None:
+        """Takes the blocks that the next steps of the steady batch need, before others ask for blocks."""
+        self._running.take_blocks(steps)
 
     # what load reports
 
@@ -177,15 +196,10 @@ class DecodeScheduler:
 
     @property
     def running_context(self) -> int:
-        return sum(s.num_computed for s in self._batch())
+        return self._running.context + sum(s.num_computed for s in self._prefilling.values())
 
     def _batch(self) -> Iterable[Sequence]:
         return (*self._running.values(), *self._prefilling.values())
-
-    def _admit_ready(self) -> None:
-        while self.num_running < self._config.max_running and (sequence := self._ready.head()):
-            self._ready.remove(sequence.key)
-            self._running[sequence.key] = sequence
 
     def _next_batch(self) -> list[Sequence]:
         """The decoding sequences of the next step; those that must share its context take turns."""
@@ -200,7 +214,8 @@ class DecodeScheduler:
                 break
             batch.append(sequence)
         for sequence in batch:  # behind the others
-            self._running[sequence.key] = self._running.pop(sequence.key)
+            self._running.pop(sequence.key)
+            self._running.add(sequence)
         return batch
 
     def _make_room(self, sequence: Sequence) -> None:
@@ -218,7 +233,7 @@ class DecodeScheduler:
 
     def _preempt(self, sequence: Sequence) -> None:
         key = sequence.key
-        self._running.pop(key, None)
+        self._running.pop(key)
         self._prefilling.pop(key, None)
         self._ready.remove(key)
         self._tables.release(sequence)
@@ -260,14 +275,8 @@ class DecodeScheduler:
         self._prefilling[sequence.key] = sequence
         return sequence
 
-    def _tokens_left(self, sequence: Sequence) -> int:
-        return min(
-            sequence.params.max_tokens - sequence.num_generated,
-            self._limits.context_length - sequence.num_tokens,
-        )
-
     def _drop(self, sequence: Sequence) -> None:
-        self._running.pop(sequence.key, None)
+        self._running.pop(sequence.key)
         self._prefilling.pop(sequence.key, None)
         self._tables.release(sequence)
 

@@ -1,23 +1,26 @@
 """A worker in virtual time: its own scheduler and block manager, and a latency model instead of an engine.
 
 With p pipeline stages up to p steps are on their way. While a decode batch does not change, a worker with one
-stage goes through a *stretch* of steps as one event; settle() ends it where somebody comes in between.
+stage goes through a *stretch* of steps as one event; settle() cuts it short where somebody comes in between.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from bisect import bisect_right
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ...decode_workers.scheduler import DecodeScheduler
 from ...engine.base import ModelLimits, SampledToken, StepPlan, StepResult
 from ...engine.block_manager import BlockManager
 from ...engine.block_tables import BlockTables
 from ...engine.requests import Outcome
+from ...engine.sequence import Sequence
 from ...engine.step_predictor import describe
 from ...prefill_workers.config import PrefillSchedulerConfig
 from ...prefill_workers.scheduler import PrefillScheduler
@@ -25,8 +28,10 @@ from ...router.step_time import StepShape
 from .deployment import WorkerSpec
 from .events import NS, STEP_ENDS, EventQueue, to_ns
 
-MAX_STRETCH = 4096
-"""Steps that are summed at once."""
+MAX_STRETCH = 256
+"""Steps that are summed at once: somebody comes in between before many more are done."""
+FEW = 32
+"""Steps that are summed faster one by one."""
 FRACTION = 20
 """Bits behind the point of a decode step's nanoseconds: its line is rounded to that once, so that the sum
 over a stretch is exact whoever adds it up."""
@@ -36,21 +41,22 @@ _TOKEN = SampledToken(token_id=0)
 
 @dataclass(slots=True, eq=False)
 class _Stretch:
-    """Steps of one batch. `ends[i]` is when step i of those not settled is done."""
+    """Steps of one batch. `ends[i]` is when step i is done."""
 
-    ends: NDArray[np.int64]
-    serial: int
+    ends: list[int]
     since: int
     """When the first that is not settled began."""
     settled: int = 0
+    """Steps that the scheduler has taken."""
 
     def done_by(self, now: int) -> int:
         """Steps that are complete and not settled."""
-        return int(self.ends.searchsorted(now, side="right")) - self.settled
+        return bisect_right(self.ends, now) - self.settled
 
 
 class SimWorker:
-    """`on_plan` hears of each step that begins, `on_done` of what one gave."""
+    """`on_start` hears of sequences whose step begins, those at least that are in their first one here;
+    `on_done` of what a step gave, those at least that are not in a stretch or end somebody."""
 
     def __init__(
         self,
@@ -61,8 +67,8 @@ class SimWorker:
         events: EventQueue,
         *,
         exact: bool,
-        on_plan: Callable[[SimWorker, StepPlan], None],
-        on_done: Callable[[SimWorker, Sequence[Outcome]], None],
+        on_start: Callable[[SimWorker, Seq[Sequence]], None],
+        on_done: Callable[[SimWorker, Seq[Outcome]], None],
     ) -> None:
         self.index = index
         self.spec = spec
@@ -74,7 +80,6 @@ class SimWorker:
             vocab_size=1,
             eos_token_ids=(),
         )
-        self.limits = limits
         self.prefill: PrefillScheduler | None = None
         self.decode: DecodeScheduler | None = None
         if isinstance(spec.scheduler, PrefillSchedulerConfig):
@@ -82,18 +87,18 @@ class SimWorker:
         else:
             self.decode = DecodeScheduler(spec.scheduler, self.tables, limits)
         self.unscheduled: set[int] = set()
-        """Requests here of which no step has begun: their first is a step by itself, for on_plan to see."""
+        """Requests here of which no step has begun."""
         self.busy_ns = 0
         """Of the first stage."""
         self.steps = 0
         self._events = events
-        self._on_plan = on_plan
+        self._on_start = on_start
         self._on_done = on_done
         self._time = spec.step_time
         self._stretches = not exact and self.decode is not None and spec.step_time.stages == 1
         self._stage_free = [0] * spec.step_time.stages
         self._stretch: _Stretch | None = None
-        self._serial = 0
+        self._taken: list[Sequence] = []  # into the batch, since the last stretch began
 
     def start(self) -> None:
         """Begins a step if the first stage is free and there is work. To be called whenever there may be."""
@@ -108,27 +113,21 @@ class SimWorker:
             self._begin(plan, self._durations(plan))
 
     def settle(self) -> None:
-        """Brings the scheduler to this moment: what is done of a stretch is done, and the step that runs is
-        one by itself. Before anything is added to the worker or taken from its pool."""
+        """Brings the scheduler to this moment: what is done of a stretch is done, and it ends with the step
+        that runs. Before anything is added to the worker or taken from its pool."""
         stretch = self._stretch
         if stretch is None:
             return
         assert self.decode is not None  # prefill workers have no stretches
         done = stretch.done_by(self._events.now)
-        self._advance(stretch, done)
-        self._stretch = None
-        if stretch.settled == len(stretch.ends):
-            self.start()
+        if stretch.settled + done == len(stretch.ends):
+            self._end_stretch(stretch)
             self.settle()  # the next may be a stretch, too
             return
-        plan = self.decode.plan()
-        assert plan is not None  # the batch is steady
-        end = int(stretch.ends[stretch.settled])
-        self._stage_free[0] = end
-        self.steps += 1
-        self.busy_ns += end - stretch.since
-        self._on_plan(self, plan)
-        self._events.at(end, self._complete, plan, rank=STEP_ENDS)
+        self._advance(stretch, done)
+        self.decode.take_blocks(1)
+        if len(stretch.ends) > stretch.settled + 1:
+            self._run_stretch(_Stretch([stretch.ends[stretch.settled]], stretch.since))
 
     # what load reports, as of the last complete step
 
@@ -145,6 +144,12 @@ class SimWorker:
         assert self.decode is not None
         return self.blocks.available - self.decode.blocks_to_advance(self._ahead() + 1)
 
+    def take_blocks(self) -> None:
+        """Of a stretch up to the step that runs; what it evicts for them can be announced then."""
+        if self._stretch is not None:
+            assert self.decode is not None
+            self.decode.take_blocks(self._ahead() + 1)
+
     # inside
 
     def _ahead(self) -> int:
@@ -154,46 +159,53 @@ class SimWorker:
         """Whether the next steps are one event."""
         decode = self.decode
         assert decode is not None
-        if self.unscheduled:
-            return False
+        self._taken += decode.take_ready()
         steps = min(decode.steady_steps(), MAX_STRETCH)
-        if steps < 2:
+        if steps < 1:
             return False
         batch = decode.num_running
         context = decode.running_context + batch  # each with the token that it computes
-        times = self._decode_ns(batch, context, steps)
-        self._serial += 1
-        self._stretch = _Stretch(self._events.now + times.cumsum(), self._serial, self._events.now)
-        end = int(self._stretch.ends[-1])
-        self._events.at(end, self._end_stretch, self._serial, rank=STEP_ENDS)
+        now = self._events.now
+        ends = accumulate(self._decode_ns(batch, context, steps), initial=now)
+        next(ends)
+        self._run_stretch(_Stretch(list(ends), now))
+        if self._taken:
+            self._on_start(self, self._taken)
+            self._taken = []
         return True
 
-    def _end_stretch(self, serial: int) -> None:
-        stretch = self._stretch
-        if stretch is None or stretch.serial != serial:
+    def _run_stretch(self, stretch: _Stretch) -> None:
+        self._stretch = stretch
+        self._events.at(stretch.ends[-1], self._end_stretch, stretch, rank=STEP_ENDS)
+
+    def _end_stretch(self, stretch: _Stretch) -> None:
+        if stretch is not self._stretch:
             return  # somebody came in between
-        self._advance(stretch, len(stretch.ends) - stretch.settled)
+        outcomes = self._advance(stretch, len(stretch.ends) - stretch.settled)
         self._stretch = None
+        if outcomes:
+            self._on_done(self, outcomes)
         self.start()
 
-    def _advance(self, stretch: _Stretch, steps: int) -> None:
+    def _advance(self, stretch: _Stretch, steps: int) -> list[Outcome]:
         assert self.decode is not None
-        if steps:
-            self.decode.advance(steps)
-            stretch.settled += steps
-            self.steps += steps
-            end = int(stretch.ends[stretch.settled - 1])
-            self.busy_ns += end - stretch.since
-            stretch.since = end
+        if not steps:
+            return []
+        stretch.settled += steps
+        self.steps += steps
+        end = stretch.ends[stretch.settled - 1]
+        self.busy_ns += end - stretch.since
+        stretch.since = end
+        return self.decode.advance(steps)
 
     def _durations(self, plan: StepPlan) -> list[int]:
         """Nanoseconds of each stage."""
         shape = shape_of(plan)
         if self._time.stages == 1 and shape.prefill_tokens == 0:
-            return [int(self._decode_ns(shape.decode_batch, round(shape.decode_context), 1)[0])]
+            return self._decode_ns(shape.decode_batch, round(shape.decode_context), 1)
         return [max(1, to_ns(seconds)) for seconds in self._time.stage_s(shape)]
 
-    def _decode_ns(self, batch: int, context: int, steps: int) -> NDArray[np.int64]:
+    def _decode_ns(self, batch: int, context: int, steps: int) -> list[int]:
         """Times of the next steps of a batch that has `context` in the first of them; fewer where the latency
         model's line ends, but one at least."""
         line = self._time.decode_line(batch, context)
@@ -201,9 +213,11 @@ class SimWorker:
             steps = math.ceil((line.until - context) / batch)
         scale = NS << FRACTION
         intercept, slope = round(line.intercept_s * scale), round(line.slope_s * scale)
-        contexts = context + batch * np.arange(steps, dtype=np.int64)
-        times: NDArray[np.int64] = np.maximum((intercept + slope * contexts) >> FRACTION, 1)
-        return times
+        first, more = intercept + slope * context, slope * batch
+        if steps <= FEW:
+            return [max((first + more * i) >> FRACTION, 1) for i in range(steps)]
+        times = (first + more * np.arange(steps, dtype=np.int64)) >> FRACTION
+        return np.maximum(times, 1).tolist()  # type: ignore[no-any-return]
 
     def _begin(self, plan: StepPlan, durations: list[int]) -> None:
         at = self._events.now
@@ -212,7 +226,7 @@ class SimWorker:
             self._stage_free[stage] = at
         self.steps += 1
         self.busy_ns += durations[0]
-        self._on_plan(self, plan)
+        self._on_start(self, [chunk.sequence for chunk in plan.chunks])
         self._events.at(at, self._complete, plan, rank=STEP_ENDS)
         if len(durations) > 1:
             self._events.at(self._stage_free[0], self.start)

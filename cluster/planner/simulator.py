@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Seq
 
-from ...engine.base import StepPlan
 from ...engine.requests import NOT_FINISHED, Outcome
+from ...engine.sequence import Sequence
 from ...proto import worker_pb2 as pb
 from ...proto.errors import Overloaded, PromptTooLong, SloInfeasible
 from ...proto.slo import Slo
@@ -46,7 +46,7 @@ class Simulation:
                 deployment.context_length,
                 self._events,
                 exact=config.exact,
-                on_plan=self._on_plan,
+                on_start=self._on_start,
                 on_done=self._on_done,
             )
             for index, spec in enumerate(deployment.workers)
@@ -84,6 +84,8 @@ class Simulation:
     def _place(self, request: SimRequest) -> Placement | None:
         for worker, handle in zip(self.workers, self._handles, strict=True):
             self._report(worker, handle.load)
+            if self._shares:
+                self._announce(worker)
         demand = Demand(
             num_tokens=request.prompt_tokens,
             max_new_tokens=request.output_tokens,
@@ -112,7 +114,7 @@ class Simulation:
         first.unscheduled.add(request.index)
         first.start()
 
-    def _on_plan(self, worker: SimWorker, plan: StepPlan) -> None:
+    def _on_start(self, worker: SimWorker, sequences: Seq[Sequence]) -> None:
         unscheduled = worker.unscheduled
         if worker.decode is not None:
             for sequence in worker.decode.take_outgrown():
@@ -120,8 +122,8 @@ class Simulation:
         if not unscheduled:
             return
         now = self._events.now
-        for chunk in plan.chunks:
-            index = int(chunk.sequence.key.request_id)
+        for sequence in sequences:
+            index = int(sequence.key.request_id)
             if index not in unscheduled:
                 continue
             unscheduled.remove(index)
@@ -130,10 +132,10 @@ class Simulation:
                 request.joined = now
                 continue
             request.scheduled = now
-            request.cached_tokens = chunk.sequence.num_cached
+            request.cached_tokens = sequence.num_cached
             if worker.prefill is not None and request.output_tokens > 1:
                 target = self.workers[request.decode_worker]
-                self._handoffs.begin(request, worker, target, chunk.sequence)
+                self._handoffs.begin(request, worker, target, sequence)
 
     def _on_done(self, worker: SimWorker, outcomes: Seq[Outcome]) -> None:
         for outcome in outcomes:
@@ -157,16 +159,12 @@ class Simulation:
             return
         if worker.spec.role == "decode":
             self._handoffs.give_room(worker)
-        if self._shares:
-            self._announce(worker)
 
     def _on_joined(self, handoff: Handoff) -> None:
         request = handoff.request
         handoff.target.unscheduled.add(request.index)
         self._handles[handoff.target.index].forget_sequence(request.key.request_id)
         self._policy.observe_handoff((request.verified - request.token0) / 1e9)
-        if self._shares:
-            self._announce(handoff.target)
 
     # what the router knows
 
@@ -215,6 +213,7 @@ class Simulation:
         load.handoffs = self._handoffs.under_way[worker.index]
 
     def _announce(self, worker: SimWorker) -> None:
+        worker.take_blocks()
         stored, evicted = worker.blocks.events()
         if stored or evicted:
             self._deltas[worker.index] += 1

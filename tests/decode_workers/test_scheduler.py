@@ -295,10 +295,10 @@ def test_advancing_further_than_steady_is_refused() -> None:
     bench = Bench()
     bench.hand_off(make_sequence("a", 10, max_tokens=10))
     bench.step()
-    # 2 of 10 tokens are there: after 7 more the next one ends the sequence.
-    assert bench.scheduler.steady_steps() == 7
-    with pytest.raises(ValueError, match="steady for 7"):
-        bench.scheduler.advance(8)
+    # 2 of 10 tokens are there: the eighth more ends the sequence.
+    assert bench.scheduler.steady_steps() == 8
+    with pytest.raises(ValueError, match="steady for 8"):
+        bench.scheduler.advance(9)
 
 
 def test_a_batch_that_may_change_is_not_steady() -> None:
@@ -308,7 +308,7 @@ def test_a_batch_that_may_change_is_not_steady() -> None:
     assert bench.scheduler.steady_steps() == 0
     for _ in range(3):
         bench.step()
-    assert bench.scheduler.steady_steps() == 48
+    assert bench.scheduler.steady_steps() == 49
     bench.hand_off(make_sequence("b", 10, max_tokens=50))
     assert bench.scheduler.steady_steps() == 0
 
