@@ -59,13 +59,18 @@ class BlockManager:
         """
         if n > self.available:
             raise OutOfBlocks(f"{n} blocks wanted, {self.available} of {self.num_blocks} available")
-        while len(self._free) < n:
-            block_id, _ = self._cached.popitem(last=False)
-            self._forget_hash(block_id)
-            heapq.heappush(self._free, block_id)
-        taken = [heapq.heappop(self._free) for _ in range(n)]
+        free = self._free
+        if len(free) < n:
+            evicted = [self._cached.popitem(last=False)[0] for _ in range(n - len(free))]
+            for block_id in evicted:
+                self._forget_hash(block_id)
+            taken = sorted(free + evicted)
+            free.clear()
+        else:
+            taken = [heapq.heappop(free) for _ in range(n)]
+        references = self._references
         for block_id in taken:
-            self._references[block_id] = 1
+            references[block_id] = 1
         return taken
 
     def acquire(self, ids: Iterable[int]) -> None:
@@ -82,11 +87,13 @@ class BlockManager:
 
         Later blocks of a sequence age first: they are of use only to who shares the earlier ones too.
         """
+        references = self._references
         for block_id in reversed(ids):
-            if self._references[block_id] <= 0:
+            left = references[block_id] - 1
+            if left < 0:
                 raise ValueError(f"block {block_id} was released more often than acquired")
-            self._references[block_id] -= 1
-            if self._references[block_id] == 0:
+            references[block_id] = left
+            if not left:
                 self._retire(block_id)
 
     def match_prefix(self, hashes: Sequence[bytes]) -> list[int]:

@@ -136,6 +136,7 @@ class Handoffs:
         sequence.num_computed = request.prompt_tokens
         target.decode.admit(sequence)
         self._joined(handoff)
+        self.give_room(target)  # its blocks can be shared from now on
         source.start()
         target.start()
 

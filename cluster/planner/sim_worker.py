@@ -28,8 +28,9 @@ from ...router.step_time import StepShape
 from .deployment import WorkerSpec
 from .events import NS, STEP_ENDS, EventQueue, to_ns
 
-MAX_STRETCH = 256
-"""Steps that are summed at once: somebody comes in between before many more are done."""
+LEAST_STRETCH, MOST_STRETCH = 16, 4096
+"""Steps that are summed at once: about twice as many as the last time were done before somebody came in
+between."""
 FEW = 32
 """Steps that are summed faster one by one."""
 FRACTION = 20
@@ -98,6 +99,7 @@ class SimWorker:
         self._stretches = not exact and self.decode is not None and spec.step_time.stages == 1
         self._stage_free = [0] * spec.step_time.stages
         self._stretch: _Stretch | None = None
+        self._summed = LEAST_STRETCH
         self._taken: list[Sequence] = []  # into the batch, since the last stretch began
 
     def start(self) -> None:
@@ -127,6 +129,7 @@ class SimWorker:
         self._advance(stretch, done)
         self.decode.take_blocks(1)
         if len(stretch.ends) > stretch.settled + 1:
+            self._summed = max(LEAST_STRETCH, 2 * stretch.settled)
             self._run_stretch(_Stretch([stretch.ends[stretch.settled]], stretch.since))
 
     # what load reports, as of the last complete step
@@ -160,7 +163,7 @@ class SimWorker:
         decode = self.decode
         assert decode is not None
         self._taken += decode.take_ready()
-        steps = min(decode.steady_steps(), MAX_STRETCH)
+        steps = min(decode.steady_steps(), self._summed)
         if steps < 1:
             return False
         batch = decode.num_running
@@ -182,6 +185,8 @@ class SimWorker:
         if stretch is not self._stretch:
             return  # somebody came in between
         outcomes = self._advance(stretch, len(stretch.ends) - stretch.settled)
+        if stretch.settled == self._summed:
+            self._summed = min(2 * self._summed, MOST_STRETCH)
         self._stretch = None
         if outcomes:
             self._on_done(self, outcomes)

@@ -2,70 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import random
-from typing import Any
 
 import pytest
 from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
-from diphase.decode_workers.scheduler import DecodeScheduler
-from diphase.engine.base import Chunk, SampledToken, StepPlan, StepResult
-from diphase.engine.block_manager import BlockManager
-from diphase.engine.block_tables import BlockTables
-from diphase.engine.fake import FakeEngine
-from diphase.engine.sequence import Sequence
 from diphase.proto.errors import ConfigError, Overloaded, PromptTooLong
 from diphase.proto.ids import HandoffKey
 from diphase.proto.slo import Priority
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from ..engine.sequences import make_sequence
-
-
-class Bench:
-    """A scheduler with a fake engine, whose pool another engine can fill."""
-
-    def __init__(self, num_blocks: int = 64, **config: Any) -> None:
-        self.engine = FakeEngine(num_blocks=num_blocks)
-        self.blocks = BlockManager(num_blocks, 16)
-        self.tables = BlockTables(self.blocks, b"root")
-        values: dict[str, Any] = {"max_running": 8, "prefill_budget": 32, **config}
-        self.scheduler = DecodeScheduler(DecodeSchedulerConfig(**values), self.tables, self.engine.limits)
-        self.finished: dict[str, list[int]] = {}
-
-    def hand_off(self, sequence: Sequence) -> None:
-        """Admits the sequence as if its prompt had been computed elsewhere."""
-        self.tables.grow(sequence, sequence.num_tokens)
-        plan = StepPlan(chunks=[Chunk(sequence=sequence, num_tokens=sequence.num_tokens, samples=True)])
-        token = self.engine.execute(plan).tokens[0]
-        assert token is not None
-        sequence.num_computed = sequence.num_tokens
-        sequence.token_ids.append(token.token_id)
-        self.scheduler.admit(sequence)
-
-    def step(self) -> list[tuple[str, int]]:
-        plan = self.scheduler.plan()
-        if plan is None:
-            return []
-        for outcome in self.scheduler.complete(plan, self.engine.execute(plan)):
-            if outcome.finish_reason:
-                sequence = outcome.sequence
-                self.finished[sequence.key.request_id] = sequence.token_ids[sequence.num_prompt_tokens :]
-        return [(chunk.sequence.key.request_id, chunk.num_tokens) for chunk in plan.chunks]
-
-    def run(self, limit: int = 10_000) -> None:
-        while self.step():
-            limit -= 1
-            assert limit, "the scheduler does not come to an end"
-
-    def expected(self, sequences: list[Sequence]) -> dict[str, list[int]]:
-        return {
-            s.key.request_id: self.engine.continuation(
-                s.token_ids[: s.num_prompt_tokens], s.params, s.params.max_tokens
-            )
-            for s in sequences
-        }
+from .benches import Bench, running_keys
 
 
 def test_hand_offs_decode_from_their_second_token_on() -> None:
@@ -247,72 +193,6 @@ def test_the_context_length_ends_a_sequence() -> None:
     assert len(bench.finished["a"]) == 6
 
 
-FILLER = 0
-
-
-def filler_step(scheduler: DecodeScheduler) -> list[str]:
-    plan = scheduler.plan()
-    assert plan is not None
-    tokens: list[SampledToken | None] = [SampledToken(token_id=FILLER) for _ in plan.chunks]
-    scheduler.complete(plan, StepResult(tokens=tokens, duration_s=0.0))
-    return [chunk.sequence.key.request_id for chunk in plan.chunks]
-
-
-def state(scheduler: DecodeScheduler, blocks: BlockManager) -> object:
-    """All that later steps depend on, except which block has which number."""
-    running = {
-        s.key: (s.token_ids, s.num_computed, s.block_hashes, len(s.block_table))
-        for s in scheduler._running.values()
-    }
-    return running, blocks.counts(), set(blocks.known_hashes()), scheduler.preemptions
-
-
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(
-    num_blocks=st.integers(4, 40),
-    lengths=st.lists(st.tuples(st.integers(1, 60), st.integers(2, 60)), min_size=1, max_size=6),
-    warm_up=st.integers(0, 20),
-    share=st.floats(0.0, 1.0),
-)
-def test_advancing_equals_single_steps(
-    num_blocks: int, lengths: list[tuple[int, int]], warm_up: int, share: float
-) -> None:
-    bench = Bench(num_blocks=num_blocks)
-    for i, (prompt, max_tokens) in enumerate(lengths):
-        if -(-prompt // 16) <= num_blocks:
-            bench.scheduler.add(make_sequence(f"s{i}", prompt, max_tokens=max_tokens, arrived_at=float(i)))
-    for _ in range(warm_up):
-        bench.step()
-    steps = int(bench.scheduler.steady_steps() * share)
-    one_by_one, one_by_one_blocks = copy.deepcopy((bench.scheduler, bench.blocks), {id(bench.engine): None})
-    batches = {tuple(sorted(filler_step(one_by_one))) for _ in range(steps)}
-    bench.scheduler.advance(steps, FILLER)
-    assert len(batches) <= 1
-    assert state(bench.scheduler, bench.blocks) == state(one_by_one, one_by_one_blocks)
-
-
-def test_advancing_further_than_steady_is_refused() -> None:
-    bench = Bench()
-    bench.hand_off(make_sequence("a", 10, max_tokens=10))
-    bench.step()
-    # 2 of 10 tokens are there: the eighth more ends the sequence.
-    assert bench.scheduler.steady_steps() == 8
-    with pytest.raises(ValueError, match="steady for 8"):
-        bench.scheduler.advance(9)
-
-
-def test_a_batch_that_may_change_is_not_steady() -> None:
-    bench = Bench()
-    assert bench.scheduler.steady_steps() == 0
-    bench.scheduler.add(make_sequence("a", 70, max_tokens=50))
-    assert bench.scheduler.steady_steps() == 0
-    for _ in range(3):
-        bench.step()
-    assert bench.scheduler.steady_steps() == 49
-    bench.hand_off(make_sequence("b", 10, max_tokens=50))
-    assert bench.scheduler.steady_steps() == 0
-
-
 def test_a_colocated_worker_has_the_full_chunk_budget() -> None:
     assert ColocatedSchedulerConfig().prefill_budget > DecodeSchedulerConfig().prefill_budget
 
@@ -321,11 +201,6 @@ def test_a_colocated_worker_has_the_full_chunk_budget() -> None:
 def test_a_configuration_of_nothing_is_refused(field: str) -> None:
     with pytest.raises(ConfigError, match=field):
         DecodeSchedulerConfig(**{field: 0})  # type: ignore[arg-type]
-
-
-def running_keys(plan: StepPlan | None) -> list[str]:
-    assert plan is not None
-    return [chunk.sequence.key.request_id for chunk in plan.chunks]
 
 
 class TestSeveralPlansOnTheirWay:
@@ -384,16 +259,3 @@ def test_a_sequence_larger_than_a_step_s_contexts_runs_alone() -> None:
     bench = Bench(max_step_context=10)
     bench.hand_off(make_sequence("large", 20))
     assert running_keys(bench.scheduler.plan()) == ["large"]
-
-
-def test_a_batch_is_steady_until_its_contexts_fill_a_step() -> None:
-    bench = Bench(max_step_context=50)
-    for name in ("a", "b"):
-        bench.hand_off(make_sequence(name, 20, max_tokens=30))
-    plan = bench.scheduler.plan()
-    assert plan is not None
-    bench.scheduler.complete(plan, bench.engine.execute(plan))
-    steady = bench.scheduler.steady_steps()
-    assert steady == 4  # 22 tokens each (one comes with the hand-off): 44, 46, 48, 50
-    bench.scheduler.advance(steady)
-    assert running_keys(bench.scheduler.plan()) == ["a"]
