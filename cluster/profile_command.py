@@ -30,10 +30,11 @@ from ..router.step_time import StepShape
 from .config import ClusterConfig
 from .load.client import LoadClient, LoopTimer
 from .load.report import environment, write_json
-from .one_machine import FREE_MEMORY_MIB, OneMachine, cores, cores_of_worker
+from .machine_speed import between, small_engine, speed_probe
+from .one_machine import OneMachine, cores, cores_of_worker
 from .planner.profile import ALONE, EngineFacts, Profile, Slowdown, make_profile
 from .planner.profile_fit import StepCell
-from .serving_cost import measure_serving
+from .serving_cost import cost_of, serve_probes
 
 OUTPUT = "diphase-profile.json"
 SLOWDOWN_ROUNDS = 4
@@ -96,7 +97,7 @@ def profile_engine(config: ClusterConfig, rounds: int, console: Console) -> Prof
         engine = TorchEngine.load(engine_config)
         try:
             cells = profile_grid(engine, config, rounds, console)
-            slowdown = _slowdown(engine, engine_config, beside, console) if enough else ALONE
+            slowdown = _slowdown(engine, small_engine(config), beside, console) if enough else ALONE
             facts = facts_of(engine, engine_config)
         finally:
             engine.close()
@@ -143,11 +144,9 @@ def facts_of(engine: Engine, config: EngineConfig) -> EngineFacts:
 
 
 def _slowdown(engine: Engine, config: EngineConfig, beside: list[int], console: Console) -> Slowdown:
-    with console.status("beside a second engine"):
-        small = replace(config, kv_cache_mib=min(config.kv_cache_mib, FREE_MEMORY_MIB))
-        with neighbour(small, beside) as other:
-            other.tell(IDLE)
-            factors = profile_slowdowns(engine, other.tell, rounds=SLOWDOWN_ROUNDS, clock=MonotonicClock())
+    with console.status("beside a second engine"), neighbour(config, beside) as other:
+        other.tell(IDLE)
+        factors = profile_slowdowns(engine, other.tell, rounds=SLOWDOWN_ROUNDS, clock=MonotonicClock())
     return Slowdown(factors=factors)
 
 
@@ -161,13 +160,12 @@ async def _with_serving(machine: OneMachine, profile: Profile) -> Profile:
                 timer=LoopTimer(),
                 token=machine.config.security.cluster_token,
             )
-            serving = await measure_serving(
-                client,
-                shape,
-                profile.step_time,
-                chunk_budget=machine.config.pools.prefill.scheduler.chunk_budget,
-            )
-    return replace(profile, serving=serving)
+            budget = machine.config.pools.prefill.scheduler.chunk_budget
+            with speed_probe(machine.config) as probe:
+                before = probe.slower_than(profile.step_time)
+                served = await serve_probes(client, shape, chunk_budget=budget)
+                now = between((before, probe.slower_than(profile.step_time)))
+    return replace(profile, serving=cost_of(served, profile.step_time.slowed(*now)))
 
 
 def _step_cell(cell: CellTimes) -> StepCell:
@@ -217,7 +215,8 @@ def show(profile: Profile, console: Console) -> None:
         console.print(f"{own} takes times {beside}", highlight=False)
     serving = profile.serving
     console.print(
-        f"serving adds {serving.first_token_s * 1000.0:.1f} ms to a first token and "
+        f"serving adds {serving.first_token_s * 1000.0:.1f} ms to a first token "
+        f"({serving.first_token_beside_s * 1000.0:.1f} while another worker computes) and "
         f"{serving.step_s * 1000.0:.2f} ms to a step, {serving.step_per_sequence_s * 1000.0:.3f} for each "
         f"sequence; a hand-off takes {serving.handoff_s * 1000.0:.1f} ms and its bytes at "
         f"{serving.handoff_bytes_per_s / 2**30:.2f} GiB/s",

@@ -6,7 +6,10 @@ The cluster has one prefill and one decode worker and nothing else to do.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count
 from statistics import median
 
 import numpy as np
@@ -22,40 +25,70 @@ LONE_REQUESTS = 12
 LONE_SHARES = (0.25, 0.5, 1.0)
 """Prompt lengths, of a step's prompt budget: one step each, of different bytes to hand over."""
 OUTPUT_TOKENS = 24
-BURST = 8
+BURST, BESIDE = 8, 4
 BURST_PROMPT = 128
 BURST_OUTPUT = 64
 SALT = 2**31 + 1
 """Of prompts that nobody else sends."""
 
 
-async def measure_serving(
-    client: LoadClient, model: ModelShape, step_time: StepTime, *, chunk_budget: int
-) -> ServingCost:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Served:
+    """What came back."""
+
+    lone: Sequence[RequestResult]
+    """One after the other."""
+    beside: Sequence[RequestResult]
+    """The same prompts one after the other, while the decode worker had a batch."""
+    burst: Sequence[RequestResult]
+    """All at once."""
+
+
+async def serve_probes(client: LoadClient, model: ModelShape, *, chunk_budget: int) -> Served:
     """
     Raises:
-        InternalError: a request failed, or none was handed over.
+        InternalError: a request failed.
     """
     longest = min(chunk_budget, model.context_length - OUTPUT_TOKENS - 1)
-    lone: list[RequestResult] = []
-    for i in range(LONE_REQUESTS):
-        length = max(1, round(longest * LONE_SHARES[i % len(LONE_SHARES)]))
-        # Sent alone: what is measured is no queue.
-        lone += await client.run_one_by_one(_plan(model, 1, length, OUTPUT_TOKENS, SALT + i))
-    burst = await client.run_open_loop(_plan(model, BURST, BURST_PROMPT, BURST_OUTPUT, SALT + LONE_REQUESTS))
-    for result in (*lone, *burst):
+
+    async def one_by_one(salt: int, output: int) -> list[RequestResult]:
+        results: list[RequestResult] = []
+        for i in range(LONE_REQUESTS):
+            length = max(1, round(longest * LONE_SHARES[i % len(LONE_SHARES)]))
+            # Sent alone: what is measured is no queue.
+            results += await client.run_one_by_one(_plan(model, 1, length, output, salt + i))
+        return results
+
+    lone = await one_by_one(SALT, OUTPUT_TOKENS)
+    burst = await client.run_open_loop(_plan(model, BURST, BURST_PROMPT, BURST_OUTPUT, SALT + 100))
+
+    async def decode_on() -> None:
+        for salt in count(SALT + 1000):
+            output = model.context_length // 2
+            await client.run_open_loop(_plan(model, BESIDE, BURST_PROMPT, output, salt))
+
+    decoding = asyncio.create_task(decode_on())
+    try:
+        beside = await one_by_one(SALT + 200, 1)
+    finally:
+        decoding.cancel()
+        await asyncio.wait((decoding,))
+    for result in (*lone, *burst, *beside):
         if result.outcome is not Outcome.FINISHED:
             raise InternalError(f"a request of the profile ended as {result.outcome}: {result.detail}")
-    return cost_of(lone[len(LONE_SHARES) :], burst, step_time)  # the first of each length warm up
+    warm = len(LONE_SHARES)  # the first of each length warm up
+    return Served(lone=lone[warm:], beside=beside[warm:], burst=burst)
 
 
-def cost_of(
-    lone: Sequence[RequestResult], burst: Sequence[RequestResult], step_time: StepTime
-) -> ServingCost:
+def cost_of(served: Served, step_time: StepTime) -> ServingCost:
     """
+    Args:
+        step_time: of the machine as fast as it was meanwhile.
+
     Raises:
         InternalError: nothing was handed over, or too few tokens came.
     """
+    lone, burst = served.lone, served.burst
     handed = [r for r in lone if r.handoff_bytes]
     if not handed:
         raise InternalError(
@@ -68,13 +101,19 @@ def cost_of(
         np.column_stack((np.ones(len(handed)), bytes_s[:, 1])), np.maximum(bytes_s[:, 0], 1e-6)
     )
     per_sequence = (together - alone) / (len(burst) - 1) if len(burst) > 1 else 0.0
+    first_token_s = median(map(_around_first_token_s, lone))
     return ServingCost(
-        first_token_s=median(max(0.0, _ttft_ms(r) - r.stages["prefill_ms"]) for r in lone) / 1000.0,
+        first_token_s=first_token_s,
+        first_token_beside_s=max(first_token_s, median(map(_around_first_token_s, served.beside))),
         step_s=max(0.0, alone - max(0.0, per_sequence)),
         step_per_sequence_s=max(0.0, per_sequence),
         handoff_s=float(latency),
         handoff_bytes_per_s=1.0 / float(per_byte) if per_byte > 0.0 else float("inf"),
     )
+
+
+def _around_first_token_s(result: RequestResult) -> float:
+    return max(0.0, _ttft_ms(result) - result.stages["prefill_ms"]) / 1000.0
 
 
 def _ttft_ms(result: RequestResult) -> float:

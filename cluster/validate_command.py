@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -28,6 +28,7 @@ from .load.report import environment, judge, write_json
 from .load.trace_formats import TraceRecord
 from .load.traces import TRACES, data_folder, load_trace
 from .load.workload import Arrival, Arrivals, ModelShape, WorkloadConfig, plan_arrivals, plan_load
+from .machine_speed import Slower, SpeedProbe, between, speed_probe
 from .one_machine import PLACEMENTS, OneMachine
 from .planner.prediction import predict
 from .planner.profile import Profile, load_profile
@@ -103,9 +104,12 @@ def run(args: argparse.Namespace) -> int:
         ttft_ms=default.ttft_ms if args.ttft_ms is None else args.ttft_ms,
         tpot_ms=default.tpot_ms if args.tpot_ms is None else args.tpot_ms,
     )
-    task = _Task(machine, profile, workload, records, slo)
-    rates = rates_from(args.rates) or task.rates()
-    validations = asyncio.run(task.validate(rates, console))
+    asked = rates_from(args.rates)
+    with speed_probe(machine.config) as probe:
+        task = _Task(
+            machine=machine, profile=profile, workload=workload, records=records, slo=slo, probe=probe
+        )
+        validations = asyncio.run(task.validate(asked or task.rates(), console))
     verdict = verdict_of(validations)
     write_json(
         args.output,
@@ -145,61 +149,73 @@ def rates_from(text: str) -> list[float]:
     return rates
 
 
+@dataclass(slots=True, kw_only=True)
 class _Task:
     """One placement and one workload, at any rate."""
 
-    def __init__(
-        self,
-        machine: OneMachine,
-        profile: Profile,
-        workload: WorkloadConfig,
-        records: Sequence[TraceRecord],
-        slo: Slo,
-    ) -> None:
-        self._machine = machine
-        self._profile = profile
-        self._workload = workload
-        self._records = records
-        self._slo = slo
+    machine: OneMachine
+    profile: Profile
+    workload: WorkloadConfig
+    records: Sequence[TraceRecord]
+    slo: Slo
+    probe: SpeedProbe
+    speeds: list[Slower] = field(default_factory=list)
+    """Of the machine, before and after the last run."""
 
     def rates(self) -> list[float]:
         """Shares of the rate at which the simulation serves a queue that never empties."""
         arrivals = self._arrivals(ALL_AT_ONCE)
-        result = predict(self._machine.config, self._profile, arrivals, self._slo)
+        result = predict(self.machine.config, self._profile_now(), arrivals, self.slo)
         return [round(share * len(arrivals) / result.duration_s, 3) for share in SHARES]
 
     async def validate(self, rates: Sequence[float], console: Console) -> list[Validation]:
         """One cluster, one run a rate."""
-        # Before the cluster is started: a profile that does not fit is said at once.
-        predicted = [self._predicted(rate) for rate in rates]
+        self._predicted(rates[0])  # a profile that does not fit is said before the cluster is started
         validations = []
         with tempfile.TemporaryDirectory(prefix="diphase-validate-") as folder:
-            async with self._machine.serving(Path(folder) / "serve.log") as (stub, shape):
+            async with self.machine.serving(Path(folder) / "serve.log") as (stub, shape):
                 client = LoadClient(
                     stub,
-                    slo=self._slo,
+                    slo=self.slo,
                     timeout_s=REQUEST_S,
                     timer=LoopTimer(),
-                    token=self._machine.config.security.cluster_token,
+                    token=self.machine.config.security.cluster_token,
                 )
                 await self._warm_up(client, shape)
-                for i, (rate, figures) in enumerate(zip(rates, predicted, strict=True)):
-                    plan = plan_load(self._workload, self._records, shape, rate, i + 1)
+                for i, rate in enumerate(rates):
+                    plan = plan_load(self.workload, self.records, shape, rate, i + 1)
+                    before = self._speed()
                     measured = self._measured(await client.run_open_loop(plan))
-                    found = Validation(rate=rate, requests=len(plan), measured=measured, predicted=figures)
+                    self.speeds = [before, self._speed()]
+                    found = Validation(
+                        rate=rate,
+                        requests=len(plan),
+                        measured=measured,
+                        predicted=self._predicted(rate),
+                        slower=between(self.speeds),
+                    )
                     console.print(table_of(found))
                     validations.append(found)
         return validations
 
     def _arrivals(self, rate: float) -> list[Arrival]:
-        return plan_arrivals(self._workload, self._records, self._profile.engine.context_length, rate)
+        return plan_arrivals(self.workload, self.records, self.profile.engine.context_length, rate)
+
+    def _speed(self) -> Slower:
+        return self.probe.slower_than(self.profile.step_time)
+
+    def _profile_now(self) -> Profile:
+        """The profile at the machine's present speed."""
+        if not self.speeds:
+            self.speeds.append(self._speed())
+        return replace(self.profile, step_time=self.profile.step_time.slowed(*between(self.speeds)))
 
     def _predicted(self, rate: float) -> Figures:
-        result = predict(self._machine.config, self._profile, self._arrivals(rate), self._slo)
-        return figures_of_simulation(result, self._slo)
+        result = predict(self.machine.config, self._profile_now(), self._arrivals(rate), self.slo)
+        return figures_of_simulation(result, self.slo)
 
     async def _warm_up(self, client: LoadClient, shape: ModelShape) -> None:
-        plan = plan_load(self._workload, self._records, shape, 1.0, 0)
+        plan = plan_load(self.workload, self.records, shape, 1.0, 0)
         await client.run_one_by_one(plan[:WARM_UP])
 
     def _measured(self, results: Sequence[RequestResult]) -> Figures:
@@ -213,7 +229,7 @@ class _Task:
         return figures_of(
             [r.ttft_ms for r in results if r.ttft_ms is not None],
             [r.tpot_ms for r in results if r.tpot_ms is not None],
-            sum(judge(r, self._slo) is SloVerdict.MET for r in results),
+            sum(judge(r, self.slo) is SloVerdict.MET for r in results),
             len(results),
         )
 
@@ -227,7 +243,9 @@ def table_of(validation: Validation) -> Table:
         "measured",
         "predicted",
         "error",
-        title=f"{validation.requests} requests at {validation.rate:.3g}/s; predicted busy: {shares}",
+        title=f"{validation.requests} requests at {validation.rate:.3g}/s; predicted busy: {shares}; steps "
+        f"take {validation.slower[0]:.2f} (prompts) and {validation.slower[1]:.2f} (tokens) times "
+        "the profile's",
         title_justify="left",
     )
     errors = validation.errors

@@ -1,9 +1,10 @@
-"""A second engine on this machine, for a profile of what workers cost each other (profiler.py): a process
-that computes steps of one kind until it is told another. It serves nobody.
+"""A second engine on this machine: it computes steps of one kind until it is told another, for a profile of
+what workers cost each other, or times its steps, to know how fast the machine is just now (profiler.py). It
+serves nobody.
 
 Started as `python -P -m diphase.engine.neighbour`; the first line of its input is its EngineConfig and its
-cores as JSON, each further one a kind of step or "idle". It answers each with the same word once it does
-that, and ends with its input.
+cores as JSON, each further one a kind of step, "idle" or "time". It answers each with the same word once it
+does that, "time" with the times of its steps as JSON, and ends with its input.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from io import RawIOBase
 
+from ..proto.clock import MonotonicClock
 from ..proto.errors import InternalError
 from .base import Engine
 from .config import EngineConfig
-from .profiler import IDLE, run_steps
+from .profiler import IDLE, run_steps, time_references
 
-READY = "ready"
+READY, TIME = "ready", "time"
 
 
 def main() -> int:
@@ -47,6 +49,9 @@ def serve(engine: Engine, told: RawIOBase) -> None:
     _say(READY)
     while line := told.readline():
         kind = line.decode().strip()
+        if kind == TIME:
+            _say(json.dumps(time_references(engine, MonotonicClock())))
+            continue
         _say(kind)
         if kind != IDLE:
             run_steps(engine, kind, lambda: not select.select([told], [], [], 0)[0])
@@ -69,22 +74,40 @@ class Neighbour:
         Raises:
             InternalError: it has ended.
         """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(kind + "\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # the answer says it
+        self._write(kind)
         self.expect(kind)
+
+    def time(self) -> dict[str, float]:
+        """Seconds that steps of profiler.REFERENCE_CELLS take it now, by kind; it idles afterwards.
+
+        Raises:
+            InternalError: it has ended.
+        """
+        self._write(TIME)
+        answer = self._read()
+        if not answer.startswith("{"):
+            raise InternalError(f"the second engine said {answer!r} instead of its times")
+        return {kind: float(seconds) for kind, seconds in json.loads(answer).items()}
 
     def expect(self, word: str) -> None:
         """
         Raises:
             InternalError: it says something else, or has ended.
         """
+        if (said := self._read()) != word:
+            raise InternalError(f"the second engine said {said!r} instead of {word!r}")
+
+    def _write(self, word: str) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(word + "\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            pass  # the answer says it
+
+    def _read(self) -> str:
         assert self._process.stdout is not None
-        if (said := self._process.stdout.readline().strip()) != word:
-            raise InternalError(f"the second engine of the profile said {said!r} instead of {word!r}")
+        return self._process.stdout.readline().strip()
 
 
 @contextmanager

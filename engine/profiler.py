@@ -208,12 +208,24 @@ def _plan_of(cell: Cell, engine: Engine, rng: random.Random) -> StepPlan:
     return StepPlan(chunks=chunks)
 
 
-SLOWED_CELLS = {
+REFERENCE_CELLS = {
     "prefill": Cell(prompts=1, prompt_tokens=256),
     "decode": Cell(decode_batch=4, decode_context=256),
 }
-"""What is timed while a neighbour runs one of the two."""
+"""What is timed while a neighbour runs one of the two, and to know how fast the machine is just now."""
+REFERENCE_VISITS = 5
 IDLE = "idle"
+
+
+def time_references(engine: Engine, clock: Clock) -> dict[str, float]:
+    """Median seconds of each of REFERENCE_CELLS."""
+    rng = random.Random(1)
+    plans = {kind: _plan_of(cell, engine, rng) for kind, cell in REFERENCE_CELLS.items()}
+    times: dict[str, list[float]] = {kind: [] for kind in plans}
+    for _ in range(REFERENCE_VISITS):
+        for kind, plan in plans.items():
+            times[kind] += _visit(engine, plan, clock)
+    return {kind: median(seconds) for kind, seconds in times.items()}
 
 
 def profile_slowdowns(
@@ -222,10 +234,10 @@ def profile_slowdowns(
     """How much longer steps take while a neighbour on the same machine computes, too: of what this engine
     runs, by what the neighbour runs; 1 where it does not matter. Cores share caches, memory and more.
 
-    `tell` has the neighbour run one kind of SLOWED_CELLS, or IDLE, and returns when it does.
+    `tell` has the neighbour run one kind of REFERENCE_CELLS, or IDLE, and returns when it does.
     """
     rng = random.Random(1)
-    plans = {kind: _plan_of(cell, engine, rng) for kind, cell in SLOWED_CELLS.items()}
+    plans = {kind: _plan_of(cell, engine, rng) for kind, cell in REFERENCE_CELLS.items()}
     ratios: dict[tuple[str, str], list[float]] = {}
     for number in range(rounds + 1):
         times: dict[tuple[str, str], float] = {}
@@ -242,7 +254,7 @@ def profile_slowdowns(
 
 
 def run_steps(engine: Engine, kind: str, go_on: Callable[[], bool]) -> None:
-    """What a neighbour does: steps of one kind of SLOWED_CELLS for as long as `go_on` says so."""
-    plan = _plan_of(SLOWED_CELLS[kind], engine, random.Random(2))
+    """What a neighbour does: steps of one kind of REFERENCE_CELLS for as long as `go_on` says so."""
+    plan = _plan_of(REFERENCE_CELLS[kind], engine, random.Random(2))
     while go_on():
         engine.execute(plan)

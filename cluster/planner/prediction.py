@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from ...decode_workers.config import DecodeSchedulerConfig
 from ...prefill_workers.config import PrefillSchedulerConfig
 from ...proto.errors import ConfigError
@@ -19,7 +21,7 @@ from ..config import ClusterConfig
 from ..load.workload import Arrival
 from .deployment import Deployment, SimulationConfig, WorkerSpec
 from .events import to_ns
-from .profile import Profile
+from .profile import Profile, ServingCost
 from .records import SimResult
 from .sim_request import SimRequest
 from .simulator import Simulation
@@ -61,7 +63,18 @@ def predict(config: ClusterConfig, profile: Profile, arrivals: Sequence[Arrival]
             Busy((new.prefill + old.prefill) / 2, (new.decode + old.decode) / 2)
             for new, old in zip(found, busy, strict=True)
         ]
-    return replace(result, ttft_ms=result.ttft_ms + profile.serving.first_token_s * 1000.0)
+    around = [
+        around_first_token_s(profile.serving, busy, request.prefill_worker) for request in result.requests
+    ]
+    return replace(result, ttft_ms=result.ttft_ms + np.array(around) * 1000.0)
+
+
+def around_first_token_s(serving: ServingCost, busy: Sequence[Busy], worker: int) -> float:
+    """What lies around the first token of a prompt that `worker` computes: longer the more often the others
+    of the machine compute, too."""
+    others = sum(other.prefill + other.decode for i, other in enumerate(busy) if i != worker)
+    more = max(0.0, serving.first_token_beside_s - serving.first_token_s)
+    return serving.first_token_s + more * min(1.0, others)
 
 
 def deployment_of(config: ClusterConfig, profile: Profile, busy: Sequence[Busy] = ()) -> Deployment:

@@ -21,7 +21,7 @@ from ...router.step_time import StepShape
 from .profile_fit import StepCell, fit_steps
 from .regime_step_time import Regimes, RegimeStepTime, kind_of
 
-SCHEMA = 1
+SCHEMA = 2
 STEP_KINDS = ("prefill", "decode", "mixed")
 KINDS = ("prefill", "decode")
 
@@ -33,6 +33,8 @@ class ServingCost:
     first_token_s: float = 0.0
     """From the client to the worker and from there back, for the first token: tokenising, placement, two
     messages each way."""
+    first_token_beside_s: float = 0.0
+    """The same while another worker of the machine computes, too."""
     step_s: float = 0.0
     """Of each step: the worker's scheduler, its event loop, its messages."""
     step_per_sequence_s: float = 0.0
@@ -42,7 +44,7 @@ class ServingCost:
     handoff_bytes_per_s: float = float("inf")
 
     def __post_init__(self) -> None:
-        for name in ("first_token_s", "step_s", "step_per_sequence_s", "handoff_s"):
+        for name in ("first_token_s", "first_token_beside_s", "step_s", "step_per_sequence_s", "handoff_s"):
             if not 0.0 <= getattr(self, name) < 3600.0:
                 raise ConfigError(f"serving.{name} = {getattr(self, name)} is out of range; use 0 to 3600")
         if not self.handoff_bytes_per_s > 0.0:

@@ -40,6 +40,9 @@ class Validation:
     requests: int
     measured: Figures
     predicted: Figures
+    slower: tuple[float, float] = (1.0, 1.0)
+    """Factors on the profile's times of steps with prompts and of those without, measured before and after:
+    what the machine was slower by."""
 
     @property
     def errors(self) -> dict[str, float]:
@@ -64,6 +67,7 @@ class Validation:
             "predicted": self.predicted,
             "errors": self.errors,
             "attainment_points": self.attainment_points,
+            "slower": self.slower,
         }
 
 

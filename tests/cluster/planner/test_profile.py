@@ -33,7 +33,7 @@ def test_what_is_written_is_read_again(tmp_path: Path) -> None:
 
 def test_the_file_shows_errors_by_kind_and_by_cell(tmp_path: Path) -> None:
     content = json.loads(written(tmp_path).read_text())
-    assert content["schema"] == 1
+    assert content["schema"] == 2
     assert content["engine"]["model"] == FACTS.model
     assert set(content["errors"]) == {"prefill", "decode", "mixed"}
     assert content["errors"]["decode"]["cells"] == 21
@@ -44,7 +44,7 @@ def test_the_file_shows_errors_by_kind_and_by_cell(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema": 0}, "is no profile of schema 1; make one with `diphase profile`"),
+        ({"schema": 0}, "is no profile of schema 2; make one with `diphase profile`"),
         ({"slowdown": None}, "lacks 'slowdown'"),
         ({"slowdown": {"prefill": {"prefill": 0.5}}}, r"slowdown\.prefill\.prefill = 0\.5; use 1 to 1000"),
         ({"serving": {"handoff_bytes_per_s": None, "first_token_s": -1}}, r"serving\.first_token_s = -1"),

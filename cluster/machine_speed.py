@@ -1,0 +1,82 @@
+"""How fast this machine is just now, beside when a profile was made: the speed of one that others use wanders
+by far more than a prediction may be wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import NamedTuple
+
+from ..engine.config import EngineConfig
+from ..engine.neighbour import Neighbour, neighbour
+from ..engine.profiler import REFERENCE_CELLS, Cell
+from ..router.step_time import StepShape, StepTime
+from .config import ClusterConfig
+from .one_machine import FREE_MEMORY_MIB, cores_of_worker
+
+
+class Slower(NamedTuple):
+    """Factors on the times of steps that have prompts, and of those that have none; below 1: faster."""
+
+    prefill: float
+    decode: float
+
+
+class SpeedProbe:
+    """An engine that idles but for the second or two in which it times its steps."""
+
+    def __init__(self, engine: Neighbour) -> None:
+        self._engine = engine
+
+    def slower_than(self, step_time: StepTime) -> Slower:
+        """What the times of now are, in times of the profile. Nothing else may compute meanwhile.
+
+        Raises:
+            InternalError: the engine has ended.
+        """
+        return slower(self._engine.time(), step_time)
+
+
+@contextmanager
+def speed_probe(config: ClusterConfig) -> Iterator[SpeedProbe]:
+    """Loads an engine of the configuration on the cores of the first worker, and ends it.
+
+    Raises:
+        InternalError: it cannot be loaded.
+    """
+    with neighbour(small_engine(config), cores_of_worker(0, config.engine.threads)) as engine:
+        yield SpeedProbe(engine)
+
+
+def small_engine(config: ClusterConfig) -> EngineConfig:
+    """The configuration's engine, with a pool for a few sequences."""
+    engine = config.engine
+    return replace(
+        engine,
+        model=config.model.name,
+        dtype=config.model.dtype,
+        kv_cache_mib=min(engine.kv_cache_mib, FREE_MEMORY_MIB),
+    )
+
+
+def slower(times: Mapping[str, float], step_time: StepTime) -> Slower:
+    """`times` of REFERENCE_CELLS, seconds."""
+    return Slower(
+        *(times[kind] / step_time.step_s(shape_of(REFERENCE_CELLS[kind])) for kind in Slower._fields)
+    )
+
+
+def between(measured: Sequence[Slower]) -> Slower:
+    """The mean, of what was measured before and after something."""
+    return Slower(*(sum(column) / len(measured) for column in zip(*measured, strict=True)))
+
+
+def shape_of(cell: Cell) -> StepShape:
+    tokens = cell.prompt_tokens
+    return StepShape(
+        prefill_tokens=cell.prompts * tokens,
+        prefill_context=cell.prompts * tokens * (cell.prompt_context + tokens / 2),
+        decode_batch=cell.decode_batch,
+        decode_context=cell.decode_batch * cell.decode_context,
+    )
