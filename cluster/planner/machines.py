@@ -10,7 +10,7 @@ from typing import Protocol
 
 from ...proto.errors import ConfigError
 from ...router.step_time import StepTime
-from .distserve import distserve_kv_capacity, distserve_step_time
+from .distserve import check_measured, distserve_kv_capacities, distserve_step_time
 from .hardware import Hardware
 from .model_shape import ModelShape
 from .roofline import Precision, RooflineStepTime, kv_capacity_tokens
@@ -106,6 +106,10 @@ class DistServeMachine:
     engine: str = "distserve"
     overheads: bool = True
 
+    def __post_init__(self) -> None:
+        # Now: of one parallelism among others a search takes an error for "does not fit".
+        check_measured(self.folder, model=self.name, engine=self.engine)
+
     @property
     def kv_bytes_per_token(self) -> int:
         """Of all layers, in 16 bits."""
@@ -118,10 +122,11 @@ class DistServeMachine:
     def kv_tokens(self, parallel: Parallel) -> int:
         """See Machine."""
         check_parallel(self.model, parallel)
-        try:
-            return distserve_kv_capacity(self.folder, model=self.name, tp=parallel.tp, pp=parallel.pp)
-        except ConfigError:
-            return kv_capacity_tokens(self.model, self.hardware, tp=parallel.tp, pp=parallel.pp)
+        published = distserve_kv_capacities(self.folder, model=self.name)
+        tokens = published.get((parallel.tp, parallel.pp))
+        if tokens is not None:
+            return tokens
+        return kv_capacity_tokens(self.model, self.hardware, tp=parallel.tp, pp=parallel.pp)
 
 
 @lru_cache(maxsize=256)

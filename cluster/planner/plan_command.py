@@ -33,7 +33,16 @@ MOST_PROCESSES = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `diphase plan` on a (sub)parser."""
-    what = parser.add_argument_group("what is planned")
+    _add_task(parser.add_argument_group("what is planned"))
+    _add_workload(parser.add_argument_group("workload"))
+    where = parser.add_argument_group("where")
+    where.add_argument("--output", metavar="DIR", help="write plan.json, plan.png and cluster.toml there")
+    where.add_argument(
+        "--processes", type=int, metavar="N", help="simulate in so many (default: the machine's cores)"
+    )
+
+
+def _add_task(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--model", required=True, metavar="MODEL", help=f"{', '.join(KNOWN_MODELS)}, or a config.json"
     )
@@ -59,7 +68,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--precision", choices=("bf16", "fp8"), default="bf16", help="of weights, by roofline (%(default)s)"
     )
-    load = parser.add_argument_group("workload")
+
+
+def _add_workload(load: argparse._ArgumentGroup) -> None:
     load.add_argument(
         "--workload",
         required=True,
@@ -86,11 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     load.add_argument(
         "--data", metavar="DIR", help="folder of the traces (DIPHASE_DATA, else ../shared/data)"
-    )
-    where = parser.add_argument_group("where")
-    where.add_argument("--output", metavar="DIR", help="write plan.json, plan.png and cluster.toml there")
-    where.add_argument(
-        "--processes", type=int, metavar="N", help="simulate in so many (default: the machine's cores)"
     )
 
 

@@ -18,10 +18,9 @@ from ...router.step_time import StepShape
 from ..config import ClusterConfig
 from ..load.workload import Arrival
 from .deployment import Deployment, SimulationConfig, WorkerSpec
-from .events import to_ns
 from .profile import Profile
 from .records import SimResult
-from .sim_request import SimRequest
+from .sim_workload import requests_of
 from .simulator import Simulation
 from .topology import flat_topology
 
@@ -107,33 +106,7 @@ def deployment_of(config: ClusterConfig, profile: Profile, busy: Sequence[Busy] 
     )
 
 
-def requests_of(arrivals: Sequence[Arrival], block_size: int) -> list[SimRequest]:
-    """The plan of a load as the simulator takes it."""
-    return [
-        SimRequest(
-            index=i,
-            arrival=to_ns(arrival.arrival_s),
-            prompt_tokens=arrival.input_tokens,
-            output_tokens=arrival.output_tokens,
-            hashes=_hashes(arrival, block_size),
-        )
-        for i, arrival in enumerate(arrivals)
-    ]
-
-
 _KINDS = ("prefill", "decode")
-
-
-def _hashes(arrival: Arrival, block_size: int) -> list[bytes]:
-    """Names of the prompt's full blocks: equal ids of a trace mean equal prompts up to there."""
-    if not arrival.hash_ids:
-        return []
-    last = len(arrival.hash_ids) - 1
-    ids = [
-        arrival.hash_ids[min(((i + 1) * block_size - 1) // arrival.hash_block_tokens, last)]
-        for i in range(arrival.input_tokens // block_size)
-    ]
-    return [id_.to_bytes(8, "little") + i.to_bytes(8, "little") for i, id_ in enumerate(ids)]
 
 
 def _roles(config: ClusterConfig) -> list[str]:

@@ -12,9 +12,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from ...decode_workers.config import DecodeSchedulerConfig
+from ...decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
 from ...prefill_workers.config import PrefillSchedulerConfig
 from ...proto.errors import ConfigError
+from ...router.step_time import StepTime
 from .deployment import Deployment, WorkerSpec
 from .goodput import PUBLISHED_STEP, Objectives, published_goodput
 from .machines import Machine, Parallel, divisors, feasible_parallels
@@ -133,37 +134,47 @@ def _best_phase(task: PublishedTask, parallels: list[Parallel], role: str) -> tu
 
 
 def _alone(machine: Machine, parallel: Parallel, role: str) -> Deployment:
-    own = _worker(machine, parallel, role)
-    other = WorkerSpec(
-        role="decode" if role == "prefill" else "prefill",
-        step_time=FreeStepTime(),
-        num_blocks=_BLOCKS,
-        scheduler=_scheduler("decode" if role == "prefill" else "prefill"),
-    )
-    workers = (own, other) if role == "prefill" else (other, own)
-    return Deployment(workers=workers, block_size=_BLOCK_SIZE, topology=free_topology([0], [1]))
+    own = simplified_worker(role, machine.step_time(parallel), parallel.gpus)
+    if role == "prefill":
+        return simplified_deployment(own, simplified_worker("decode", FreeStepTime()))
+    return simplified_deployment(simplified_worker("prefill", FreeStepTime()), own)
 
 
 def _pair(machine: Machine, prefill: Parallel, decode: Parallel) -> Deployment:
-    workers = (_worker(machine, prefill, "prefill"), _worker(machine, decode, "decode"))
-    return Deployment(workers=workers, block_size=_BLOCK_SIZE, topology=free_topology([0], [1]))
-
-
-def _worker(machine: Machine, parallel: Parallel, role: str) -> WorkerSpec:
-    return WorkerSpec(
-        role=role,
-        step_time=machine.step_time(parallel),
-        num_blocks=_BLOCKS,
-        scheduler=_scheduler(role),
-        gpus=parallel.gpus,
+    return simplified_deployment(
+        simplified_worker("prefill", machine.step_time(prefill), prefill.gpus),
+        simplified_worker("decode", machine.step_time(decode), decode.gpus),
     )
 
 
-def _scheduler(role: str) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
+def simplified_deployment(*workers: WorkerSpec) -> Deployment:
+    """Hand-offs take no time."""
+    prefills, decodes = (
+        [i for i, spec in enumerate(workers) if spec.role == role] for role in ("prefill", "decode")
+    )
+    return Deployment(workers=workers, block_size=_BLOCK_SIZE, topology=free_topology(prefills, decodes))
+
+
+def simplified_worker(role: str, step_time: StepTime, gpus: int = 1) -> WorkerSpec:
+    """Memory has no end. A colocated one computes prompts before it goes on with decodes, as vLLM did."""
+    return WorkerSpec(
+        role=role, step_time=step_time, num_blocks=_BLOCKS, scheduler=_simplified_scheduler(role), gpus=gpus
+    )
+
+
+def _simplified_scheduler(role: str) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
     if role == "prefill":
         return PrefillSchedulerConfig(
             chunk_budget=_UNBOUNDED, saturation_tokens=_UNBOUNDED, max_waiting=_UNBOUNDED
         )
-    return DecodeSchedulerConfig(
-        max_running=_UNBOUNDED, max_waiting=_UNBOUNDED, max_step_context=MOST_STEP_CONTEXT
+    if role == "decode":
+        return DecodeSchedulerConfig(
+            max_running=_UNBOUNDED, max_waiting=_UNBOUNDED, max_step_context=MOST_STEP_CONTEXT
+        )
+    return ColocatedSchedulerConfig(
+        max_running=_UNBOUNDED,
+        max_waiting=_UNBOUNDED,
+        max_step_context=MOST_STEP_CONTEXT,
+        prefill_budget=_UNBOUNDED,
+        prompts_first=True,
     )

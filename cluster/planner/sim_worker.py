@@ -74,7 +74,6 @@ class SimWorker:
             vocab_size=1,
             eos_token_ids=(),
         )
-        self.limits = limits
         self.prefill: PrefillScheduler | None = None
         self.decode: DecodeScheduler | None = None
         if isinstance(spec.scheduler, PrefillSchedulerConfig):
