@@ -21,11 +21,13 @@ from .machines import DistServeMachine, Machine, RooflineMachine
 from .model_shape import KNOWN_MODELS, load_model_shape
 from .plan_report import SHOWN, Plan, as_json, draw, text
 from .plan_toml import plan_toml
+from .profile import load_profile
+from .profile_machine import ProfileMachine
 from .search import Task, search
 from .sim_workload import LEAST_REQUESTS, SimWorkload
 
 FIXED = "fixed"
-SOURCES = ("roofline", "distserve")
+SOURCES = ("roofline", "distserve", "profile")
 MOST_SEEDS = 10
 MIN_REQUESTS = 20
 MOST_PROCESSES = 16
@@ -44,15 +46,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_task(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
-        "--model", required=True, metavar="MODEL", help=f"{', '.join(KNOWN_MODELS)}, or a config.json"
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help=f"{', '.join(KNOWN_MODELS)}, or a config.json; with a profile the one that it is of",
     )
     what.add_argument(
         "--hardware",
-        required=True,
         metavar="HARDWARE",
         help=f"{', '.join(known_hardware())}, or a TOML file with the same keys",
     )
-    what.add_argument("--gpus", required=True, type=int, metavar="N", help="the most that may be used")
+    what.add_argument(
+        "--gpus",
+        required=True,
+        type=int,
+        metavar="N",
+        help="the most that may be used; with a profile, slots for a worker each",
+    )
     what.add_argument(
         "--slo", required=True, metavar="ttft=MS,tpot=MS", help="objectives in milliseconds, of 90 %%"
     )
@@ -66,8 +76,9 @@ def _add_task(what: argparse._ArgumentGroup) -> None:
         "--step-times", choices=SOURCES, default=SOURCES[0], help="where they come from (%(default)s)"
     )
     what.add_argument(
-        "--precision", choices=("bf16", "fp8"), default="bf16", help="of weights, by roofline (%(default)s)"
+        "--profile", type=Path, metavar="FILE", help="of `diphase profile`, for --step-times profile"
     )
+    what.add_argument("--precision", choices=("bf16", "fp8"), help="of weights, by roofline (bf16)")
 
 
 def _add_workload(load: argparse._ArgumentGroup) -> None:
@@ -138,6 +149,7 @@ def task_from(args: argparse.Namespace) -> Task:
     fixed = args.workload == FIXED
     if fixed and (args.mean_input is None or args.mean_output is None):
         raise ConfigError(f"--workload {FIXED} needs --mean-input and --mean-output")
+    machine = machine_from(args, folder)
     workload = SimWorkload(
         config=WorkloadConfig(
             num_requests=args.requests,
@@ -148,10 +160,11 @@ def task_from(args: argparse.Namespace) -> Task:
             seed=args.seed,
         ),
         records=[] if fixed else load_trace(args.workload, folder),
-        context_length=args.context_length,
+        context_length=args.context_length or machine.limits.context_length,
+        block_size=machine.limits.block_size,
     )
     return Task(
-        machine=_machine(args, folder),
+        machine=machine,
         workload=workload,
         objectives=parse_slo(args.slo),
         gpus=args.gpus,
@@ -197,12 +210,33 @@ def parse_slo(given: str) -> Objectives:
     return Objectives(ttft_ms=values["ttft"], tpot_ms=values["tpot"])
 
 
-def _machine(args: argparse.Namespace, folder: Path) -> Machine:
+def machine_from(args: argparse.Namespace, folder: Path) -> Machine:
+    """By --step-times, with the options that it takes.
+
+    Raises:
+        ConfigError: one is lacking or for another source, or what it names does not fit the others.
+    """
+    source = args.step_times
+    takes = {"roofline": ("hardware", "precision"), "distserve": ("hardware",), "profile": ("profile",)}
+    for name in ("hardware", "precision", "profile"):
+        if getattr(args, name) is not None and name not in takes[source]:
+            raise ConfigError(
+                f"--{name} {getattr(args, name)} is not for --step-times {source}; leave it out"
+            )
+    for name in ("hardware", "profile"):
+        if getattr(args, name) is None and name in takes[source]:
+            raise ConfigError(f"--step-times {source} needs --{name}")
+    if source == "profile":
+        profile = load_profile(args.profile)
+        if profile.engine.model != args.model:
+            raise ConfigError(
+                f"--profile {args.profile} is of the model {profile.engine.model}, not of {args.model}; "
+                f"make one with `diphase profile --model {args.model}`"
+            )
+        return ProfileMachine(profile, args.gpus)
     model, hardware = load_model_shape(args.model), load_hardware(args.hardware)
-    if args.step_times == "roofline":
-        return RooflineMachine(model, hardware, args.precision)
-    if args.precision != "bf16":
-        raise ConfigError(f"--precision {args.precision} is for --step-times roofline; leave it out")
+    if source == "roofline":
+        return RooflineMachine(model, hardware, args.precision or "bf16")
     if args.hardware != "a100-sxm-80gb":
         raise ConfigError(
             f"--step-times distserve was measured on a100-sxm-80gb, not on {args.hardware}; use that"

@@ -8,7 +8,7 @@ the others are, which the simulation itself says, so that it is repeated until b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ...decode_workers.config import DecodeSchedulerConfig
 from ...prefill_workers.config import PrefillSchedulerConfig
@@ -60,7 +60,7 @@ def predict(config: ClusterConfig, profile: Profile, arrivals: Sequence[Arrival]
             Busy((new.prefill + old.prefill) / 2, (new.decode + old.decode) / 2)
             for new, old in zip(found, busy, strict=True)
         ]
-    return replace(result, ttft_ms=result.ttft_ms + profile.serving.first_token_s * 1000.0)
+    return result
 
 
 def deployment_of(config: ClusterConfig, profile: Profile, busy: Sequence[Busy] = ()) -> Deployment:
@@ -100,6 +100,7 @@ def deployment_of(config: ClusterConfig, profile: Profile, busy: Sequence[Busy] 
         block_bytes=engine.block_bytes,
         num_layers=layers,
         context_length=engine.context_length,
+        first_token_s=serving.first_token_s,
         topology=flat_topology(
             by_role["prefill"], by_role["decode"], serving.handoff_bytes_per_s, serving.handoff_s
         ),

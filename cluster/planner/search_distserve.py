@@ -108,7 +108,7 @@ def _pairs(task: PublishedTask) -> Iterator[tuple[Parallel, Parallel]]:
     """Of each number of stages over nodes: the parallelisms of a stage of both phases that fit one node."""
     machine, per_node = task.machine, task.gpus_per_node
     whole = set(feasible_parallels(machine, task.nodes * per_node, task.nodes * per_node))
-    for across in divisors(machine.model.num_layers, task.nodes):
+    for across in divisors(machine.num_layers, task.nodes):
         stages = [p for p in sorted(whole) if p.pp % across == 0 and p.gpus // across < per_node]
         for prefill in stages:
             for decode in stages:
