@@ -123,14 +123,10 @@ class PhaseRates:
         return pair + by_role.get("colocated", 0.0)
 
 
-def measure_phases(
-    machine: Machine,
-    workload: Workload,
-    objectives: Objectives,
-    parallels: Sequence[Parallel],
-    mapped: Callable[..., object] = map,
+def bound_phases(
+    machine: Machine, workload: Workload, objectives: Objectives, parallels: Sequence[Parallel]
 ) -> PhaseRates:
-    """Floors and bounds of all kinds, and goodputs of those that are worth it."""
+    """Floors and bounds of all kinds; nothing is simulated."""
     found, chunk = PhaseRates(), machine.limits.chunk_budget
     lengths = workload.lengths(0, workload.most(workload.least))
     for parallel in parallels:
@@ -148,6 +144,18 @@ def measure_phases(
         room = min(rooms[prefill_at], rooms[decode_at])
         step_time = machine.step_time(decode_at)
         found.paired[prefill_at, decode_at] = decode_rate(step_time, lengths, objectives.tpot_ms, room)
+    return found
+
+
+def measure_phases(
+    machine: Machine,
+    workload: Workload,
+    objectives: Objectives,
+    parallels: Sequence[Parallel],
+    mapped: Callable[..., object] = map,
+) -> PhaseRates:
+    """Floors and bounds of all kinds, and goodputs of those that are worth it."""
+    found = bound_phases(machine, workload, objectives, parallels)
     worthy = _worthy(found.bounds)
     questions = [_question(machine, workload, objectives, kind, found.bounds[kind]) for kind in worthy]
     answers: list[Answer] = answer_all(questions, mapped)

@@ -22,6 +22,8 @@ class Plan:
 
     task: Task
     found: Found
+    workload: str = ""
+    """What its log or trace is like."""
     infeasible: str = ""
     """Why nothing serves any rate; then all of the rest is empty."""
     binding: Binding | None = None
@@ -37,11 +39,17 @@ def text(plan: Plan) -> Iterator[str]:
     """Lines for the terminal."""
     objectives = plan.task.objectives
     asked = f"TTFT ≤ {objectives.ttft_ms:g} ms, TPOT ≤ {objectives.tpot_ms:g} ms for {TARGET:.0%}"
+    if plan.workload:
+        yield f"workload: {plan.workload}"
     if plan.infeasible:
         yield f"infeasible: {asked}: {plan.infeasible}"
         return
     best = plan.best
-    if not plan.found.reached:
+    if plan.found.sentence:
+        yield plan.found.sentence
+        if not plan.found.reached:
+            yield f"{plan.task.rate:g} requests/s are more than it serves:"
+    elif not plan.found.reached:
         yield (
             f"{plan.task.rate:g} requests/s are out of reach of {plan.task.gpus} GPUs; "
             f"what serves most of them:"
@@ -50,9 +58,10 @@ def text(plan: Plan) -> Iterator[str]:
     yield f"goodput ({asked}): {_estimates(best)}"
     for runner_up in plan.found.candidates[1:2] or plan.found.others[:1]:
         yield f"runner-up: {runner_up.placement}; {runner_up.placement.gpus} GPUs, {_estimates(runner_up)}"
-    if not any(c.placement.kind == "colocated" for c in _known(plan)):
+    kinds = {candidate.placement.kind for candidate in _known(plan)}
+    if "colocated" not in kinds and not plan.found.sentence:
         yield "colocated: serves no rate within the objectives"
-    if not any(c.placement.kind == "disaggregated" for c in _known(plan)):
+    if "disaggregated" not in kinds:
         yield f"disaggregated: serves less than {HOPELESS:.0%} of what colocated workers do, or does not fit"
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
@@ -95,6 +104,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "rate": task.rate,
         "rate_reached": plan.found.reached,
         "seeds": list(task.seeds),
+        "workload": plan.workload or None,
+        "algorithm": plan.found.sentence or None,
         "infeasible": plan.infeasible or None,
         "candidates": [_candidate(candidate) for candidate in plan.found.candidates],
         "others": [_candidate(candidate) for candidate in plan.found.others],
