@@ -56,19 +56,33 @@ def text(plan: Plan) -> Iterator[str]:
         )
     yield f"placement: {best.placement}; {best.placement.gpus} of {plan.task.gpus} GPUs"
     yield f"goodput ({asked}): {_estimates(best)}"
-    for runner_up in plan.found.candidates[1:2] or plan.found.others[:1]:
+    shown = [best, *(plan.found.candidates[1:2] or plan.found.others[:1])]
+    for runner_up in shown[1:]:
         yield f"runner-up: {runner_up.placement}; {runner_up.placement.gpus} GPUs, {_estimates(runner_up)}"
-    kinds = {candidate.placement.kind for candidate in _known(plan)}
-    if "colocated" not in kinds and not plan.found.sentence:
-        yield "colocated: serves no rate within the objectives"
-    if "disaggregated" not in kinds:
-        yield f"disaggregated: serves less than {HOPELESS:.0%} of what colocated workers do, or does not fit"
+    if not plan.found.sentence:
+        yield from _other_kinds(plan, {candidate.placement.kind for candidate in shown})
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
         gains = ", ".join(f"{gain.what} {gain.gain:+.0%}" for gain in plan.binding.relaxations)
         yield f"each relaxed alone: {gains}"
     if plan.curves:
         yield from _sensitivity(plan.curves[0])
+
+
+def _other_kinds(plan: Plan, shown: set[str]) -> Iterator[str]:
+    """What colocated workers or separate pools come to, where neither the best nor the runner-up says it."""
+    hopeless = {
+        "colocated": "serves no rate within the objectives",
+        "disaggregated": f"serves less than {HOPELESS:.0%} of what colocated workers do, or does not fit",
+    }
+    for kind, sentence in hopeless.items():
+        if kind in shown:
+            continue
+        of_kind = (candidate for candidate in _known(plan) if candidate.placement.kind == kind)
+        best = max(of_kind, key=lambda candidate: candidate.rate, default=None)
+        if best is not None:
+            sentence = f"{best.placement}; {best.placement.gpus} GPUs, {_estimates(best)}"
+        yield f"{kind}: {sentence}"
 
 
 def _known(plan: Plan) -> tuple[Candidate, ...]:
