@@ -14,36 +14,35 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from diphase.benchmarks import harness
 from diphase.cluster.load.traces import data_folder, load_trace
-from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
-from diphase.cluster.planner.distserve import distserve_kv_capacity, distserve_step_time
-from diphase.cluster.planner.events import to_ns
-from diphase.cluster.planner.records import SimResult
-from diphase.cluster.planner.sim_request import SimRequest
-from diphase.cluster.planner.simulator import Simulation
-from diphase.cluster.planner.topology import flat_topology, free_topology
+from diphase.cluster.planner.deployment import Deployment, WorkerSpec
+from diphase.cluster.planner.goodput import Objectives, published_goodput
+from diphase.cluster.planner.hardware import load_hardware
+from diphase.cluster.planner.machines import DistServeMachine, Parallel
+from diphase.cluster.planner.model_shape import load_model_shape
+from diphase.cluster.planner.phase_rates import FreeStepTime
+from diphase.cluster.planner.search_distserve import simplified_deployment, simplified_worker
+from diphase.cluster.planner.sim_workload import PublishedWorkload
+from diphase.cluster.planner.topology import flat_topology
 from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
 from diphase.prefill_workers.config import PrefillSchedulerConfig
-from diphase.router.config import RouterConfig
-from diphase.router.latency_model import Coefficients
 
-MODEL = "opt-13b"
 ENDLESS = 2**31 - 1
-STEP_CONTEXT = 50_000
 BLOCK = 16
-NO_TIME = Coefficients(1e-9, 0.0, 0.0, 0.0, 0.0)
-KV_BYTES = 2 * 40 * 5120 * 2
-"""Of a token of OPT-13B: keys and values, layers, hidden size, fp16."""
-LAYERS = 40
 NVLINK = 300e9
 """Bytes a second between two A100 of a node, one direction."""
-ROUTER = RouterConfig(max_queued_requests=10**8, max_queued_tokens=10**9, local_prefill_tokens=0)
+TO_WITHIN = 0.01
+"""Requests/s a GPU."""
+SCHEDULERS: dict[str, PrefillSchedulerConfig | DecodeSchedulerConfig] = {
+    "prefill": PrefillSchedulerConfig(chunk_budget=2048, saturation_tokens=512, max_waiting=ENDLESS),
+    "decode": DecodeSchedulerConfig(max_running=256, max_waiting=ENDLESS),
+    "colocated": ColocatedSchedulerConfig(max_running=256, max_waiting=ENDLESS, prefill_budget=512),
+}
+"""Of workers without the simplifications."""
 RESULTS = Path(__file__).parents[1] / "docs" / "results" / "distserve_reference.json"
 
 
@@ -60,34 +59,37 @@ class Pools:
     free: str = ""
     """prefill or decode."""
 
-    def deployment(self, folder: Path, simplified: bool) -> Deployment:
-        memory = ENDLESS if simplified else 0
+    def simplified(self, folder: Path) -> Deployment:
+        def worker(role: str, tp: int, engine: str = "distserve") -> WorkerSpec:
+            if role == self.free:
+                return simplified_worker(role, FreeStepTime())
+            return simplified_worker(role, machine(folder, engine).step_time(Parallel(tp)), tp)
 
-        def worker(role: str, tp: int, engine: str) -> WorkerSpec:
-            blocks = 10**5 if memory else distserve_kv_capacity(folder, model=MODEL, tp=tp) // BLOCK
-            steps = distserve_step_time(folder, model=MODEL, tp=tp, engine=engine)
-            return WorkerSpec(
-                role=role,
-                step_time=NO_TIME if role == self.free else steps,
-                num_blocks=blocks,
-                scheduler=scheduler(role, simplified),
-                gpus=tp,
+        return simplified_deployment(
+            *[worker("prefill", self.tp_prefill)] * self.prefill,
+            *[worker("decode", self.tp_decode)] * self.decode,
+            *[worker("colocated", self.tp_prefill, "vllm")] * self.colocated,
+        )
+
+    def whole(self, folder: Path) -> Deployment:
+        """Without the simplifications."""
+        simplified, opt = self.simplified(folder), machine(folder)
+        workers = tuple(
+            replace(
+                spec,
+                num_blocks=opt.kv_tokens(Parallel(spec.gpus)) // BLOCK,
+                scheduler=SCHEDULERS[spec.role],
             )
-
-        workers = (
-            [worker("prefill", self.tp_prefill, "distserve")] * self.prefill
-            + [worker("decode", self.tp_decode, "distserve")] * self.decode
-            + [worker("colocated", self.tp_prefill, "vllm")] * self.colocated
+            for spec in simplified.workers
         )
         sources, targets = range(self.prefill), range(self.prefill, self.prefill + self.decode)
-        return Deployment(
-            workers=tuple(workers),
+        return replace(
+            simplified,
+            workers=workers,
             block_size=BLOCK,
-            block_bytes=BLOCK * KV_BYTES,
-            num_layers=LAYERS,
-            topology=free_topology(sources, targets)
-            if simplified
-            else flat_topology(sources, targets, NVLINK),
+            block_bytes=BLOCK * opt.kv_bytes_per_token,
+            num_layers=opt.model.num_layers,
+            topology=flat_topology(sources, targets, NVLINK),
         )
 
     @property
@@ -97,67 +99,20 @@ class Pools:
         return prefill + decode + self.colocated * self.tp_prefill
 
 
-def scheduler(role: str, simplified: bool) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
-    if role == "prefill":
-        if simplified:
-            return PrefillSchedulerConfig(
-                chunk_budget=ENDLESS, saturation_tokens=ENDLESS, max_waiting=ENDLESS
-            )
-        return PrefillSchedulerConfig(chunk_budget=2048, saturation_tokens=512, max_waiting=ENDLESS)
-    if role == "decode":
-        return DecodeSchedulerConfig(
-            max_running=ENDLESS if simplified else 256,
-            max_waiting=ENDLESS,
-            max_step_context=STEP_CONTEXT if simplified else 0,
-        )
-    return ColocatedSchedulerConfig(
-        max_running=ENDLESS if simplified else 256,
-        max_waiting=ENDLESS,
-        max_step_context=STEP_CONTEXT if simplified else 0,
-        prefill_budget=ENDLESS if simplified else 512,
-        prompts_first=simplified,
+def machine(folder: Path, engine: str = "distserve") -> DistServeMachine:
+    return DistServeMachine(
+        load_model_shape("opt-13b"), load_hardware("a100-sxm-80gb"), "opt-13b", folder, engine
     )
 
 
-def arrivals(lengths: Sequence[tuple[int, int]], rate: float, seed: int = 0) -> list[SimRequest]:
-    """Poisson as their simulator draws it. Their decode takes as many steps as there are output tokens,
-    behind the token that the prefill gives."""
-    # Their generator: seed 0 has to give their arrivals.
-    gaps = np.random.RandomState(seed).gamma(1.0, 1.0 / rate, size=len(lengths) - 1)
-    times = np.concatenate(([0.0], np.cumsum(gaps)))
-    return [
-        SimRequest(
-            index=i,
-            arrival=to_ns(float(at)),
-            prompt_tokens=prompt,
-            output_tokens=output + 1,
-            hashes=[],
+def workload(name: str, folder: Path) -> PublishedWorkload:
+    """Their decode takes as many steps as there are output tokens, behind the token that the prefill
+    gives."""
+    return PublishedWorkload(
+        tuple(
+            (prompt, output + 1) for prompt, output in (FIXED if name == "512/64" else azure_lengths(folder))
         )
-        for i, (at, (prompt, output)) in enumerate(zip(times, lengths, strict=True))
-    ]
-
-
-def simulate(
-    deployment: Deployment, requests: list[SimRequest], slo: tuple[float, float], exact: bool = False
-) -> SimResult:
-    config = SimulationConfig(router=ROUTER, ttft_ms=slo[0], tpot_ms=slo[1], exact=exact)
-    return Simulation(deployment, config, requests).run()
-
-
-def goodput(
-    deployment: Deployment,
-    lengths: Sequence[tuple[int, int]],
-    slo: tuple[float, float],
-    gpus: int,
-    to_within: float = 0.01,
-) -> float:
-    """Requests a second and GPU."""
-    low, high = 0.0, 32.0
-    while high - low > to_within:
-        rate = (low + high) / 2
-        result = simulate(deployment, arrivals(lengths, rate * gpus), slo)
-        low, high = (rate, high) if result.percentiles_inside(*slo) else (low, rate)
-    return low
+    )
 
 
 FIXED = [(512, 64)] * 300
@@ -196,22 +151,24 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     folder = data_folder(None, {})
-    lengths = {"512/64": FIXED, "azure-conv": azure_lengths(folder)}
     rows = []
-    for name, pools, workload, slo, published in CASES:
+    for name, pools, lengths, slo, published in CASES:
+        load, objectives = workload(lengths, folder), Objectives(ttft_ms=slo[0], tpot_ms=slo[1])
         began = time.perf_counter()
-        ours = goodput(pools.deployment(folder, simplified=True), lengths[workload], slo, pools.gpus)
+        ours, whole = (
+            published_goodput(deployment, load, objectives, step=TO_WITHIN, gpus=pools.gpus)
+            for deployment in (pools.simplified(folder), pools.whole(folder))
+        )
         took = time.perf_counter() - began
-        without = goodput(pools.deployment(folder, simplified=False), lengths[workload], slo, pools.gpus)
         rows.append(
             {
                 "placement": name,
-                "workload": workload,
+                "workload": lengths,
                 "slo_ms": slo,
                 "theirs": published,
                 "ours": ours,
                 "error": None if not published else ours / published - 1.0,
-                "simplifications_off": without,
+                "simplifications_off": whole,
                 "seconds": took,
             }
         )

@@ -15,13 +15,13 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 from diphase.benchmarks import harness
 from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.traces import data_folder, load_trace
+from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
-from diphase.cluster.planner.events import to_ns
 from diphase.cluster.planner.sim_request import SimRequest
+from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.cluster.planner.simulator import Simulation
 from diphase.cluster.planner.splitwise import splitwise_step_time
 from diphase.cluster.planner.topology import flat_topology
@@ -67,20 +67,8 @@ def deployments(folder: Path) -> dict[str, Deployment]:
     return found
 
 
-def workload(records: Sequence[TraceRecord], count: int, rate: float, seed: int = 0) -> list[SimRequest]:
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(records), count)
-    times = np.cumsum(rng.exponential(1.0 / rate, count))
-    return [
-        SimRequest(
-            index=i,
-            arrival=to_ns(float(at)),
-            prompt_tokens=records[pick].input_tokens,
-            output_tokens=records[pick].output_tokens,
-            hashes=[],
-        )
-        for i, (pick, at) in enumerate(zip(picks, times, strict=True))
-    ]
+def workload(records: Sequence[TraceRecord], count: int, rate: float) -> list[SimRequest]:
+    return SimWorkload(config=WorkloadConfig(num_requests=count), records=records).requests(rate, 0, count)
 
 
 def attainment(deployment: Deployment, requests: list[SimRequest], slo: tuple[float, float]) -> float:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ import numpy as np
 from diphase.benchmarks import harness
 from diphase.cluster.load.trace_formats import HASH_BLOCK_TOKENS
 from diphase.cluster.load.traces import data_folder, load_trace
+from diphase.cluster.load.workload import Arrivals, WorkloadConfig, plan_arrivals
 from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
-from diphase.cluster.planner.events import to_ns
 from diphase.cluster.planner.records import SimResult
 from diphase.cluster.planner.sim_request import SimRequest
+from diphase.cluster.planner.sim_workload import PublishedWorkload, requests_of
 from diphase.cluster.planner.simulator import Simulation
 from diphase.cluster.planner.topology import flat_topology
 from diphase.decode_workers.config import DecodeSchedulerConfig
@@ -65,49 +67,25 @@ def deployment(pairs: int, block: int) -> Deployment:
 
 
 def mooncake(folder: Path) -> list[SimRequest]:
-    return [
-        SimRequest(
-            index=i,
-            arrival=to_ns(record.arrival_s or 0.0),
-            prompt_tokens=record.input_tokens,
-            output_tokens=record.output_tokens,
-            hashes=[
-                name.to_bytes(4, "big")
-                for name in record.hash_ids[: record.input_tokens // HASH_BLOCK_TOKENS]
-            ],
-        )
-        for i, record in enumerate(load_trace("mooncake-conversation", folder))
-    ]
+    records = load_trace("mooncake-conversation", folder)
+    config = WorkloadConfig(num_requests=None, arrivals=Arrivals.TRACE)
+    return requests_of(plan_arrivals(config, records, None, None), HASH_BLOCK_TOKENS)
 
 
 def poisson(count: int, rate: float, prompt: int, output: int) -> list[SimRequest]:
-    gaps = np.random.default_rng(0).exponential(1.0 / rate, size=count)
-    return [
-        SimRequest(index=i, arrival=to_ns(float(at)), prompt_tokens=prompt, output_tokens=output, hashes=[])
-        for i, at in enumerate(np.cumsum(gaps))
-    ]
+    return PublishedWorkload(((prompt, output),) * count).requests(rate, 0, count)
 
 
 def ours(cluster: Deployment, requests: list[SimRequest], rounds: int) -> tuple[float, SimResult]:
     """Seconds of the best round, and what came out."""
     best, result = float("inf"), None
     for _ in range(rounds):
-        simulation = Simulation(cluster, SimulationConfig(router=ROUTER), [fresh(r) for r in requests])
+        simulation = Simulation(cluster, SimulationConfig(router=ROUTER), [replace(r) for r in requests])
         began = time.perf_counter()
         result = simulation.run()
         best = min(best, time.perf_counter() - began)
     assert result is not None
     return best, result
-
-
-def fresh(request: SimRequest) -> SimRequest:
-    return SimRequest(
-        index=request.index,
-        arrival=request.arrival,
-        prompt_tokens=request.prompt_tokens,
-        output_tokens=request.output_tokens,
-        hashes=request.hashes,
-    )
 
 
 def token_by_token(requests: list[SimRequest]) -> tuple[float, list[float]]:

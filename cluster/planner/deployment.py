@@ -56,6 +56,8 @@ class Deployment:
     """Of the whole model's KV."""
     num_layers: int = 1
     context_length: int = 2**31 - 1
+    first_token_s: float = 0.0
+    """What lies around a first token, from the client to the worker and back: a part of each TTFT."""
     topology: Topology = field(default_factory=lambda: Topology(bandwidths=(), paths={}))
 
     def __post_init__(self) -> None:
@@ -67,6 +69,8 @@ class Deployment:
         for name in ("block_size", "block_bytes", "num_layers", "context_length"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)} must be at least 1")
+        if not 0.0 <= self.first_token_s < 3600.0:
+            raise ConfigError(f"first_token_s = {self.first_token_s} is out of range; use 0 to 3600")
 
     @property
     def gpus(self) -> int:

@@ -37,12 +37,9 @@ def distserve_step_time(
     Raises:
         ConfigError: no such engine, model or tp was measured, or the file is missing or malformed.
     """
-    if engine not in ENGINES:
-        raise missing("the engine", engine, ENGINES)
     if pp < 1:
         raise ConfigError(f"pp = {pp}; a worker has at least 1 pipeline stage")
-    path = existing(folder, f"{FOLDER}/profiler-a100-80g.{engine}.json", SOURCE)
-    by_tp = _of_model(read_object(path), model)
+    path, by_tp = _measured(folder, model, engine)
     if str(tp) not in by_tp:
         raise missing(f"{model} on {engine} with tp", tp, by_tp)
     entry = by_tp[str(tp)]
@@ -65,16 +62,22 @@ def distserve_step_time(
     )
 
 
-def distserve_kv_capacity(folder: Path, *, model: str, tp: int, pp: int = 1) -> int:
-    """Tokens of KV that a worker of `model` on A100-80G holds.
+def check_measured(folder: Path, *, model: str, engine: str) -> None:
+    """
+    Raises:
+        ConfigError: no such engine or model was measured, or a file is missing or malformed.
+    """
+    _measured(folder, model, engine)
+    distserve_kv_capacities(folder, model=model)
+
+
+def distserve_kv_capacities(folder: Path, *, model: str) -> dict[tuple[int, int], int]:
+    """Tokens of KV that a worker of `model` on A100-80G holds, by (tp, pp).
 
     Raises:
-        ConfigError: there is no such model, tp or pp, or the file is missing or malformed.
+        ConfigError: there is no such model, or the file is missing or malformed.
     """
-    capacities = _of_model(read_kv_capacities(folder), model)
-    if (tp, pp) not in capacities:
-        raise missing(f"the KV capacity of {model} with (tp, pp)", (tp, pp), capacities)
-    return int(capacities[tp, pp])
+    return _of_model(read_kv_capacities(folder), model)
 
 
 def read_kv_capacities(folder: Path) -> dict[str, dict[tuple[int, int], int]]:
@@ -89,6 +92,14 @@ def read_kv_capacities(folder: Path) -> dict[str, dict[tuple[int, int], int]]:
     ):
         by_model.setdefault(name, {})[tp, pp] = tokens
     return by_model
+
+
+def _measured(folder: Path, model: str, engine: str) -> tuple[Path, dict[str, Any]]:
+    """(the file, its entries of the model by tp)."""
+    if engine not in ENGINES:
+        raise missing("the engine", engine, ENGINES)
+    path = existing(folder, f"{FOLDER}/profiler-a100-80g.{engine}.json", SOURCE)
+    return path, _of_model(read_object(path), model)
 
 
 def _capacity(row: Mapping[str, str]) -> tuple[str, int, int, int]:

@@ -259,7 +259,7 @@ def published_goodput(
     Args:
         gpus: that are counted; None: all of the deployment.
     """
-    low, pattern = 0.0, Pattern(0, PUBLISHED_REQUESTS)
+    low, pattern = 0.0, Pattern(0, workload.most(PUBLISHED_REQUESTS))
     while high - low > step:
         middle = (low + high) / 2.0
         rate = middle * (gpus or deployment.gpus)

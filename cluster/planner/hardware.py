@@ -16,24 +16,20 @@ FOLDER = Path(__file__).with_suffix("")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hardware:
-    """One GPU and the node it is in. Peak values of the data sheet; links in one direction, for each GPU;
-    giga is 10^9, gibi 2^30."""
+class Node:
+    """What a placement is laid over: GPUs, or whatever a worker takes, in nodes, and the links between them,
+    in one direction, for each GPU; giga is 10^9."""
 
     name: str
-    bf16_tflops: float
-    """Of the matrix units, bfloat16, dense; 10^12 operations a second."""
-    hbm_gb_per_s: float
-    memory_gib: float
     intra_node_gb_per_s: float
     """To the other GPUs of the node."""
     inter_node_gb_per_s: float
     """To GPUs of other nodes."""
     gpus_per_node: int
-    power_w: float
-    """Of the GPU at its limit."""
-    fp8_tflops: float | None = None
-    """As bf16_tflops, 8-bit floating point; absent where the GPU has none."""
+    link_share: float = 0.8
+    """Of a link's bandwidth that a hand-off gets."""
+    handoff_s: float = 0.002
+    """Of a hand-off, beside its bytes."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -42,6 +38,20 @@ class Hardware:
             value = getattr(self, item.name)
             if item.name != "name" and value is not None and not 0.0 < value < math.inf:
                 raise ConfigError(f"{item.name} is {value}; it must be above 0")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Hardware(Node):
+    """One GPU and the node it is in. Peak values of the data sheet; gibi is 2^30."""
+
+    bf16_tflops: float
+    """Of the matrix units, bfloat16, dense; 10^12 operations a second."""
+    hbm_gb_per_s: float
+    memory_gib: float
+    power_w: float
+    """Of the GPU at its limit."""
+    fp8_tflops: float | None = None
+    """As bf16_tflops, 8-bit floating point; absent where the GPU has none."""
 
 
 def known_hardware() -> list[str]:

@@ -6,6 +6,7 @@ Knows records and statistics; nothing of files' formats, of clusters or of what 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from ...proto.errors import ConfigError
 from ..load.trace_formats import TraceRecord
 from ..load.traces import TRACES, load_trace
-from ..load.workload import Arrival, Arrivals, WorkloadConfig, plan_arrivals
+from ..load.workload import Arrivals, WorkloadConfig
 
 Floats = NDArray[np.float64]
 
@@ -138,36 +139,42 @@ def nearest(fit: LogFit, fits: Mapping[str, LogFit]) -> list[tuple[str, Likeness
     return sorted(found, key=lambda item: (item[1].distance, item[0]))
 
 
-def synthesise(
-    fit: LogFit,
-    records: Sequence[TraceRecord],
-    *,
-    num_requests: int,
-    rate: float | None = None,
-    seed: int = 0,
-) -> list[Arrival]:
-    """A workload in the likeness of the log: pairs of input and output length drawn from its own (with
-    replacement as soon as more are wanted than it has), arrivals as a gamma process with its variation.
+def synthetic(
+    fit: LogFit, records: Sequence[TraceRecord], *, num_requests: int, seed: int = 0
+) -> tuple[WorkloadConfig, list[TraceRecord]]:
+    """A workload in the likeness of the log, of any size and rate, as plan_arrivals() takes it: pairs of
+    lengths drawn from the log's own (with replacement as soon as more are wanted than it has), arrivals as a
+    gamma process with its variation.
 
     What it has not: shared prefixes and what follows from the order of requests (sessions, times of day).
 
     Args:
         records: those of which `fit` is the fit.
-        rate: requests a second; None takes the log's.
 
     Raises:
-        ConfigError: the log has no times and no rate is given; a number is out of range.
+        ConfigError: the log has no times; a number is out of range.
     """
-    if rate is None and fit.arrivals is None:
-        raise ConfigError("the log has no times to take a rate from; give a rate")
-    config = WorkloadConfig(
-        num_requests=num_requests,
-        arrivals=Arrivals.GAMMA,
-        cv=min(max(fit.arrivals.cv, LEAST_CV), MOST_CV) if fit.arrivals else 1.0,
-        seed=seed,
-    )
-    pairs = [replace(record, hash_ids=()) for record in records]
-    return plan_arrivals(config, pairs, None, fit.arrivals.rate if rate is None and fit.arrivals else rate)
+    if fit.arrivals is None:
+        raise ConfigError(
+            "the log has no times to take the variation of its arrivals from; use poisson or gamma arrivals"
+        )
+    cv = min(max(fit.arrivals.cv, LEAST_CV), MOST_CV)
+    config = WorkloadConfig(num_requests=num_requests, arrivals=Arrivals.GAMMA, cv=cv, seed=seed)
+    return config, [replace(record, hash_ids=()) for record in records]
+
+
+def sentence(fit: LogFit, near: Sequence[tuple[str, Likeness]] = ()) -> str:
+    """The fit for people; `near` is what nearest() says."""
+    arrivals = fit.arrivals
+    when = f" at {arrivals.rate:.3g}/s, gaps vary by {arrivals.cv:.2f}" if arrivals else " without times"
+    parts = [f"{fit.num_requests:,} requests{when}"]
+    for name, lengths in (("prompts", fit.inputs), ("completions", fit.outputs)):
+        marks = ", ".join(f"P{p} {lengths.percentile(p):,.0f}" for p in (50, 90, 99))
+        parts.append(f"{name} {marks} tokens")
+    if near:
+        name, found = near[0]
+        parts.append(f"nearest public trace {name}, off by a factor of {math.exp(found.distance):.2f}")
+    return "; ".join(parts)
 
 
 def _fit_arrivals(records: Sequence[TraceRecord]) -> ArrivalFit | None:

@@ -1,5 +1,6 @@
 """What a worker of some parallelism is: step time and room for KV of one model on one kind of GPU. Each
-source of step times becomes one class here. Knows no pools and no objectives."""
+source of step times becomes one class here; profiles are in profile_machine.py. Knows no pools and no
+objectives."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from typing import Protocol
 
 from ...proto.errors import ConfigError
 from ...router.step_time import StepTime
-from .distserve import distserve_kv_capacity, distserve_step_time
-from .hardware import Hardware
+from .distserve import check_measured, distserve_kv_capacities, distserve_step_time
+from .hardware import Hardware, Node
 from .model_shape import ModelShape
 from .roofline import Precision, RooflineStepTime, kv_capacity_tokens
 
@@ -31,14 +32,41 @@ class Parallel:
         return f"tp {self.tp}" if self.pp == 1 else f"tp {self.tp} pp {self.pp}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What every worker is configured with, beside what its pool decides."""
+
+    block_size: int = 16
+    """Tokens of a KV block."""
+    chunk_budget: int = 8192
+    """Prompt tokens of a prefill step."""
+    max_running: int = 512
+    context_length: int = 2**31 - 1
+    """Tokens that a prompt and its completion may have."""
+
+
 class Machine(Protocol):
     """One model on one kind of GPU."""
 
     @property
-    def model(self) -> ModelShape: ...
+    def hardware(self) -> Node: ...
 
     @property
-    def hardware(self) -> Hardware: ...
+    def limits(self) -> Limits: ...
+
+    @property
+    def num_layers(self) -> int:
+        """That a hand-off pushes one by one, and pipeline stages share."""
+        ...
+
+    @property
+    def first_token_s(self) -> float:
+        """What lies around a first token, from the client to the worker and back."""
+        ...
+
+    def parallels(self, gpus: int, max_pp: int) -> list[Parallel]:
+        """Ways to spread a worker over at most so many GPUs, whether it then fits or not."""
+        ...
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -67,6 +95,17 @@ class RooflineMachine:
     model: ModelShape
     hardware: Hardware
     precision: Precision = "bf16"
+    limits: Limits = Limits()
+    first_token_s: float = 0.0
+
+    @property
+    def num_layers(self) -> int:
+        """See Machine."""
+        return self.model.num_layers
+
+    def parallels(self, gpus: int, max_pp: int) -> list[Parallel]:
+        """See Machine."""
+        return divisions(self.model, self.hardware.gpus_per_node, gpus, max_pp)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -105,6 +144,21 @@ class DistServeMachine:
     folder: Path
     engine: str = "distserve"
     overheads: bool = True
+    limits: Limits = Limits()
+    first_token_s: float = 0.0
+
+    def __post_init__(self) -> None:
+        # Now: of one parallelism among others a search takes an error for "does not fit".
+        check_measured(self.folder, model=self.name, engine=self.engine)
+
+    @property
+    def num_layers(self) -> int:
+        """See Machine."""
+        return self.model.num_layers
+
+    def parallels(self, gpus: int, max_pp: int) -> list[Parallel]:
+        """See Machine."""
+        return divisions(self.model, self.hardware.gpus_per_node, gpus, max_pp)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -118,10 +172,11 @@ class DistServeMachine:
     def kv_tokens(self, parallel: Parallel) -> int:
         """See Machine."""
         check_parallel(self.model, parallel)
-        try:
-            return distserve_kv_capacity(self.folder, model=self.name, tp=parallel.tp, pp=parallel.pp)
-        except ConfigError:
-            return kv_capacity_tokens(self.model, self.hardware, tp=parallel.tp, pp=parallel.pp)
+        published = distserve_kv_capacities(self.folder, model=self.name)
+        tokens = published.get((parallel.tp, parallel.pp))
+        if tokens is not None:
+            return tokens
+        return kv_capacity_tokens(self.model, self.hardware, tp=parallel.tp, pp=parallel.pp)
 
 
 @lru_cache(maxsize=256)
@@ -162,9 +217,20 @@ def divisors(number: int, most: int) -> list[int]:
     return [i for i in range(1, min(number, most) + 1) if number % i == 0]
 
 
+def divisions(model: ModelShape, node: int, gpus: int, max_pp: int) -> list[Parallel]:
+    """Tensor parallelism divides the heads and a node of so many GPUs, stages divide the layers; a pipeline
+    longer than a node takes whole nodes."""
+    return [
+        Parallel(tp, pp)
+        for tp in divisors(node, min(node, gpus))
+        if not model.num_q_heads % tp and not (model.num_kv_heads % tp and tp % model.num_kv_heads)
+        for pp in divisors(model.num_layers, min(max_pp, gpus // tp))
+        if tp * pp <= node or tp * pp % node == 0
+    ]
+
+
 def feasible_parallels(machine: Machine, gpus: int, max_pp: int = 1) -> list[Parallel]:
-    """Every parallelism of one worker that fits `gpus` GPUs, by ascending GPUs: tensor parallelism divides a
-    node; a pipeline longer than a node takes whole nodes.
+    """Every parallelism of one worker that fits `gpus` GPUs, by ascending GPUs.
 
     Raises:
         ConfigError: none fits; the message says why.
@@ -173,25 +239,16 @@ def feasible_parallels(machine: Machine, gpus: int, max_pp: int = 1) -> list[Par
         raise ConfigError(f"gpus = {gpus}; plan for at least 1 GPU")
     if max_pp < 1:
         raise ConfigError(f"max_pp = {max_pp}; a worker has at least 1 pipeline stage")
-    node = machine.hardware.gpus_per_node
     found: list[Parallel] = []
     error: ConfigError | None = None
-    for tp in divisors(node, min(node, gpus)):
-        if machine.model.num_q_heads % tp:
+    for parallel in machine.parallels(gpus, max_pp):
+        try:
+            machine.kv_tokens(parallel)
+            machine.step_time(parallel)
+        except ConfigError as exc:
+            error = exc  # the largest is what one can do nothing more about
             continue
-        if machine.model.num_kv_heads % tp and tp % machine.model.num_kv_heads:
-            continue
-        for pp in divisors(machine.model.num_layers, min(max_pp, gpus // tp)):
-            parallel = Parallel(tp, pp)
-            if parallel.gpus > node and parallel.gpus % node:
-                continue
-            try:
-                machine.kv_tokens(parallel)
-                machine.step_time(parallel)
-            except ConfigError as exc:
-                error = exc  # the largest is what one can do nothing more about
-                continue
-            found.append(parallel)
+        found.append(parallel)
     if not found:
         assert error is not None  # one GPU is always tried
         raise ConfigError(f"gpus = {gpus} cannot hold the model: {error.message}")

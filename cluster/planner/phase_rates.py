@@ -18,11 +18,8 @@ from ..load.search import TARGET
 from .bounds import Floor, decode_rate, prefill_rate, tpot_floor, ttft_floor
 from .deployment import Deployment, WorkerSpec
 from .goodput import Answer, Objectives, Question, answer_all
-from .machines import Machine, Parallel
+from .machines import Limits, Machine, Parallel
 from .placement import (
-    BLOCK_SIZE,
-    CHUNK_BUDGET,
-    MAX_RUNNING,
     Placement,
     Pool,
     build,
@@ -126,22 +123,18 @@ class PhaseRates:
         return pair + by_role.get("colocated", 0.0)
 
 
-def measure_phases(
-    machine: Machine,
-    workload: Workload,
-    objectives: Objectives,
-    parallels: Sequence[Parallel],
-    mapped: Callable[..., object] = map,
+def bound_phases(
+    machine: Machine, workload: Workload, objectives: Objectives, parallels: Sequence[Parallel]
 ) -> PhaseRates:
-    """Floors and bounds of all kinds, and goodputs of those that are worth it."""
-    found = PhaseRates()
+    """Floors and bounds of all kinds; nothing is simulated."""
+    found, chunk = PhaseRates(), machine.limits.chunk_budget
     lengths = workload.lengths(0, workload.most(workload.least))
     for parallel in parallels:
         step_time = machine.step_time(parallel)
         if not workload.shares:
-            found.ttft_floors[parallel] = ttft_floor(step_time, lengths, CHUNK_BUDGET, objectives.ttft_ms)
+            found.ttft_floors[parallel] = ttft_floor(step_time, lengths, chunk, objectives.ttft_ms)
         found.tpot_floors[parallel] = tpot_floor(step_time, lengths, objectives.tpot_ms)
-        prefill = math.inf if workload.shares else prefill_rate(step_time, lengths, CHUNK_BUDGET)
+        prefill = math.inf if workload.shares else prefill_rate(step_time, lengths, chunk)
         decode = decode_rate(step_time, lengths, objectives.tpot_ms, machine.kv_tokens(parallel))
         for kind in _kinds(machine, parallel, objectives.tpot_ms):
             bound = {"prefill": prefill, "decode": decode}.get(kind.role, min(prefill, decode))
@@ -151,6 +144,18 @@ def measure_phases(
         room = min(rooms[prefill_at], rooms[decode_at])
         step_time = machine.step_time(decode_at)
         found.paired[prefill_at, decode_at] = decode_rate(step_time, lengths, objectives.tpot_ms, room)
+    return found
+
+
+def measure_phases(
+    machine: Machine,
+    workload: Workload,
+    objectives: Objectives,
+    parallels: Sequence[Parallel],
+    mapped: Callable[..., object] = map,
+) -> PhaseRates:
+    """Floors and bounds of all kinds, and goodputs of those that are worth it."""
+    found = bound_phases(machine, workload, objectives, parallels)
     worthy = _worthy(found.bounds)
     questions = [_question(machine, workload, objectives, kind, found.bounds[kind]) for kind in worthy]
     answers: list[Answer] = answer_all(questions, mapped)
@@ -200,7 +205,8 @@ def _question(
             ceiling=bound,
             tolerance=TOLERANCE,
         )
-    blocks = machine.kv_tokens(kind.parallel) // BLOCK_SIZE
+    limits = machine.limits
+    blocks = machine.kv_tokens(kind.parallel) // limits.block_size
     own = WorkerSpec(
         role=kind.role,
         step_time=machine.step_time(kind.parallel),
@@ -213,12 +219,18 @@ def _question(
         tpot_ms=objectives.tpot_ms if kind.role == "decode" else math.inf,
     )
     if kind.role == "prefill":
-        workers = (own, _free("decode", blocks))
+        workers = (own, _free("decode", blocks, limits))
         asked: Workload = FirstTokens(workload)
     else:
-        workers = (_free("prefill", blocks), own)
+        workers = (_free("prefill", blocks, limits), own)
         asked = workload
-    deployment = Deployment(workers=workers, block_size=BLOCK_SIZE, topology=free_topology([0], [1]))
+    deployment = Deployment(
+        workers=workers,
+        block_size=limits.block_size,
+        topology=free_topology([0], [1]),
+        context_length=limits.context_length,
+        first_token_s=machine.first_token_s,
+    )
     return Question(
         deployment=deployment,
         workload=asked,
@@ -229,12 +241,12 @@ def _question(
     )
 
 
-def _free(role: str, blocks: int) -> WorkerSpec:
+def _free(role: str, blocks: int, limits: Limits) -> WorkerSpec:
     scheduler: PrefillSchedulerConfig | DecodeSchedulerConfig
     if role == "prefill":
         scheduler = PrefillSchedulerConfig(
             chunk_budget=_NO_LIMIT, saturation_tokens=_NO_LIMIT, max_waiting=_NO_LIMIT
         )
     else:
-        scheduler = DecodeSchedulerConfig(max_running=MAX_RUNNING)
+        scheduler = DecodeSchedulerConfig(max_running=limits.max_running)
     return WorkerSpec(role=role, step_time=FreeStepTime(), num_blocks=blocks, scheduler=scheduler)

@@ -15,16 +15,8 @@ from .deployment import Deployment, WorkerSpec
 from .machines import Machine, Parallel
 from .topology import Topology, flat_topology
 
-CHUNK_BUDGET = 8192
-"""Prompt tokens of a prefill step."""
-MAX_RUNNING = 512
 LEAST_BUDGET, MOST_BUDGET = 64, 4096
 """Prompt tokens that a colocated worker computes beside its batch."""
-HANDOFF_S = 0.002
-"""Of a hand-off, beside its bytes."""
-LINK_SHARE = 0.8
-"""Of a link's bandwidth that a hand-off gets."""
-BLOCK_SIZE = 16
 
 
 @dataclass(frozen=True, slots=True, order=True, kw_only=True)
@@ -111,8 +103,8 @@ def colocated_budgets(machine: Machine, parallel: Parallel, tpot_ms: float) -> t
     """Prompt tokens a step that are worth trying: as many as leave a step inside the objective, which guards
     TPOT, and four times as many, which trade some of it for TTFT."""
     step_time = machine.step_time(parallel)
-    fitting = LEAST_BUDGET
-    while fitting < MOST_BUDGET:
+    fitting, most = LEAST_BUDGET, min(MOST_BUDGET, machine.limits.chunk_budget)
+    while fitting < most:
         tokens = fitting * 2
         shape = StepShape(
             prefill_tokens=tokens, prefill_context=tokens * tokens / 2, decode_batch=1, decode_context=1024
@@ -120,10 +112,10 @@ def colocated_budgets(machine: Machine, parallel: Parallel, tpot_ms: float) -> t
         if step_time.step_s(shape) * 1e3 > tpot_ms:
             break
         fitting = tokens
-    return tuple(sorted({min(MOST_BUDGET, fitting * factor) for factor in (1, 4)}))
+    return tuple(sorted({min(most, fitting * factor) for factor in (1, 4)}))
 
 
-def build(placement: Placement, machine: Machine, *, block_size: int = BLOCK_SIZE) -> Deployment:
+def build(placement: Placement, machine: Machine) -> Deployment:
     """The deployment. All workers have as much KV as the one with the least, because a cluster's
     configuration has one size for all. Within a node hand-offs go over its links, else over the network; each
     GPU has its own.
@@ -131,7 +123,7 @@ def build(placement: Placement, machine: Machine, *, block_size: int = BLOCK_SIZ
     Raises:
         ConfigError: the model does not fit, or cannot be divided so.
     """
-    kv_tokens = kv_room(placement, machine)
+    kv_tokens, block_size = kv_room(placement, machine), machine.limits.block_size
     specs: list[WorkerSpec] = []
     for role, pool in placement.pools():
         step_time = machine.step_time(pool.parallel)
@@ -147,8 +139,10 @@ def build(placement: Placement, machine: Machine, *, block_size: int = BLOCK_SIZ
         workers=tuple(specs),
         block_size=block_size,
         block_bytes=machine.kv_bytes_per_token * block_size,
-        num_layers=machine.model.num_layers,
+        num_layers=machine.num_layers,
+        context_length=machine.limits.context_length,
         topology=_topology(placement, machine),
+        first_token_s=machine.first_token_s,
     )
 
 
@@ -159,12 +153,13 @@ def kv_room(placement: Placement, machine: Machine) -> int:
 
 def scheduler_of(role: str, pool: Pool, machine: Machine) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
     """What the pool's workers are configured with."""
+    limits = machine.limits
     if role == "prefill":
-        saturation = saturating_tokens(machine.step_time(pool.parallel), CHUNK_BUDGET)
-        return PrefillSchedulerConfig(chunk_budget=CHUNK_BUDGET, saturation_tokens=saturation)
+        saturation = saturating_tokens(machine.step_time(pool.parallel), limits.chunk_budget)
+        return PrefillSchedulerConfig(chunk_budget=limits.chunk_budget, saturation_tokens=saturation)
     if role == "decode":
-        return DecodeSchedulerConfig(max_running=MAX_RUNNING)
-    return ColocatedSchedulerConfig(max_running=MAX_RUNNING, prefill_budget=pool.budget)
+        return DecodeSchedulerConfig(max_running=limits.max_running)
+    return ColocatedSchedulerConfig(max_running=limits.max_running, prefill_budget=pool.budget)
 
 
 def _topology(placement: Placement, machine: Machine) -> Topology:
@@ -172,7 +167,12 @@ def _topology(placement: Placement, machine: Machine) -> Topology:
         return Topology(bandwidths=(), paths={})
     hardware = machine.hardware
     one_node = placement.gpus <= hardware.gpus_per_node
-    per_gpu = (hardware.intra_node_gb_per_s if one_node else hardware.inter_node_gb_per_s) * 1e9 * LINK_SHARE
+    link = hardware.intra_node_gb_per_s if one_node else hardware.inter_node_gb_per_s
     gpus = min(placement.prefill.parallel.gpus, placement.decode.parallel.gpus)
     prefills, decodes = placement.prefill.count, placement.decode.count
-    return flat_topology(range(prefills), range(prefills, prefills + decodes), per_gpu * gpus, HANDOFF_S)
+    return flat_topology(
+        range(prefills),
+        range(prefills, prefills + decodes),
+        link * 1e9 * hardware.link_share * gpus,
+        hardware.handoff_s,
+    )

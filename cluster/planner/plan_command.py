@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from ...proto.errors import ConfigError
 from ..load.report import write_json
+from ..load.trace_formats import TraceRecord
 from ..load.traces import TRACES, data_folder, load_trace
 from ..load.workload import Arrivals, WorkloadConfig
 from .explain import binding, curves, infeasible
 from .goodput import MOST_REQUESTS, Objectives
 from .hardware import known_hardware, load_hardware
+from .log_fit import fit_log, nearest, public_fits, sentence, synthetic
 from .machines import DistServeMachine, Machine, RooflineMachine
 from .model_shape import KNOWN_MODELS, load_model_shape
 from .plan_report import SHOWN, Plan, as_json, draw, text
 from .plan_toml import plan_toml
+from .profile import load_profile
+from .profile_machine import ProfileMachine
 from .search import Task, search
+from .search_distserve import ALGORITHMS, search_published
 from .sim_workload import LEAST_REQUESTS, SimWorkload
 
 FIXED = "fixed"
-SOURCES = ("roofline", "distserve")
+SEARCH = "search"
+SOURCES = ("roofline", "distserve", "profile")
 MOST_SEEDS = 10
 MIN_REQUESTS = 20
 MOST_PROCESSES = 16
@@ -33,22 +40,45 @@ MOST_PROCESSES = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `diphase plan` on a (sub)parser."""
-    what = parser.add_argument_group("what is planned")
+    _add_task(parser.add_argument_group("what is planned"))
+    _add_workload(parser.add_argument_group("workload"))
+    where = parser.add_argument_group("where")
+    where.add_argument("--output", metavar="DIR", help="write plan.json, plan.png and cluster.toml there")
+    where.add_argument(
+        "--processes", type=int, metavar="N", help="simulate in so many (default: the machine's cores)"
+    )
+
+
+def _add_task(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
-        "--model", required=True, metavar="MODEL", help=f"{', '.join(KNOWN_MODELS)}, or a config.json"
+        "--model",
+        required=True,
+        metavar="MODEL",
+        help=f"{', '.join(KNOWN_MODELS)}, or a config.json; with a profile the one that it is of",
     )
     what.add_argument(
         "--hardware",
-        required=True,
         metavar="HARDWARE",
         help=f"{', '.join(known_hardware())}, or a TOML file with the same keys",
     )
-    what.add_argument("--gpus", required=True, type=int, metavar="N", help="the most that may be used")
+    what.add_argument(
+        "--gpus",
+        required=True,
+        type=int,
+        metavar="N",
+        help="the most that may be used; with a profile, slots for a worker each",
+    )
     what.add_argument(
         "--slo", required=True, metavar="ttft=MS,tpot=MS", help="objectives in milliseconds, of 90 %%"
     )
     what.add_argument(
         "--rate", type=float, metavar="R", help="serve R requests/s with few GPUs (default: all that can be)"
+    )
+    what.add_argument(
+        "--algorithm",
+        choices=(SEARCH, *ALGORITHMS),
+        default=SEARCH,
+        help="what chooses: the search, or DistServe's for quick networks or slow ones (%(default)s)",
     )
     what.add_argument(
         "--max-pp", type=int, metavar="N", default=1, help="most pipeline stages of a worker (%(default)s)"
@@ -57,9 +87,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--step-times", choices=SOURCES, default=SOURCES[0], help="where they come from (%(default)s)"
     )
     what.add_argument(
-        "--precision", choices=("bf16", "fp8"), default="bf16", help="of weights, by roofline (%(default)s)"
+        "--profile", type=Path, metavar="FILE", help="of `diphase profile`, for --step-times profile"
     )
-    load = parser.add_argument_group("workload")
+    what.add_argument("--precision", choices=("bf16", "fp8"), help="of weights, by roofline (bf16)")
+
+
+def _add_workload(load: argparse._ArgumentGroup) -> None:
     load.add_argument(
         "--workload",
         required=True,
@@ -69,9 +102,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument("--mean-input", type=int, metavar="N", help="mean prompt tokens (default: the trace's)")
     load.add_argument("--mean-output", type=int, metavar="N", help="mean completion tokens")
     load.add_argument(
-        "--arrivals", choices=[*Arrivals], default=Arrivals.POISSON.value, help="default: %(default)s"
+        "--like",
+        action="store_true",
+        help="any number of requests like the log's: its pairs of lengths, gaps that vary as its own do",
     )
-    load.add_argument("--cv", type=float, default=1.0, metavar="CV", help="burstiness of gamma arrivals")
+    load.add_argument("--arrivals", choices=[*Arrivals], help="default: poisson")
+    load.add_argument("--cv", type=float, metavar="CV", help="burstiness of gamma arrivals (1)")
     load.add_argument("--context-length", type=int, metavar="N", help="scale lengths to fit so many tokens")
     load.add_argument(
         "--requests",
@@ -87,11 +123,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     load.add_argument(
         "--data", metavar="DIR", help="folder of the traces (DIPHASE_DATA, else ../shared/data)"
     )
-    where = parser.add_argument_group("where")
-    where.add_argument("--output", metavar="DIR", help="write plan.json, plan.png and cluster.toml there")
-    where.add_argument(
-        "--processes", type=int, metavar="N", help="simulate in so many (default: the machine's cores)"
-    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -102,12 +133,14 @@ def run(args: argparse.Namespace) -> int:
     """
     task = task_from(args)
     processes = _processes(args.processes)
+    said = _sentence(args, task)
     output = None if args.output is None else _folder(Path(args.output))
     if processes == 1:
-        plan = make_plan(task)
+        plan = make_plan(task, args.algorithm)
     else:
         with ProcessPoolExecutor(processes) as executor:
-            plan = make_plan(task, executor.map)
+            plan = make_plan(task, args.algorithm, executor.map)
+    plan = replace(plan, workload=said)
     console = Console()
     for line in text(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
@@ -129,23 +162,16 @@ def task_from(args: argparse.Namespace) -> Task:
             f"--requests {args.requests} is out of range; use {MIN_REQUESTS} to {MOST_REQUESTS}"
         )
     folder = data_folder(args.data, os.environ)
-    fixed = args.workload == FIXED
-    if fixed and (args.mean_input is None or args.mean_output is None):
-        raise ConfigError(f"--workload {FIXED} needs --mean-input and --mean-output")
+    machine = machine_from(args, folder)
+    config, records = _load_from(args, folder)
     workload = SimWorkload(
-        config=WorkloadConfig(
-            num_requests=args.requests,
-            arrivals=Arrivals(args.arrivals),
-            cv=args.cv,
-            mean_input=args.mean_input,
-            mean_output=args.mean_output,
-            seed=args.seed,
-        ),
-        records=[] if fixed else load_trace(args.workload, folder),
-        context_length=args.context_length,
+        config=replace(config, mean_input=args.mean_input, mean_output=args.mean_output),
+        records=records,
+        context_length=args.context_length or machine.limits.context_length,
+        block_size=machine.limits.block_size,
     )
     return Task(
-        machine=_machine(args, folder),
+        machine=machine,
         workload=workload,
         objectives=parse_slo(args.slo),
         gpus=args.gpus,
@@ -155,11 +181,48 @@ def task_from(args: argparse.Namespace) -> Task:
     )
 
 
-def make_plan(task: Task, mapped: Callable[..., object] = map) -> Plan:
+def _load_from(args: argparse.Namespace, folder: Path) -> tuple[WorkloadConfig, Sequence[TraceRecord]]:
+    """Arrivals and records, by --workload and --like."""
+    fixed = args.workload == FIXED
+    if fixed and (args.mean_input is None or args.mean_output is None):
+        raise ConfigError(f"--workload {FIXED} needs --mean-input and --mean-output")
+    records = [] if fixed else load_trace(args.workload, folder)
+    if args.like:
+        if fixed or args.arrivals is not None or args.cv is not None:
+            raise ConfigError(
+                "--like takes lengths and the variation of the gaps from a log; "
+                f"leave out --arrivals and --cv, and name a log instead of {FIXED}"
+            )
+        return synthetic(fit_log(records), records, num_requests=args.requests, seed=args.seed)
+    config = WorkloadConfig(
+        num_requests=args.requests,
+        arrivals=Arrivals(args.arrivals or Arrivals.POISSON),
+        cv=1.0 if args.cv is None else args.cv,
+        seed=args.seed,
+    )
+    return config, records
+
+
+def _sentence(args: argparse.Namespace, task: Task) -> str:
+    """What the log is like, and of one's own which public trace is nearest."""
+    records = task.workload.records if isinstance(task.workload, SimWorkload) else ()
+    if len(records) < 2:
+        return ""
+    fit = fit_log(records)
+    if args.workload in TRACES:
+        return sentence(fit)
+    try:
+        return sentence(fit, nearest(fit, public_fits(data_folder(args.data, os.environ))))
+    except ConfigError as exc:
+        return f"{sentence(fit)}; {exc.message}"
+
+
+def make_plan(task: Task, algorithm: str = SEARCH, mapped: Callable[..., object] = map) -> Plan:
     """Searches and explains."""
-    found = search(task, mapped)
+    found = search(task, mapped) if algorithm == SEARCH else search_published(task, algorithm, mapped)
     if not found.candidates:
-        return Plan(task=task, found=found, infeasible=infeasible(task, found.phases))
+        why = found.sentence or infeasible(task, found.phases)
+        return Plan(task=task, found=found, infeasible=why)
     shown = (*found.candidates, *found.others)[:SHOWN]
     return Plan(
         task=task,
@@ -191,12 +254,33 @@ def parse_slo(given: str) -> Objectives:
     return Objectives(ttft_ms=values["ttft"], tpot_ms=values["tpot"])
 
 
-def _machine(args: argparse.Namespace, folder: Path) -> Machine:
+def machine_from(args: argparse.Namespace, folder: Path) -> Machine:
+    """By --step-times, with the options that it takes.
+
+    Raises:
+        ConfigError: one is lacking or for another source, or what it names does not fit the others.
+    """
+    source = args.step_times
+    takes = {"roofline": ("hardware", "precision"), "distserve": ("hardware",), "profile": ("profile",)}
+    for name in ("hardware", "precision", "profile"):
+        if getattr(args, name) is not None and name not in takes[source]:
+            raise ConfigError(
+                f"--{name} {getattr(args, name)} is not for --step-times {source}; leave it out"
+            )
+    for name in ("hardware", "profile"):
+        if getattr(args, name) is None and name in takes[source]:
+            raise ConfigError(f"--step-times {source} needs --{name}")
+    if source == "profile":
+        profile = load_profile(args.profile)
+        if profile.engine.model != args.model:
+            raise ConfigError(
+                f"--profile {args.profile} is of the model {profile.engine.model}, not of {args.model}; "
+                f"make one with `diphase profile --model {args.model}`"
+            )
+        return ProfileMachine(profile, args.gpus)
     model, hardware = load_model_shape(args.model), load_hardware(args.hardware)
-    if args.step_times == "roofline":
-        return RooflineMachine(model, hardware, args.precision)
-    if args.precision != "bf16":
-        raise ConfigError(f"--precision {args.precision} is for --step-times roofline; leave it out")
+    if source == "roofline":
+        return RooflineMachine(model, hardware, args.precision or "bf16")
     if args.hardware != "a100-sxm-80gb":
         raise ConfigError(
             f"--step-times distserve was measured on a100-sxm-80gb, not on {args.hardware}; use that"

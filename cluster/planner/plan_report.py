@@ -22,6 +22,8 @@ class Plan:
 
     task: Task
     found: Found
+    workload: str = ""
+    """What its log or trace is like."""
     infeasible: str = ""
     """Why nothing serves any rate; then all of the rest is empty."""
     binding: Binding | None = None
@@ -37,29 +39,50 @@ def text(plan: Plan) -> Iterator[str]:
     """Lines for the terminal."""
     objectives = plan.task.objectives
     asked = f"TTFT ≤ {objectives.ttft_ms:g} ms, TPOT ≤ {objectives.tpot_ms:g} ms for {TARGET:.0%}"
+    if plan.workload:
+        yield f"workload: {plan.workload}"
     if plan.infeasible:
         yield f"infeasible: {asked}: {plan.infeasible}"
         return
     best = plan.best
-    if not plan.found.reached:
+    if plan.found.sentence:
+        yield plan.found.sentence
+        if not plan.found.reached:
+            yield f"{plan.task.rate:g} requests/s are more than it serves:"
+    elif not plan.found.reached:
         yield (
             f"{plan.task.rate:g} requests/s are out of reach of {plan.task.gpus} GPUs; "
             f"what serves most of them:"
         )
     yield f"placement: {best.placement}; {best.placement.gpus} of {plan.task.gpus} GPUs"
     yield f"goodput ({asked}): {_estimates(best)}"
-    for runner_up in plan.found.candidates[1:2] or plan.found.others[:1]:
+    shown = [best, *(plan.found.candidates[1:2] or plan.found.others[:1])]
+    for runner_up in shown[1:]:
         yield f"runner-up: {runner_up.placement}; {runner_up.placement.gpus} GPUs, {_estimates(runner_up)}"
-    if not any(c.placement.kind == "colocated" for c in _known(plan)):
-        yield "colocated: serves no rate within the objectives"
-    if not any(c.placement.kind == "disaggregated" for c in _known(plan)):
-        yield f"disaggregated: serves less than {HOPELESS:.0%} of what colocated workers do, or does not fit"
+    if not plan.found.sentence:
+        yield from _other_kinds(plan, {candidate.placement.kind for candidate in shown})
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
         gains = ", ".join(f"{gain.what} {gain.gain:+.0%}" for gain in plan.binding.relaxations)
         yield f"each relaxed alone: {gains}"
     if plan.curves:
         yield from _sensitivity(plan.curves[0])
+
+
+def _other_kinds(plan: Plan, shown: set[str]) -> Iterator[str]:
+    """What colocated workers or separate pools come to, where neither the best nor the runner-up says it."""
+    hopeless = {
+        "colocated": "serves no rate within the objectives",
+        "disaggregated": f"serves less than {HOPELESS:.0%} of what colocated workers do, or does not fit",
+    }
+    for kind, sentence in hopeless.items():
+        if kind in shown:
+            continue
+        of_kind = (candidate for candidate in _known(plan) if candidate.placement.kind == kind)
+        best = max(of_kind, key=lambda candidate: candidate.rate, default=None)
+        if best is not None:
+            sentence = f"{best.placement}; {best.placement.gpus} GPUs, {_estimates(best)}"
+        yield f"{kind}: {sentence}"
 
 
 def _known(plan: Plan) -> tuple[Candidate, ...]:
@@ -95,6 +118,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "rate": task.rate,
         "rate_reached": plan.found.reached,
         "seeds": list(task.seeds),
+        "workload": plan.workload or None,
+        "algorithm": plan.found.sentence or None,
         "infeasible": plan.infeasible or None,
         "candidates": [_candidate(candidate) for candidate in plan.found.candidates],
         "others": [_candidate(candidate) for candidate in plan.found.others],

@@ -8,7 +8,8 @@ from pathlib import Path
 from ...proto.errors import ConfigError
 from .goodput import Objectives
 from .machines import Machine
-from .placement import BLOCK_SIZE, Placement, kv_room, scheduler_of
+from .placement import Placement, Pool, kv_room, scheduler_of
+from .profile_machine import ProfileMachine
 
 REPOSITORIES = {
     "opt-13b": "facebook/opt-13b",
@@ -46,16 +47,10 @@ def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, mo
                 f"the {role} workers have pp = {pool.parallel.pp} and this cluster's workers have no "
                 "pipeline stages; plan with --max-pp 1 for a configuration"
             )
-    kv_mib = max(1, kv_room(placement, machine) * machine.kv_bytes_per_token >> 20)
     lines = [
         f"# Planned: {placement}; {placement.gpus} GPUs ({machine.hardware.name}).",
         "",
-        "[model]",
-        f"name = {json.dumps(served_name(model))}",
-        "",
-        "[engine]",
-        f"block_size = {BLOCK_SIZE}",
-        f"kv_cache_mib = {kv_mib}",
+        *_engine(placement, machine, model),
     ]
     pools = dict(placement.pools())
     for role in ("prefill", "decode", "colocated"):
@@ -63,7 +58,7 @@ def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, mo
         if role not in pools:
             continue
         pool = pools[role]
-        lines += [f"tensor_parallel = {pool.parallel.tp}", f"gpus = {pool.parallel.gpus}"]
+        lines += [f"tensor_parallel = {pool.parallel.tp}", _resources(pool, machine)]
         scheduler = scheduler_of(role, pool, machine)
         lines += [f"{name} = {getattr(scheduler, name)}" for name in _SETTINGS[role]]
     lines += [
@@ -76,3 +71,35 @@ def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, mo
         f"tpot_ms = {float(objectives.tpot_ms)!r}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _engine(placement: Placement, machine: Machine, model: str) -> list[str]:
+    """[model] and [engine]: of a profile the settings that it was made with."""
+    if isinstance(machine, ProfileMachine):
+        engine = machine.profile.engine
+        return [
+            "[model]",
+            f"name = {json.dumps(engine.model)}",
+            f"dtype = {json.dumps(engine.dtype)}",
+            "",
+            "[engine]",
+            f"block_size = {engine.block_size}",
+            f"kv_cache_mib = {engine.kv_cache_mib}",
+            f"threads = {engine.threads}",
+        ]
+    kv_mib = max(1, kv_room(placement, machine) * machine.kv_bytes_per_token >> 20)
+    return [
+        "[model]",
+        f"name = {json.dumps(served_name(model))}",
+        "",
+        "[engine]",
+        f"block_size = {machine.limits.block_size}",
+        f"kv_cache_mib = {kv_mib}",
+    ]
+
+
+def _resources(pool: Pool, machine: Machine) -> str:
+    """What each worker takes of its node."""
+    if isinstance(machine, ProfileMachine):
+        return f"cpus = {machine.profile.engine.threads}"
+    return f"gpus = {pool.parallel.gpus}"

@@ -8,9 +8,7 @@ the others are, which the simulation itself says, so that it is repeated until b
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import numpy as np
+from dataclasses import dataclass
 
 from ...decode_workers.config import DecodeSchedulerConfig
 from ...prefill_workers.config import PrefillSchedulerConfig
@@ -20,10 +18,9 @@ from ...router.step_time import StepShape
 from ..config import ClusterConfig
 from ..load.workload import Arrival
 from .deployment import Deployment, SimulationConfig, WorkerSpec
-from .events import to_ns
 from .profile import Profile, ServingCost
 from .records import SimResult
-from .sim_request import SimRequest
+from .sim_workload import requests_of
 from .simulator import Simulation
 from .topology import flat_topology
 
@@ -63,18 +60,7 @@ def predict(config: ClusterConfig, profile: Profile, arrivals: Sequence[Arrival]
             Busy((new.prefill + old.prefill) / 2, (new.decode + old.decode) / 2)
             for new, old in zip(found, busy, strict=True)
         ]
-    around = [
-        around_first_token_s(profile.serving, busy, request.prefill_worker) for request in result.requests
-    ]
-    return replace(result, ttft_ms=result.ttft_ms + np.array(around) * 1000.0)
-
-
-def around_first_token_s(serving: ServingCost, busy: Sequence[Busy], worker: int) -> float:
-    """What lies around the first token of a prompt that `worker` computes: longer the more often the others
-    of the machine compute, too."""
-    others = sum(other.prefill + other.decode for i, other in enumerate(busy) if i != worker)
-    more = max(0.0, serving.first_token_beside_s - serving.first_token_s)
-    return serving.first_token_s + more * min(1.0, others)
+    return result
 
 
 def deployment_of(config: ClusterConfig, profile: Profile, busy: Sequence[Busy] = ()) -> Deployment:
@@ -114,43 +100,29 @@ def deployment_of(config: ClusterConfig, profile: Profile, busy: Sequence[Busy] 
         block_bytes=engine.block_bytes,
         num_layers=layers,
         context_length=engine.context_length,
+        first_token_s=_around_first_token_s(serving, roles, busy),
         topology=flat_topology(
             by_role["prefill"], by_role["decode"], serving.handoff_bytes_per_s, serving.handoff_s
         ),
     )
 
 
-def requests_of(arrivals: Sequence[Arrival], block_size: int) -> list[SimRequest]:
-    """The plan of a load as the simulator takes it."""
-    return [
-        SimRequest(
-            index=i,
-            arrival=to_ns(arrival.arrival_s),
-            prompt_tokens=arrival.input_tokens,
-            output_tokens=arrival.output_tokens,
-            hashes=_hashes(arrival, block_size),
-        )
-        for i, arrival in enumerate(arrivals)
-    ]
-
-
 _KINDS = ("prefill", "decode")
-
-
-def _hashes(arrival: Arrival, block_size: int) -> list[bytes]:
-    """Names of the prompt's full blocks: equal ids of a trace mean equal prompts up to there."""
-    if not arrival.hash_ids:
-        return []
-    last = len(arrival.hash_ids) - 1
-    ids = [
-        arrival.hash_ids[min(((i + 1) * block_size - 1) // arrival.hash_block_tokens, last)]
-        for i in range(arrival.input_tokens // block_size)
-    ]
-    return [id_.to_bytes(8, "little") + i.to_bytes(8, "little") for i, id_ in enumerate(ids)]
 
 
 def _roles(config: ClusterConfig) -> list[str]:
     return [role for role, pool in config.pools.placements().items() for _ in range(pool.workers)]
+
+
+def _around_first_token_s(serving: ServingCost, roles: Sequence[str], busy: Sequence[Busy]) -> float:
+    """What lies around a first token, longer the more often the machine's other workers compute beside the
+    one that has the prompt; the mean of those that may have it."""
+    shares = []
+    for i, role in enumerate(roles):
+        if role != "decode":
+            shares.append(min(1.0, sum(o.prefill + o.decode for j, o in enumerate(busy) if j != i)))
+    more = max(0.0, serving.first_token_beside_s - serving.first_token_s)
+    return serving.first_token_s + more * sum(shares) / max(1, len(shares))
 
 
 def _busy_of(result: SimResult, profile: Profile) -> list[Busy]:

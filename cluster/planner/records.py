@@ -49,7 +49,7 @@ class SimResult:
             np.array([getattr(request, name) for request in requests], dtype=np.int64)
             for name in ("arrival", "token0", "last_token", "output_tokens")
         )
-        ttft = np.where(served, (token0 - arrival) / 1e6, np.inf)
+        ttft = np.where(served, (token0 - arrival) / 1e6 + deployment.first_token_s * 1e3, np.inf)
         tpot = np.where(served, (last - token0) / np.maximum(count - 1, 1) / 1e6, np.inf)
         return cls(
             ttft_ms=ttft,

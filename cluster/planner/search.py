@@ -82,6 +82,8 @@ class Found:
     others: tuple[Candidate, ...]
     """Simulated jointly, but with one seed and coarsely."""
     phases: PhaseRates
+    sentence: str = ""
+    """What an algorithm has to say of its choice."""
     reached: bool = True
     """False: no placement within the GPUs serves the wanted rate, and the candidates are those that serve
     most."""
@@ -113,7 +115,7 @@ def _judge(task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Ca
         chosen += sorted((c for c in pool if c.placement.kind == kind), key=order)[:count]
     colocated = max((c.expected for c in chosen if c.placement.kind == "colocated"), default=0.0)
     floor = HOPELESS * min(colocated, math.inf if task.rate is None else task.rate)
-    joint = sorted(_simulated(task, phases, chosen, mapped, floor=floor), key=order)
+    joint = sorted(simulated(task, phases, chosen, mapped, floor=floor), key=order)
     joint = [candidate for candidate in joint if candidate.rate > 0.0]
     if not joint:
         return Found(candidates=(), others=(), phases=phases)
@@ -121,7 +123,7 @@ def _judge(task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Ca
     finalists = [
         c for c in finalists if c and (c.placement.kind == "colocated" or c.rate >= FINAL * joint[0].rate)
     ]
-    final = _simulated(task, phases, [c for c in finalists if c], mapped)
+    final = simulated(task, phases, [c for c in finalists if c], mapped)
     others = tuple(candidate for candidate in joint if candidate not in finalists)
     return Found(candidates=tuple(_ranked(final, task.rate)), others=others, phases=phases)
 
@@ -215,7 +217,7 @@ def part_of(placement: Placement) -> tuple[Placement, int]:
     return placement, 1
 
 
-def _simulated(
+def simulated(
     task: Task,
     phases: PhaseRates,
     candidates: Sequence[Candidate],

@@ -9,20 +9,27 @@ context.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-from ...decode_workers.config import DecodeSchedulerConfig
+from ...decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
 from ...prefill_workers.config import PrefillSchedulerConfig
 from ...proto.errors import ConfigError
+from ...router.step_time import StepTime
 from .deployment import Deployment, WorkerSpec
-from .goodput import PUBLISHED_STEP, Objectives, published_goodput
+from .goodput import PUBLISHED_HIGH, PUBLISHED_STEP, Objectives, published_goodput
 from .machines import Machine, Parallel, divisors, feasible_parallels
-from .phase_rates import FirstTokens, FreeStepTime
+from .phase_rates import FirstTokens, FreeStepTime, Kind, PhaseRates, bound_phases
+from .placement import Placement, Pool
+from .search import Candidate, Found, Task, simulated
 from .sim_workload import Workload
 from .topology import free_topology
 
 MOST_STEP_CONTEXT = 50_000
+PLANNED_STEPS = 256
+"""Into which a plan's bisections divide twice the bound of what they look at: the published ones, in steps of
+0.25 requests/s a GPU, would not tell models apart that serve little."""
 _UNBOUNDED = 2**31 - 1
 _BLOCK_SIZE, _BLOCKS = 64, 16_384
 """A million tokens: the simplification that memory has no end, which 300 requests do not reach."""
@@ -30,19 +37,42 @@ _BLOCK_SIZE, _BLOCKS = 64, 16_384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Published:
-    """What an algorithm chose."""
+    """What an algorithm chose, to be replicated."""
 
     prefill: Parallel
     decode: Parallel
-    prefills: int
-    """Workers."""
-    decodes: int
-    per_gpu: float
-    """Requests/s: of the pair by the second algorithm, of the matched pools by the first."""
+    prefill_rate: float
+    """Requests/s of one worker; of the second algorithm, of a pair."""
+    decode_rate: float
+    paired: bool
+    """Whether there are as many decode workers as prefill workers."""
 
-    @property
-    def gpus(self) -> int:
-        return self.prefills * self.prefill.gpus + self.decodes * self.decode.gpus
+    def placement(self, prefills: int, decodes: int) -> Placement:
+        return Placement(
+            prefill=Pool(count=prefills, parallel=self.prefill),
+            decode=Pool(count=decodes, parallel=self.decode),
+        )
+
+    def rate(self, placement: Placement) -> float:
+        """Requests/s of the placement by its workers alone."""
+        assert placement.prefill is not None  # both are there
+        assert placement.decode is not None
+        return min(placement.prefill.count * self.prefill_rate, placement.decode.count * self.decode_rate)
+
+    def serving(self, rate: float) -> Placement:
+        """As many workers as the rate needs."""
+        return self.placement(math.ceil(rate / self.prefill_rate), math.ceil(rate / self.decode_rate))
+
+    def filling(self, gpus: int) -> Placement | None:
+        """As many workers as serve most within so many GPUs; None: not one of each."""
+        one, other = self.prefill.gpus, self.decode.gpus
+        found: list[Placement] = []
+        for prefills in range(1, (gpus - other) // one + 1):
+            room = (gpus - prefills * one) // other
+            needed = prefills if self.paired else math.ceil(prefills * self.prefill_rate / self.decode_rate)
+            if needed <= room or not self.paired:
+                found.append(self.placement(prefills, min(needed, room)))
+        return max(found, key=lambda placement: (self.rate(placement), -placement.gpus), default=None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,116 +84,223 @@ class PublishedTask:
     objectives: Objectives
     nodes: int
     gpus_per_node: int
-    rate: float
-    """Requests/s that are to be served: how often what is found is replicated."""
-    step: float = PUBLISHED_STEP
-    """Requests/s a GPU at which a bisection ends."""
+    max_pp: int | None = None
+    """Most pipeline stages of a worker; None: as many as there are GPUs."""
+    phases: PhaseRates | None = None
+    """Whose bounds a bisection starts from; None: the published ones."""
 
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}; use at least 1")
-        if not self.rate > 0.0 or not self.step > 0.0:
-            raise ConfigError(f"rate = {self.rate} and step = {self.step}; use numbers above 0")
+        if self.workload.shares:
+            raise ConfigError(
+                "prompts of the workload share blocks, which DistServe's algorithms know nothing of; "
+                "use --algorithm search, or a workload without"
+            )
+
+    def parallels(self) -> list[Parallel]:
+        """
+        Raises:
+            ConfigError: none fits.
+        """
+        gpus = self.nodes * self.gpus_per_node
+        return feasible_parallels(self.machine, gpus, self.max_pp or gpus)
 
 
-def high_affinity(task: PublishedTask) -> Published | None:
+class _Bisection(NamedTuple):
+    """One goodput; can be sent to another process."""
+
+    deployment: Deployment
+    workload: Workload
+    objectives: Objectives
+    gpus: int
+    step: float
+    high: float
+
+
+def _bisection(
+    task: PublishedTask,
+    deployment: Deployment,
+    kinds: Sequence[Kind],
+    workload: Workload,
+    objectives: Objectives,
+) -> _Bisection:
+    """Of a deployment of one worker of each of the kinds, which alone take GPUs."""
+    gpus = sum(kind.parallel.gpus for kind in kinds)
+    bound = math.inf if task.phases is None else min(task.phases.bounds[kind] for kind in kinds)
+    step, high = PUBLISHED_STEP, PUBLISHED_HIGH
+    if 0.0 < bound < math.inf:
+        high = 2.0 * bound / gpus
+        step = high / PLANNED_STEPS
+    return _Bisection(deployment, workload, objectives, gpus, step, high)
+
+
+def _bisect(bisection: _Bisection) -> float:
+    deployment, workload, objectives, gpus, step, high = bisection
+    return published_goodput(deployment, workload, objectives, step=step, high=high, gpus=gpus)
+
+
+def high_affinity(task: PublishedTask, mapped: Callable[..., object] = map) -> Published | None:
     """Algorithm 1: each phase by itself over all parallelisms of the cluster, then as many workers of each as
     the rate needs. None: a phase serves nothing."""
-    gpus = task.nodes * task.gpus_per_node
-    parallels = feasible_parallels(task.machine, gpus, gpus)
-    prefill = _best_phase(task, parallels, "prefill")
-    decode = _best_phase(task, parallels, "decode")
+    prefill = _best_phase(task, "prefill", mapped)
+    decode = _best_phase(task, "decode", mapped)
     if prefill is None or decode is None:
         return None
-    (prefill_at, prefill_rate), (decode_at, decode_rate) = prefill, decode
-    prefills, decodes = math.ceil(task.rate / prefill_rate), math.ceil(task.rate / decode_rate)
-    served = min(prefills * prefill_rate, decodes * decode_rate)
-    used = prefills * prefill_at.gpus + decodes * decode_at.gpus
     return Published(
-        prefill=prefill_at, decode=decode_at, prefills=prefills, decodes=decodes, per_gpu=served / used
+        prefill=prefill[0], decode=decode[0], prefill_rate=prefill[1], decode_rate=decode[1], paired=False
     )
 
 
-def low_affinity(task: PublishedTask) -> Published | None:
+def low_affinity(task: PublishedTask, mapped: Callable[..., object] = map) -> Published | None:
     """Algorithm 2: pairs whose equal pipeline stages share a node, simulated jointly. None: no pair serves
     anything."""
-    best: tuple[float, int, Parallel, Parallel] | None = None
-    for prefill, decode in _pairs(task):
-        used = prefill.gpus + decode.gpus
-        per_gpu = published_goodput(
-            _pair(task.machine, prefill, decode), task.workload, task.objectives, step=task.step
+    pairs = list(dict.fromkeys(_pairs(task)))
+    bisections = [
+        _bisection(
+            task,
+            _pair(task.machine, prefill, decode),
+            (Kind("prefill", prefill), Kind("decode", decode)),
+            task.workload,
+            task.objectives,
         )
-        if per_gpu > 0.0 and (best is None or (per_gpu, -used) > (best[0], -best[1])):
-            best = (per_gpu, used, prefill, decode)
+        for prefill, decode in pairs
+    ]
+    rates: list[float] = list(mapped(_bisect, bisections))  # type: ignore[call-overload]
+    best = _most_per_gpu([(rate, asked.gpus) for rate, asked in zip(rates, bisections, strict=True)])
     if best is None:
         return None
-    per_gpu, used, prefill, decode = best
-    times = math.ceil(task.rate / (per_gpu * used))
-    return Published(prefill=prefill, decode=decode, prefills=times, decodes=times, per_gpu=per_gpu)
+    (prefill, decode), rate = pairs[best], rates[best] * bisections[best].gpus
+    return Published(prefill=prefill, decode=decode, prefill_rate=rate, decode_rate=rate, paired=True)
+
+
+def _most_per_gpu(found: list[tuple[float, int]]) -> int | None:
+    """Which of (requests/s a GPU, GPUs) is the best; ties go to fewer GPUs, then to the first."""
+    best = max(range(len(found)), key=lambda i: (found[i][0], -found[i][1]), default=None)
+    return None if best is None or found[best][0] <= 0.0 else best
 
 
 def _pairs(task: PublishedTask) -> Iterator[tuple[Parallel, Parallel]]:
     """Of each number of stages over nodes: the parallelisms of a stage of both phases that fit one node."""
-    machine, per_node = task.machine, task.gpus_per_node
-    whole = set(feasible_parallels(machine, task.nodes * per_node, task.nodes * per_node))
-    for across in divisors(machine.model.num_layers, task.nodes):
-        stages = [p for p in sorted(whole) if p.pp % across == 0 and p.gpus // across < per_node]
+    whole = sorted(task.parallels())
+    for across in divisors(task.machine.num_layers, task.nodes):
+        stages = [p for p in whole if p.pp % across == 0 and p.gpus // across < task.gpus_per_node]
         for prefill in stages:
             for decode in stages:
-                if (prefill.gpus + decode.gpus) // across <= per_node:
+                if (prefill.gpus + decode.gpus) // across <= task.gpus_per_node:
                     yield prefill, decode
 
 
-def _best_phase(task: PublishedTask, parallels: list[Parallel], role: str) -> tuple[Parallel, float] | None:
-    """(parallelism, requests/s of one worker) with the most requests a GPU; ties go to fewer GPUs."""
-    best: tuple[float, int, Parallel] | None = None
-    for parallel in parallels:
-        alone = Objectives(
-            ttft_ms=task.objectives.ttft_ms if role == "prefill" else math.inf,
-            tpot_ms=task.objectives.tpot_ms if role == "decode" else math.inf,
-        )
-        workload = FirstTokens(task.workload) if role == "prefill" else task.workload
-        per_gpu = published_goodput(
-            _alone(task.machine, parallel, role), workload, alone, step=task.step, gpus=parallel.gpus
-        )
-        if per_gpu > 0.0 and (best is None or (per_gpu, -parallel.gpus) > best[:2]):
-            best = (per_gpu, -parallel.gpus, parallel)
-    return None if best is None else (best[2], best[0] * best[2].gpus)
+def _best_phase(
+    task: PublishedTask, role: str, mapped: Callable[..., object]
+) -> tuple[Parallel, float] | None:
+    """(parallelism, requests/s of one worker) with the most requests a GPU; ties go to fewer GPUs. Each
+    leaves room for a worker of the other phase."""
+    parallels = task.parallels()
+    most = task.nodes * task.gpus_per_node - min(parallel.gpus for parallel in parallels)
+    parallels = [parallel for parallel in parallels if parallel.gpus <= most]
+    alone = Objectives(
+        ttft_ms=task.objectives.ttft_ms if role == "prefill" else math.inf,
+        tpot_ms=task.objectives.tpot_ms if role == "decode" else math.inf,
+    )
+    workload = FirstTokens(task.workload) if role == "prefill" else task.workload
+    bisections = [
+        _bisection(task, _alone(task.machine, parallel, role), (Kind(role, parallel),), workload, alone)
+        for parallel in parallels
+    ]
+    rates: list[float] = list(mapped(_bisect, bisections))  # type: ignore[call-overload]
+    best = _most_per_gpu([(rate, asked.gpus) for rate, asked in zip(rates, bisections, strict=True)])
+    return None if best is None else (parallels[best], rates[best] * parallels[best].gpus)
+
+
+ALGORITHMS = {"distserve-high": high_affinity, "distserve-low": low_affinity}
+
+
+def search_published(task: Task, algorithm: str, mapped: Callable[..., object] = map) -> Found:
+    """What an algorithm of ALGORITHMS chooses, judged as search() judges: without its simplifications.
+
+    Raises:
+        ConfigError: the model does not fit the GPUs, or prompts share blocks.
+    """
+    per_node = min(task.gpus, task.machine.hardware.gpus_per_node)
+    asked = PublishedTask(
+        machine=task.machine,
+        workload=task.workload,
+        objectives=task.objectives,
+        nodes=task.gpus // per_node,
+        gpus_per_node=per_node,
+        max_pp=task.max_pp,
+    )
+    phases = bound_phases(task.machine, task.workload, task.objectives, asked.parallels())
+    asked = replace(asked, phases=phases)
+    chosen = ALGORITHMS[algorithm](asked, mapped)
+    nothing = Found(
+        candidates=(), others=(), phases=phases, sentence=f"{algorithm} finds nothing that serves any rate"
+    )
+    if chosen is None:
+        return nothing
+    placement = None if task.rate is None else chosen.serving(task.rate)
+    if placement is None or placement.gpus > task.gpus:
+        placement = chosen.filling(task.gpus)
+    if placement is None:
+        return replace(nothing, sentence=f"a pair that {algorithm} chose does not fit {task.gpus} GPUs")
+    expected = chosen.rate(placement)
+    [candidate] = simulated(task, phases, [Candidate(placement=placement, expected=expected)], mapped)
+    said = f"{algorithm} chose {placement} for {expected:.3g} requests/s with DistServe's simplifications"
+    if candidate.rate <= 0.0:
+        return replace(nothing, sentence=f"{said}; without them it serves none")
+    return Found(
+        candidates=(candidate,),
+        others=(),
+        phases=phases,
+        sentence=said,
+        reached=task.rate is None or candidate.rate >= task.rate,
+    )
 
 
 def _alone(machine: Machine, parallel: Parallel, role: str) -> Deployment:
-    own = _worker(machine, parallel, role)
-    other = WorkerSpec(
-        role="decode" if role == "prefill" else "prefill",
-        step_time=FreeStepTime(),
-        num_blocks=_BLOCKS,
-        scheduler=_scheduler("decode" if role == "prefill" else "prefill"),
-    )
-    workers = (own, other) if role == "prefill" else (other, own)
-    return Deployment(workers=workers, block_size=_BLOCK_SIZE, topology=free_topology([0], [1]))
+    own = simplified_worker(role, machine.step_time(parallel), parallel.gpus)
+    if role == "prefill":
+        return simplified_deployment(own, simplified_worker("decode", FreeStepTime()))
+    return simplified_deployment(simplified_worker("prefill", FreeStepTime()), own)
 
 
 def _pair(machine: Machine, prefill: Parallel, decode: Parallel) -> Deployment:
-    workers = (_worker(machine, prefill, "prefill"), _worker(machine, decode, "decode"))
-    return Deployment(workers=workers, block_size=_BLOCK_SIZE, topology=free_topology([0], [1]))
-
-
-def _worker(machine: Machine, parallel: Parallel, role: str) -> WorkerSpec:
-    return WorkerSpec(
-        role=role,
-        step_time=machine.step_time(parallel),
-        num_blocks=_BLOCKS,
-        scheduler=_scheduler(role),
-        gpus=parallel.gpus,
+    return simplified_deployment(
+        simplified_worker("prefill", machine.step_time(prefill), prefill.gpus),
+        simplified_worker("decode", machine.step_time(decode), decode.gpus),
     )
 
 
-def _scheduler(role: str) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
+def simplified_deployment(*workers: WorkerSpec) -> Deployment:
+    """Hand-offs take no time."""
+    prefills, decodes = (
+        [i for i, spec in enumerate(workers) if spec.role == role] for role in ("prefill", "decode")
+    )
+    return Deployment(workers=workers, block_size=_BLOCK_SIZE, topology=free_topology(prefills, decodes))
+
+
+def simplified_worker(role: str, step_time: StepTime, gpus: int = 1) -> WorkerSpec:
+    """Memory has no end. A colocated one computes prompts before it goes on with decodes, as vLLM did."""
+    return WorkerSpec(
+        role=role, step_time=step_time, num_blocks=_BLOCKS, scheduler=_simplified_scheduler(role), gpus=gpus
+    )
+
+
+def _simplified_scheduler(role: str) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
     if role == "prefill":
         return PrefillSchedulerConfig(
             chunk_budget=_UNBOUNDED, saturation_tokens=_UNBOUNDED, max_waiting=_UNBOUNDED
         )
-    return DecodeSchedulerConfig(
-        max_running=_UNBOUNDED, max_waiting=_UNBOUNDED, max_step_context=MOST_STEP_CONTEXT
+    if role == "decode":
+        return DecodeSchedulerConfig(
+            max_running=_UNBOUNDED, max_waiting=_UNBOUNDED, max_step_context=MOST_STEP_CONTEXT
+        )
+    return ColocatedSchedulerConfig(
+        max_running=_UNBOUNDED,
+        max_waiting=_UNBOUNDED,
+        max_step_context=MOST_STEP_CONTEXT,
+        prefill_budget=_UNBOUNDED,
+        prompts_first=True,
     )

@@ -14,6 +14,7 @@ import numpy as np
 from ...proto.errors import ConfigError
 from ..load.trace_formats import TraceRecord
 from ..load.workload import Arrival, WorkloadConfig, plan_arrivals
+from .events import to_ns
 from .sim_request import SimRequest
 
 LEAST_REQUESTS = 300
@@ -39,16 +40,7 @@ class SimWorkload:
         Raises:
             ConfigError: the trace lacks what the arrivals ask for.
         """
-        return [
-            SimRequest(
-                index=i,
-                arrival=round(arrival.arrival_s / rate * 1e9),
-                prompt_tokens=arrival.input_tokens,
-                output_tokens=arrival.output_tokens,
-                hashes=_block_hashes(arrival, self.block_size),
-            )
-            for i, arrival in enumerate(self._plan(seed, count))
-        ]
+        return requests_of(self._plan(seed, count), self.block_size, rate)
 
     def lengths(self, seed: int, count: int) -> list[tuple[int, int]]:
         """Of the requests of that seed."""
@@ -96,9 +88,7 @@ class PublishedWorkload:
         gaps = np.random.RandomState(seed).gamma(1.0, 1.0 / rate, size=len(pairs) - 1)
         times = np.concatenate(([0.0], np.cumsum(gaps)))
         return [
-            SimRequest(
-                index=i, arrival=round(time * 1e9), prompt_tokens=prompt, output_tokens=output, hashes=[]
-            )
+            SimRequest(index=i, arrival=to_ns(time), prompt_tokens=prompt, output_tokens=output, hashes=[])
             for i, (time, (prompt, output)) in enumerate(zip(times.tolist(), pairs, strict=True))
         ]
 
@@ -140,6 +130,24 @@ class Workload(Protocol):
     def most(self, count: int) -> int:
         """The most requests up to `count` that there can be."""
         ...
+
+
+def requests_of(arrivals: Sequence[Arrival], block_size: int, rate: float = 1.0) -> list[SimRequest]:
+    """The plan of a load as the simulator takes it, fresh ones at each call.
+
+    Args:
+        rate: what the plan's times are divided by.
+    """
+    return [
+        SimRequest(
+            index=i,
+            arrival=to_ns(arrival.arrival_s / rate),
+            prompt_tokens=arrival.input_tokens,
+            output_tokens=arrival.output_tokens,
+            hashes=_block_hashes(arrival, block_size),
+        )
+        for i, arrival in enumerate(arrivals)
+    ]
 
 
 def _block_hashes(arrival: Arrival, block_size: int) -> list[bytes]:

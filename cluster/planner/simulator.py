@@ -143,7 +143,8 @@ class Simulation:
             if request.token0 < 0:
                 request.token0 = self._events.now
                 self._admission.leave(request.prompt_tokens, self._events.now_s)
-                self._late += request.token0 - request.arrival > self._slo.ttft_ms * 1e6
+                takes_ms = (request.token0 - request.arrival) / 1e6 + self._deployment.first_token_s * 1e3
+                self._late += takes_ms > self._slo.ttft_ms
             if outcome.finish_reason != NOT_FINISHED:
                 request.last_token = self._events.now
                 self._policy.observe_completion(request.output_tokens)

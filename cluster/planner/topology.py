@@ -76,11 +76,9 @@ class Links:
         self._bandwidths = [bandwidth / NS for bandwidth in topology.bandwidths]
         self._events = events
         self._on: list[dict[_Transfer, None]] = [{} for _ in self._bandwidths]
-        self.bytes_moved = 0
 
     def send(self, path: tuple[int, ...], num_bytes: float, done: Callable[[], None]) -> None:
         """Calls `done` when so many bytes have gone over all links of the path."""
-        self.bytes_moved += round(num_bytes)
         transfer = _Transfer(path, done, float(num_bytes), self._events.now)
         for link in path:
             self._on[link][transfer] = None

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
-from diphase.cluster.planner.distserve import FOLDER, distserve_kv_capacity, distserve_step_time
+from diphase.cluster.planner.distserve import FOLDER, distserve_kv_capacities, distserve_step_time
+from diphase.cluster.planner.hardware import load_hardware
+from diphase.cluster.planner.machines import DistServeMachine, Parallel
+from diphase.cluster.planner.model_shape import load_model_shape
 from diphase.proto.errors import ConfigError
 from diphase.router.step_time import StepShape
 
@@ -67,9 +71,9 @@ def test_every_published_set_keeps_the_laws(
 
 
 def test_kv_capacities_are_the_published_ones(data: Path) -> None:
-    assert distserve_kv_capacity(data, model="opt-13b", tp=1) == 66_144
-    assert distserve_kv_capacity(data, model="facebook/opt-66b", tp=4) == 78_496
-    assert distserve_kv_capacity(data, model="opt-66b", tp=2, pp=2) == 78_512
+    assert distserve_kv_capacities(data, model="opt-13b")[1, 1] == 66_144
+    found = distserve_kv_capacities(data, model="facebook/opt-66b")
+    assert (found[4, 1], found[2, 2]) == (78_496, 78_512)
 
 
 def test_what_was_not_measured_is_named_with_what_was(data: Path) -> None:
@@ -79,8 +83,8 @@ def test_what_was_not_measured_is_named_with_what_was(data: Path) -> None:
         distserve_step_time(data, model="opt-13b", tp=3)
     with pytest.raises(ConfigError, match=r"engine sglang .* distserve, vllm"):
         distserve_step_time(data, model="opt-13b", tp=1, engine="sglang")
-    with pytest.raises(ConfigError, match=r"\(1, 3\) was not measured; there is \(1, 1\)"):
-        distserve_kv_capacity(data, model="opt-13b", tp=1, pp=3)
+    with pytest.raises(ConfigError, match=r"model opt-30b .* facebook/opt-13b, facebook/opt-175b"):
+        distserve_kv_capacities(data, model="opt-30b")
     with pytest.raises(ConfigError, match="pp = 0"):
         distserve_step_time(data, model="opt-13b", tp=1, pp=0)
 
@@ -101,4 +105,25 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
             distserve_step_time(tmp_path, model="opt-13b", tp=1)
     (folder / "max_num_tokens.csv").write_text("model,tp,pp,max_num_tokens\nopt-13b,1,1,5\nopt-13b,1,2,-7\n")
     with pytest.raises(ConfigError, match=r"max_num_tokens\.csv, line 3 is malformed: -7"):
-        distserve_kv_capacity(tmp_path, model="opt-13b", tp=1)
+        distserve_kv_capacities(tmp_path, model="opt-13b")
+
+
+def machine(folder: Path, name: str = "opt-13b") -> DistServeMachine:
+    return DistServeMachine(load_model_shape(name), load_hardware("a100-sxm-80gb"), name, folder)
+
+
+def test_memory_that_is_not_published_is_arithmetic_and_a_missing_file_is_an_error(
+    data: Path, tmp_path: Path
+) -> None:
+    assert machine(data).kv_tokens(Parallel(1, 1)) == 66_144
+    assert (1, 40) not in distserve_kv_capacities(data, model="opt-13b")
+    assert machine(data).kv_tokens(Parallel(1, 40)) > 3_000_000
+    with pytest.raises(ConfigError, match="would hold 122"):
+        machine(data, "opt-66b").kv_tokens(Parallel(1, 1))
+    folder = tmp_path / FOLDER
+    folder.mkdir()
+    with pytest.raises(ConfigError, match=r"profiler-a100-80g\.distserve\.json"):
+        machine(tmp_path)
+    shutil.copy(data / FOLDER / "profiler-a100-80g.distserve.json", folder)
+    with pytest.raises(ConfigError, match=r"max_num_tokens\.csv"):
+        machine(tmp_path)

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from diphase.benchmarks.distserve_reference import (
-    CASES,
-    FIXED,
-    Pools,
-    arrivals,
-    azure_lengths,
-    simulate,
-)
+from diphase.benchmarks.distserve_reference import CASES, Pools, workload
 from diphase.cluster.load.traces import data_folder
+from diphase.cluster.planner.goodput import Definition, Objectives, Pattern, served, simulate
 
 FOLDER = data_folder(None, {})
 
@@ -22,21 +16,22 @@ def published() -> None:
         pytest.skip(f"DistServe's coefficients are not in {FOLDER}")
 
 
-def serves(pools: Pools, workload: str, slo: tuple[float, float], rate: float) -> bool:
+def serves(pools: Pools, lengths: str, slo: tuple[float, float], rate: float) -> bool:
     """Whether both percentiles are inside at so many requests a second and GPU."""
-    lengths = FIXED if workload == "512/64" else azure_lengths(FOLDER)
-    requests = arrivals(lengths, rate * pools.gpus)
-    return simulate(pools.deployment(FOLDER, simplified=True), requests, slo).percentiles_inside(*slo)
+    load, objectives = workload(lengths, FOLDER), Objectives(ttft_ms=slo[0], tpot_ms=slo[1])
+    deployment, pattern = pools.simplified(FOLDER), Pattern(0, load.least)
+    result = simulate(deployment, load, objectives, rate * pools.gpus, pattern, whole=False)
+    return served(result, objectives, Definition.EACH)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} {case[2]} {case[3][0]:.0f}")
 def test_goodput_is_theirs_within_five_percent(
     case: tuple[str, Pools, str, tuple[float, float], float],
 ) -> None:
-    _, pools, workload, slo, theirs = case
+    _, pools, lengths, slo, theirs = case
     if theirs:
-        assert serves(pools, workload, slo, 0.95 * theirs)
-    assert not serves(pools, workload, slo, 1.05 * theirs or 0.05)
+        assert serves(pools, lengths, slo, 0.95 * theirs)
+    assert not serves(pools, lengths, slo, 1.05 * theirs or 0.05)
 
 
 @pytest.mark.parametrize(

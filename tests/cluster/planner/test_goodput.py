@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from diphase.cluster.load.workload import WorkloadConfig
@@ -15,16 +14,10 @@ from diphase.cluster.planner.goodput import (
     Question,
     answer,
     largest_rate,
-    published_goodput,
     served,
     simulate,
 )
-from diphase.cluster.planner.hardware import load_hardware
-from diphase.cluster.planner.machines import DistServeMachine, Parallel
-from diphase.cluster.planner.model_shape import load_model_shape
-from diphase.cluster.planner.phase_rates import FirstTokens
-from diphase.cluster.planner.search_distserve import _alone, _pair
-from diphase.cluster.planner.sim_workload import PublishedWorkload, SimWorkload
+from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.decode_workers.config import ColocatedSchedulerConfig
 from diphase.proto.errors import ConfigError
 from diphase.router.two_regime_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
@@ -104,22 +97,3 @@ def test_wrong_objectives_and_rates_are_refused() -> None:
         Objectives(ttft_ms=1.0, tpot_ms=0.0)
     with pytest.raises(ConfigError, match="0"):
         replace(QUESTION, guess=0.0)
-
-
-def test_distserves_numbers(data: Path) -> None:
-    """OPT-13B, 512 and 64 tokens, 400 and 40 ms: its simulator gives 5.801 a GPU for 1P1D and 11.60 for a
-    prefill worker alone."""
-    machine = DistServeMachine(load_model_shape("opt-13b"), load_hardware("a100-sxm-80gb"), "opt-13b", data)
-    workload = PublishedWorkload(((512, 65),) * 300)
-    pair = published_goodput(
-        _pair(machine, Parallel(), Parallel()), workload, Objectives(ttft_ms=400.0, tpot_ms=40.0), step=0.1
-    )
-    assert pair == pytest.approx(5.801, rel=0.05)
-    prefill = published_goodput(
-        _alone(machine, Parallel(), "prefill"),
-        FirstTokens(workload),
-        Objectives(ttft_ms=400.0, tpot_ms=math.inf),
-        step=0.1,
-        gpus=1,
-    )
-    assert prefill == pytest.approx(11.60, rel=0.05)

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.traces import TRACES, data_folder, load_trace
-from diphase.cluster.load.workload import Arrival
-from diphase.cluster.planner.log_fit import fit_log, likeness, nearest, public_fits, synthesise
+from diphase.cluster.load.workload import Arrival, plan_arrivals
+from diphase.cluster.planner.log_fit import fit_log, likeness, nearest, public_fits, sentence, synthetic
 from diphase.proto.errors import ConfigError
 
 
@@ -33,6 +33,11 @@ def as_records(arrivals: list[Arrival]) -> list[TraceRecord]:
         TraceRecord(arrival_s=a.arrival_s, input_tokens=a.input_tokens, output_tokens=a.output_tokens)
         for a in arrivals
     ]
+
+
+def made_of(records: list[TraceRecord], count: int, rate: float, seed: int = 0) -> list[Arrival]:
+    config, pairs = synthetic(fit_log(records), records, num_requests=count, seed=seed)
+    return plan_arrivals(config, pairs, None, rate)
 
 
 def without_times(records: list[TraceRecord]) -> list[TraceRecord]:
@@ -59,7 +64,7 @@ def test_a_log_that_never_varies_has_a_fit_and_a_likeness() -> None:
     assert fit.arrivals.rate == pytest.approx(2.0)
     assert fit.arrivals.cv == pytest.approx(0.0)
     assert (fit.inputs.cv, fit.correlation) == (0.0, 0.0)
-    made = [a.arrival_s for a in synthesise(fit, even, num_requests=50)]
+    made = [a.arrival_s for a in made_of(even, 50, 2.0)]
     assert np.diff(made) == pytest.approx(np.full(49, 0.5), rel=0.1)
 
 
@@ -68,9 +73,18 @@ def test_a_log_without_times_or_of_one_moment_has_no_arrivals() -> None:
     for records in (without_times(log(50)), at_once):
         fit = fit_log(records)
         assert fit.arrivals is None
-        with pytest.raises(ConfigError, match="no times to take a rate from"):
-            synthesise(fit, records, num_requests=5)
-        assert len(synthesise(fit, records, num_requests=5, rate=1.0)) == 5
+        with pytest.raises(ConfigError, match="no times to take the variation"):
+            synthetic(fit, records, num_requests=5)
+
+
+def test_a_fit_is_said_in_one_line() -> None:
+    fit = fit_log(log())
+    near = nearest(fit, {"far": fit_log(log(scale=8.0)), "near": fit_log(log(scale=2.0))})
+    said = sentence(fit, near)
+    assert "4,000 requests at 2" in said
+    assert f"prompts P50 {fit.inputs.percentile(50):,.0f}, P90" in said
+    assert "nearest public trace near, off by a factor of 1.58" in said  # 2 ** (2 / 3)
+    assert "without times" in sentence(fit_log(without_times(log())))
 
 
 def test_one_request_is_no_log() -> None:
@@ -108,7 +122,7 @@ def test_a_synthetic_workload_has_the_logs_likeness_at_any_size_and_rate(
 ) -> None:
     records = log()
     fit = fit_log(records)
-    made = synthesise(fit, records, num_requests=num_requests, rate=rate, seed=3)
+    made = made_of(records, num_requests, rate, seed=3)
     assert len(made) == num_requests
     pairs = {(r.input_tokens, r.output_tokens) for r in records}
     assert {(a.input_tokens, a.output_tokens) for a in made} <= pairs
@@ -122,8 +136,7 @@ def test_a_synthetic_workload_has_the_logs_likeness_at_any_size_and_rate(
 
 def test_a_synthetic_workload_is_a_function_of_the_seed() -> None:
     records = log(100)
-    fit = fit_log(records)
-    one, same, other = (synthesise(fit, records, num_requests=50, seed=seed) for seed in (1, 1, 2))
+    one, same, other = (made_of(records, 50, 1.0, seed) for seed in (1, 1, 2))
     assert one == same
     assert [a.arrival_s for a in one] != [a.arrival_s for a in other]
     assert [a.input_tokens for a in one] != [a.input_tokens for a in other]

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from diphase.cluster.cli import main
 from diphase.cluster.config import load
@@ -11,7 +13,7 @@ from diphase.cluster.planner.hardware import load_hardware
 from diphase.cluster.planner.machines import Parallel, RooflineMachine
 from diphase.cluster.planner.model_shape import load_model_shape
 from diphase.cluster.planner.placement import Placement, Pool
-from diphase.cluster.planner.plan_command import parse_slo
+from diphase.cluster.planner.plan_command import add_arguments, parse_slo, task_from
 from diphase.cluster.planner.plan_toml import plan_toml
 from diphase.proto.clock import system_rng
 from diphase.proto.errors import ConfigError
@@ -72,6 +74,53 @@ def test_an_infeasible_objective_is_named(
 def test_wrong_options_are_named(more: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, *more]) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def own_log(tmp_path: Path) -> str:
+    path = tmp_path / "log.csv"
+    rows = [f"{370 * (i + i % 5 // 4)},{300 + 7 * (i % 40)},{2 + i % 5}" for i in range(200)]
+    path.write_text("\n".join(["timestamp,input_length,output_length", *rows]))
+    return str(path)
+
+
+OWN = [*COMMAND[: COMMAND.index("--mean-input")], *COMMAND[COMMAND.index("--mean-output") + 2 :]]
+
+
+def test_a_log_is_said_in_a_line_and_a_likeness_of_it_planned_for(
+    own_log: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*OWN, "--workload", own_log, "--slo", "ttft=200,tpot=20"]
+    assert main([*arguments, "--like", "--requests", "400"]) == 0
+    printed = capsys.readouterr().out
+    assert "workload: 200 requests at 2." in printed
+    assert "gaps vary by" in printed
+    assert "nearest public trace" in printed
+    assert main([*arguments, "--data", str(tmp_path)]) == 0
+    assert "no public trace lies in" in capsys.readouterr().out
+    assert main([*arguments, "--like", "--cv", "2"]) == 2
+    assert "leave out --arrivals and --cv" in capsys.readouterr().err
+
+
+def test_a_likeness_has_the_logs_pairs_of_lengths_and_its_gaps(own_log: str) -> None:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = [*OWN[1:], "--workload", own_log, "--slo", "ttft=200,tpot=20", "--requests", "500", "--like"]
+    workload = task_from(parser.parse_args(given)).workload
+    lengths = workload.lengths(0, 500)
+    assert len(set(lengths)) == 40
+    assert all((prompt - 300) % 7 == 0 and 2 <= output <= 6 for prompt, output in lengths)
+    gaps = np.diff([request.arrival for request in workload.requests(1.0, 0, 500)])
+    assert gaps.std() / gaps.mean() == pytest.approx(0.632, rel=0.1)
+
+
+def test_distserves_algorithms_are_asked_for_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = [*COMMAND, "--gpus", "2", "--slo", "ttft=200,tpot=20"]
+    assert main([*arguments, "--algorithm", "distserve-low", "--requests", "300"]) == 0
+    printed = capsys.readouterr().out
+    assert "distserve-low chose 1 prefill (tp 1) + 1 decode (tp 1) for" in printed
+    assert "placement: 1 prefill" in printed
+    assert "what binds" in printed
 
 
 def test_objectives_are_read() -> None:

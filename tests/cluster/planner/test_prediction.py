@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from diphase.cluster.config import ClusterConfig, load
 from diphase.cluster.load.workload import Arrival, WorkloadConfig, plan_arrivals
-from diphase.cluster.planner.prediction import Busy, deployment_of, predict, requests_of
+from diphase.cluster.planner.prediction import Busy, deployment_of, predict
 from diphase.cluster.planner.profile import Profile, ServingCost, Slowdown
+from diphase.cluster.planner.sim_workload import requests_of
 from diphase.cluster.planner.validation import (
     Figures,
     Validation,
