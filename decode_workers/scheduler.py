@@ -161,6 +161,12 @@ class DecodeScheduler:
             self._tables.release(sequence)
         return outcomes
 
+    def steady_plan(self) -> StepPlan:
+        """The next of steady_steps() as a plan of its own, when its blocks are taken: nobody joins it."""
+        chunks = [Chunk(sequence=s, num_tokens=1, samples=True) for s in self._running.values()]
+        self._in_step.update(chunk.sequence.key for chunk in chunks)
+        return StepPlan(chunks=chunks)
+
     def blocks_to_advance(self, steps: int) -> int:
         """Blocks that the batch, while it is steady, takes from the pool in its next steps."""
         return self._running.blocks_to_advance(steps)

@@ -4,12 +4,12 @@ reads."""
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from typing import NamedTuple
 
 from ..proto import inference_pb2 as pb
 from ..proto import worker_pb2
-from ..proto.errors import Cancelled, DiphaseError, Draining
+from ..proto.errors import Cancelled, DiphaseError
+from .attempts import Attempts
 from .latency import RequestTimes
 from .text import PreparedRequest
 from .token_order import Logprobs, TokenOrder
@@ -27,45 +27,29 @@ class Tokens(NamedTuple):
     """FinishReason; 0 while more may come. Nothing follows a finish."""
 
 
-class ActiveRequest:
+class ActiveRequest(Attempts):
     """One request. It ends once: finished or failed; until then it moves from attempt to attempt."""
 
     __slots__ = (
         "_order",
         "_terminal",
-        "attempt",
-        "decode",
-        "decoding",
         "delivered",
         "error",
-        "failed_workers",
         "finish_reason",
         "finisher",
         "give_up",
-        "moves",
-        "prefill",
         "queued",
         "request",
-        "seeded",
         "stream",
         "times",
     )
 
     def __init__(self, request: PreparedRequest, attempt: int = 0) -> None:
+        super().__init__(attempt)
         self.request = request
-        self.attempt = attempt
         self.times = RequestTimes(request.received_at, request.tokenised_at)
-        self.prefill: WorkerHandle | None = None
-        self.decode: WorkerHandle | None = None
-        self.decoding = False
-        """The decode worker has sent tokens of this attempt."""
-        self.seeded = False
-        """The prefill worker has sent the first token of this attempt."""
         self.queued = False
         """Counted by admission: it has no token yet."""
-        self.failed_workers: set[str] = set()
-        self.moves = 0
-        """Attempts that ended because a worker drained; they cost none."""
         self.give_up: asyncio.TimerHandle | None = None
         """Ends the wait for a placement."""
         self.finish_reason = 0
@@ -98,17 +82,9 @@ class ActiveRequest:
         return bool(self.finish_reason) or self.error is not None
 
     @property
-    def needs_prefill(self) -> bool:
-        """Whether losing the prefill worker ends the attempt: tokens that only it has are missing."""
-        if self.prefill is None or (self.decoding and not self._order.has_gap):
-            return False
-        # Where it drained, decode has verified the hand-off, whether or not it has sent a token yet.
-        return not (self.prefill.parted and self.seeded) or self._order.has_gap
-
-    @property
-    def workers(self) -> list[WorkerHandle]:
-        """Those that have the current attempt."""
-        return [worker for worker in (self.prefill, self.decode) if worker is not None]
+    def has_gap(self) -> bool:
+        """See Attempts."""
+        return self._order.has_gap
 
     def take(self, index: int, token_ids: list[int], logprobs: Logprobs) -> None:
         """Tokens from a worker, in any order, repeated or not."""
@@ -136,21 +112,9 @@ class ActiveRequest:
             self.error = error
             self.stream.wake()
 
-    def blame(self, workers: Sequence[WorkerHandle], error: DiphaseError) -> None:
-        """The attempt ended by one of them. A drain is nobody's failure, however many workers drain: unless
-        none of these is known to leave and all have failed the request before, for then it could go on so
-        for ever."""
-        if isinstance(error, Draining) and any(
-            worker.leaves or worker.worker_id not in self.failed_workers for worker in workers
-        ):
-            self.moves += 1
-        self.failed_workers.update(worker.worker_id for worker in workers)
-
     def next_attempt(self) -> None:
         """Leaves its workers; what they sent in order is kept."""
-        self.attempt += 1
-        self.prefill = self.decode = None
-        self.decoding = self.seeded = False
+        super().next_attempt()
         self._terminal = None
         self._order.drop_early()
 

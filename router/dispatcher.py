@@ -20,7 +20,6 @@ from ..proto.errors import (
     InvalidRequest,
     Overloaded,
     SloInfeasible,
-    TransferError,
     WorkerLost,
     from_wire,
 )
@@ -199,7 +198,7 @@ class Dispatcher:
         error = (Draining if worker.parted else WorkerLost)(f"worker {worker.worker_id} was lost: {reason}")
         self._reattacher.lost(worker)
         for active in list(self._active.values()):
-            if active.decode is worker or (active.prefill is worker and active.needs_prefill):
+            if active.needs(worker):
                 self._fail_attempt(active, error, retryable=True, blamed=[worker])
 
     def available(self, worker: WorkerHandle) -> None:
@@ -292,8 +291,7 @@ class Dispatcher:
         else:
             worker.acknowledge(active.request_id, active.attempt)
             error = from_wire(terminal.error.code, terminal.error.message)
-            # When a hand-off fails or is refused, either side may be the reason.
-            blamed = active.workers if isinstance(error, TransferError | Draining | Overloaded) else [worker]
+            blamed = active.suspects(worker, error)
             self._fail_attempt(active, error, retryable=terminal.error.retryable, blamed=blamed)
 
     def _fail_attempt(
@@ -310,7 +308,7 @@ class Dispatcher:
         active.blame(blamed, error)
         if len(active.token_ids) >= active.request.sampling.max_tokens:
             active.finish(FINISH_REASON_LENGTH)  # only the terminal event was lost
-        elif not retryable or active.attempt + 1 - active.moves >= self._config.max_attempts:
+        elif not retryable or active.exhausted(self._config.max_attempts):
             self._end_with(active, error)
         else:
             self.metrics.retried(error.code)

@@ -18,6 +18,8 @@ from .membership import Member
 from .step_drift import StepDrift
 from .step_time import StepShape
 
+TICK_S = 0.1
+"""How often a gateway looks who hangs."""
 MIN_STEP_AGE_S = 2.0
 STEP_AGE_FACTOR = 5.0
 """A step hangs when it is older than max(MIN_STEP_AGE_S, STEP_AGE_FACTOR * its prediction)."""

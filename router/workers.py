@@ -24,12 +24,11 @@ from .links import LinkFactory, WorkerSilent
 from .membership import Member, MembershipSource
 from .prefix_index import PrefixIndex
 from .step_time import StepShape
-from .worker_handle import WorkerHandle, WorkerState
+from .worker_handle import TICK_S, WorkerHandle, WorkerState
 
 logger = logging.getLogger(__name__)
 
 ROLES = ("prefill", "decode", "colocated")
-TICK_S = 0.1
 PING_EVERY_S = 1.0
 FIRST_PINGS = 4
 """Exchanges made at once when a stream opens."""

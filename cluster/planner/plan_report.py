@@ -81,8 +81,9 @@ def _other_kinds(plan: Plan, shown: set[str]) -> Iterator[str]:
         of_kind = (candidate for candidate in _known(plan) if candidate.placement.kind == kind)
         best = max(of_kind, key=lambda candidate: candidate.rate, default=None)
         if best is not None:
-            sentence = f"{best.placement}; {best.placement.gpus} GPUs, {_estimates(best)}"
-        yield f"{kind}: {sentence}"
+            yield f"{kind}: {best.placement}; {best.placement.gpus} GPUs, {_estimates(best)}"
+        else:
+            yield f"{kind}: {sentence}"
 
 
 def _known(plan: Plan) -> tuple[Candidate, ...]:

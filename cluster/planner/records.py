@@ -17,7 +17,7 @@ Floats = NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerUse:
-    """Of one worker over the whole run."""
+    """Of one worker process over the whole run."""
 
     role: str
     busy: float
@@ -35,6 +35,13 @@ class SimResult:
     tpot_ms: Floats
     """0 for a request of one token; infinite as above."""
     rejected: int
+    """Too much for the cluster, or too long."""
+    failed: int
+    """Lost with a worker, and not served elsewhere."""
+    retried: int
+    """Placed more than once."""
+    stall_ms: Floats
+    """Longest time from the loss of a worker to the next token; 0 for who lost none."""
     duration_s: float
     gpus: int
     workers: tuple[WorkerUse, ...]
@@ -55,6 +62,9 @@ class SimResult:
             ttft_ms=ttft,
             tpot_ms=tpot,
             rejected=sum(request.rejected for request in requests),
+            failed=sum(bool(request.error) and not request.rejected for request in requests),
+            retried=sum(request.attempts > 1 for request in requests),
+            stall_ms=np.array([request.stall / 1e6 for request in requests]),
             duration_s=end / 1e9,
             gpus=deployment.gpus,
             workers=tuple(

@@ -7,10 +7,13 @@ from functools import lru_cache
 from typing import cast
 
 from ...engine.sequence import Sequence
+from ...proto.errors import Overloaded, PromptTooLong, SloInfeasible
 from ...proto.ids import HandoffKey
 from ...proto.sampling import SamplingParams
 from ...proto.slo import Slo
 from .events import NS
+
+REFUSALS = frozenset(error.code for error in (Overloaded, SloInfeasible, PromptTooLong))
 
 
 @dataclass(slots=True, eq=False, kw_only=True)
@@ -24,6 +27,7 @@ class SimRequest:
     hashes: list[bytes]
     """Of its prompt's full blocks; may be fewer, or none where nothing is shared."""
     prefill_worker: int = -1
+    """Of the last attempt, as what follows apart from `scheduled`, `token0` and `cached_tokens`."""
     decode_worker: int = -1
     scheduled: int = -1
     """The first step with a part of its prompt began."""
@@ -31,14 +35,26 @@ class SimRequest:
     verified: int = -1
     """Its hand-off was complete."""
     joined: int = -1
-    """The step of its second token began."""
+    """The step of the first token after its hand-off began."""
     last_token: int = -1
     cached_tokens: int = 0
-    rejected: bool = False
+    attempts: int = 0
+    """That were placed."""
+    interrupted: int = -1
+    """It lost a worker then, and no token came since."""
+    stall: int = 0
+    """Longest time from the loss of a worker to the next token."""
+    error: str = ""
+    """Code (`proto/errors.py`) of what ended it before its last token."""
 
     @property
-    def key(self) -> HandoffKey:
-        return HandoffKey(f"{self.index:08d}", 0)
+    def request_id(self) -> str:
+        return f"{self.index:08d}"
+
+    @property
+    def rejected(self) -> bool:
+        """It was too much for the cluster, or too long for a worker: nothing was lost."""
+        return self.error in REFUSALS
 
 
 @lru_cache(maxsize=4096)
@@ -46,10 +62,10 @@ def _params(max_tokens: int) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, ignore_eos=True)
 
 
-def sequence_of(request: SimRequest, slo: Slo, generated: int = 0) -> Sequence:
+def sequence_of(request: SimRequest, slo: Slo, attempt: int = 0, generated: int = 0) -> Sequence:
     """The request as a scheduler sees it, with so many tokens generated and nothing computed."""
     return Sequence(
-        key=request.key,
+        key=HandoffKey(request.request_id, attempt),
         gateway_id="",
         # Schedulers count tokens, append and look at the last one: a byte for each does.
         token_ids=cast("list[int]", bytearray(request.prompt_tokens + generated)),

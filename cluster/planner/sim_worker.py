@@ -24,6 +24,7 @@ from ...engine.sequence import Sequence
 from ...engine.step_predictor import describe
 from ...prefill_workers.config import PrefillSchedulerConfig
 from ...prefill_workers.scheduler import PrefillScheduler
+from ...proto.ids import HandoffKey
 from ...router.step_time import StepShape
 from .deployment import WorkerSpec
 from .events import NS, STEP_ENDS, EventQueue, to_ns
@@ -56,8 +57,8 @@ class _Stretch:
 
 
 class SimWorker:
-    """`on_start` hears of sequences whose step begins, those at least that are in their first one here;
-    `on_done` of what a step gave, those at least that are not in a stretch or end somebody."""
+    """One process. `on_start` hears of sequences whose step begins, those at least that are in their first
+    one here; `on_done` of what a step gave, those at least that are not in a stretch or end somebody."""
 
     def __init__(
         self,
@@ -67,12 +68,20 @@ class SimWorker:
         context_length: int,
         events: EventQueue,
         *,
+        name: str,
         exact: bool,
         on_start: Callable[[SimWorker, Seq[Sequence]], None],
         on_done: Callable[[SimWorker, Seq[Outcome]], None],
     ) -> None:
         self.index = index
+        """Its place in the deployment: whoever comes after it there has it, too."""
+        self.name = name
+        """What the router calls it: the same when its process comes back."""
         self.spec = spec
+        self.alive = True
+        self.draining = False
+        self.handoffs = 0
+        """On their way to it, or from it."""
         self.blocks = BlockManager(spec.num_blocks, block_size)
         self.tables = BlockTables(self.blocks, None)
         limits = ModelLimits(
@@ -104,7 +113,7 @@ class SimWorker:
 
     def start(self) -> None:
         """Begins a step if the first stage is free and there is work. To be called whenever there may be."""
-        if self._stretch is not None or self._stage_free[0] > self._events.now:
+        if self._stretch is not None or self._stage_free[0] > self._events.now or not self.alive:
             return
         if self._stretches and self._begin_stretch():
             return
@@ -131,6 +140,43 @@ class SimWorker:
         if len(stretch.ends) > stretch.settled + 1:
             self._summed = max(LEAST_STRETCH, 2 * stretch.settled)
             self._run_stretch(_Stretch([stretch.ends[stretch.settled]], stretch.since))
+
+    def single_out(self) -> None:
+        """As settle(), and brings every sequence up to date: the step that runs is one by itself, which a
+        sequence may leave."""
+        self.settle()
+        stretch, self._stretch = self._stretch, None
+        if stretch is None:
+            return
+        assert self.decode is not None
+        [end] = stretch.ends[stretch.settled :]
+        self._stage_free[0] = end
+        self.steps += 1
+        self.busy_ns += end - stretch.since
+        self._events.at(end, self._complete, self.decode.steady_plan(), rank=STEP_ENDS)
+
+    def cancel(self, key: HandoffKey) -> None:
+        """Forgets an attempt; its blocks are free at once, or at the end of the step that it is in."""
+        self.single_out()
+        scheduler = self.prefill or self.decode
+        assert scheduler is not None
+        scheduler.cancel(key)
+
+    def kill(self) -> None:
+        """The process is gone: nothing of it happens any more, and the step that runs gives nothing."""
+        self.single_out()
+        self.alive = False
+        self.busy_ns -= max(0, self._stage_free[0] - self._events.now)
+
+    @property
+    def idle(self) -> bool:
+        """Whether it has nothing that it must finish."""
+        if self.prefill is not None:
+            busy = self.prefill.num_waiting + self.prefill.num_started
+        else:
+            assert self.decode is not None
+            busy = self.decode.num_waiting + self.decode.num_running
+        return not (busy or self.handoffs)
 
     # what load reports, as of the last complete step
 
@@ -237,6 +283,8 @@ class SimWorker:
             self._events.at(self._stage_free[0], self.start)
 
     def _complete(self, plan: StepPlan) -> None:
+        if not self.alive:
+            return
         tokens = [_TOKEN if chunk.samples else None for chunk in plan.chunks]
         scheduler = self.prefill or self.decode
         assert scheduler is not None

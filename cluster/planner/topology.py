@@ -47,8 +47,8 @@ def free_topology(sources: Sequence[int], targets: Sequence[int]) -> Topology:
 def flat_topology(
     sources: Sequence[int], targets: Sequence[int], bandwidth: float, latency_s: float = 0.0
 ) -> Topology:
-    """One link out of every source, one into every target, and nothing between."""
-    links = {worker: i for i, worker in enumerate((*sources, *targets))}
+    """One link out of every source, one into every target, and nothing between. Who is both has one."""
+    links = {worker: i for i, worker in enumerate(dict.fromkeys((*sources, *targets)))}
     return Topology(
         bandwidths=(bandwidth,) * len(links),
         paths={(s, t): (links[s], links[t]) for s in sources for t in targets},
@@ -56,8 +56,14 @@ def flat_topology(
     )
 
 
+_OVER = -1
+"""Version of a transfer that has ended."""
+
+
 @dataclass(slots=True, eq=False)
-class _Transfer:
+class Transfer:
+    """Bytes on their way."""
+
     path: tuple[int, ...]
     done: Callable[[], None]
     left: float
@@ -75,16 +81,24 @@ class Links:
     def __init__(self, topology: Topology, events: EventQueue) -> None:
         self._bandwidths = [bandwidth / NS for bandwidth in topology.bandwidths]
         self._events = events
-        self._on: list[dict[_Transfer, None]] = [{} for _ in self._bandwidths]
+        self._on: list[dict[Transfer, None]] = [{} for _ in self._bandwidths]
 
-    def send(self, path: tuple[int, ...], num_bytes: float, done: Callable[[], None]) -> None:
+    def send(self, path: tuple[int, ...], num_bytes: float, done: Callable[[], None]) -> Transfer:
         """Calls `done` when so many bytes have gone over all links of the path."""
-        transfer = _Transfer(path, done, float(num_bytes), self._events.now)
+        transfer = Transfer(path, done, float(num_bytes), self._events.now)
         for link in path:
             self._on[link][transfer] = None
         self._share(path)
         if not path:
-            self._events.at(self._events.now, done)
+            self._events.at(self._events.now, self._end, transfer, transfer.version)
+        return transfer
+
+    def cancel(self, transfer: Transfer) -> None:
+        """Its bytes go no further, and `done` is not called any more. Idempotent."""
+        transfer.version = _OVER
+        for link in transfer.path:
+            self._on[link].pop(transfer, None)
+        self._share(transfer.path)
 
     def _share(self, path: tuple[int, ...]) -> None:
         """New rates for all that have a link in common with the path."""
@@ -101,10 +115,8 @@ class Links:
             takes = 0 if math.isinf(rate) else math.ceil(transfer.left / rate)
             self._events.at(now + takes, self._end, transfer, transfer.version)
 
-    def _end(self, transfer: _Transfer, version: int) -> None:
+    def _end(self, transfer: Transfer, version: int) -> None:
         if version != transfer.version:
             return
-        for link in transfer.path:
-            del self._on[link][transfer]
-        self._share(transfer.path)
+        self.cancel(transfer)
         transfer.done()

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
+from diphase.cluster.planner.incidents import Incident
 from diphase.cluster.planner.records import SimResult
 from diphase.cluster.planner.sim_request import SimRequest
 from diphase.cluster.planner.simulator import Simulation
@@ -16,6 +17,7 @@ from diphase.prefill_workers.config import PrefillSchedulerConfig
 from diphase.router.latency_model import Coefficients
 from diphase.router.step_time import StepTime
 from diphase.router.two_regime_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
+from hypothesis import strategies as st
 
 MS = 1_000_000
 """Nanoseconds."""
@@ -72,6 +74,12 @@ def deployment(*workers: WorkerSpec, bandwidth: float = 1e9, latency_s: float = 
     return Deployment(workers=workers, block_bytes=65536, num_layers=8, topology=topology)
 
 
+def fully_linked(cluster: Deployment) -> Deployment:
+    """The same with a link between any two workers, for those that change their role."""
+    everybody = range(len(cluster.workers))
+    return replace(cluster, topology=flat_topology(everybody, everybody, 1e9, 1e-3))
+
+
 def requests(rows: Iterable[tuple[int, int, int]], hashes: bool = False) -> list[SimRequest]:
     """Rows are (nanoseconds after the one before, prompt tokens, output tokens). With hashes, prompts of
     equal length are equal."""
@@ -90,6 +98,56 @@ def run(
     rows: Iterable[tuple[int, int, int]],
     config: SimulationConfig | None = None,
     hashes: bool = False,
+    incidents: Iterable[Incident] = (),
 ) -> tuple[SimResult, Simulation]:
-    simulation = Simulation(cluster, config or SimulationConfig(), requests(rows, hashes))
+    simulation = Simulation(cluster, config or SimulationConfig(), requests(rows, hashes), tuple(incidents))
     return simulation.run(), simulation
+
+
+CLUSTERS: dict[str, Deployment] = {
+    "colocated": deployment(colocated_worker()),
+    "colocated, prompts first": deployment(colocated_worker(prompts_first=True)),
+    "two colocated, little memory": deployment(colocated_worker(40), colocated_worker(40)),
+    "1P1D": deployment(prefill_worker(), decode_worker()),
+    "1P1D, little memory": deployment(prefill_worker(24), decode_worker(24)),
+    "1P1D, slow link": deployment(prefill_worker(), decode_worker(), bandwidth=5e7),
+    "2P2D": deployment(prefill_worker(), prefill_worker(), decode_worker(), decode_worker()),
+    "1P2D, two regimes": deployment(
+        prefill_worker(steps=two_regimes()), decode_worker(steps=two_regimes()), decode_worker()
+    ),
+    "1P1D, tables": deployment(prefill_worker(), decode_worker(steps=table()), decode_worker(steps=table())),
+    "bounded contexts": deployment(prefill_worker(), decode_worker(max_step_context=400)),
+    "pipelines": deployment(
+        prefill_worker(steps=two_regimes(2)), decode_worker(steps=two_regimes(3)), latency_s=0.0
+    ),
+    "mixed": deployment(prefill_worker(), decode_worker(), colocated_worker()),
+}
+
+ROWS = st.lists(
+    st.tuples(
+        st.integers(0, 60 * MS),
+        st.integers(1, 300),
+        st.integers(1, 60),
+    ),
+    min_size=1,
+    max_size=25,
+)
+
+
+def records(simulation: Simulation) -> list[tuple[object, ...]]:
+    return [
+        (
+            request.scheduled,
+            request.token0,
+            request.verified,
+            request.joined,
+            request.last_token,
+            request.prefill_worker,
+            request.decode_worker,
+            request.cached_tokens,
+            request.attempts,
+            request.stall,
+            request.error,
+        )
+        for request in simulation.requests
+    ]

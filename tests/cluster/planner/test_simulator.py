@@ -8,7 +8,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
-from diphase.cluster.planner.simulator import Simulation
 from diphase.decode_workers.config import DecodeSchedulerConfig
 from diphase.proto.errors import ConfigError
 from diphase.router.config import RouterConfig
@@ -16,61 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .deployments import (
+    CLUSTERS,
     MS,
+    ROWS,
     STEPS,
     colocated_worker,
     decode_worker,
     deployment,
     prefill_worker,
+    records,
     run,
-    table,
     two_regimes,
 )
-
-CLUSTERS: dict[str, Deployment] = {
-    "colocated": deployment(colocated_worker()),
-    "colocated, prompts first": deployment(colocated_worker(prompts_first=True)),
-    "two colocated, little memory": deployment(colocated_worker(40), colocated_worker(40)),
-    "1P1D": deployment(prefill_worker(), decode_worker()),
-    "1P1D, little memory": deployment(prefill_worker(24), decode_worker(24)),
-    "1P1D, slow link": deployment(prefill_worker(), decode_worker(), bandwidth=5e7),
-    "2P2D": deployment(prefill_worker(), prefill_worker(), decode_worker(), decode_worker()),
-    "1P2D, two regimes": deployment(
-        prefill_worker(steps=two_regimes()), decode_worker(steps=two_regimes()), decode_worker()
-    ),
-    "1P1D, tables": deployment(prefill_worker(), decode_worker(steps=table()), decode_worker(steps=table())),
-    "bounded contexts": deployment(prefill_worker(), decode_worker(max_step_context=400)),
-    "pipelines": deployment(
-        prefill_worker(steps=two_regimes(2)), decode_worker(steps=two_regimes(3)), latency_s=0.0
-    ),
-    "mixed": deployment(prefill_worker(), decode_worker(), colocated_worker()),
-}
-
-ROWS = st.lists(
-    st.tuples(
-        st.integers(0, 60 * MS),
-        st.integers(1, 300),
-        st.integers(1, 60),
-    ),
-    min_size=1,
-    max_size=25,
-)
-
-
-def records(simulation: Simulation) -> list[tuple[int, ...]]:
-    return [
-        (
-            request.scheduled,
-            request.token0,
-            request.verified,
-            request.joined,
-            request.last_token,
-            request.prefill_worker,
-            request.decode_worker,
-            request.cached_tokens,
-        )
-        for request in simulation.requests
-    ]
 
 
 @pytest.mark.parametrize("name", CLUSTERS)
