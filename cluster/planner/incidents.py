@@ -33,6 +33,8 @@ class Crash(Incident):
 
     hangs: bool = False
     """It stops instead of ending: noticed by its silence (`router.hang_after_s`)."""
+    noticed_after_s: float | None = None
+    """Until gateways know of it; None: as long as that takes by the configuration."""
     back_s: float | None = None
     """Until a new process serves in its place, from the crash on; None: never."""
 
@@ -40,9 +42,13 @@ class Crash(Incident):
         Incident.__post_init__(self)
         if self.back_s is not None and not self.back_s > 0.0:
             raise ConfigError(f"incidents: back_s = {self.back_s}; a worker needs some time to come back")
+        if self.noticed_after_s is not None and not self.noticed_after_s >= 0.0:
+            raise ConfigError(f"incidents: noticed_after_s = {self.noticed_after_s}; use 0 or more")
 
     def noticed_s(self, hang_after_s: float) -> float:
         """Until gateways know of it."""
+        if self.noticed_after_s is not None:
+            return self.noticed_after_s
         return hang_after_s + TICK_S if self.hangs else KILLED_NOTICED_S
 
 
