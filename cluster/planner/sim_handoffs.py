@@ -31,6 +31,7 @@ class Handoff:
     sequence: Sequence
     """On the prefill side; its blocks are held until the hand-off is over."""
     block_ids: list[int] = field(default_factory=list)
+    granted: bool = False
     num_bytes: float = 0.0
     body_over: bool = False
     """All layers but the last are there, as far as the links go."""
@@ -99,6 +100,7 @@ class Handoffs:
                 return
             waiting.popleft()
             handoff.block_ids = [*cached, *new]
+            handoff.granted = True
             handoff.num_bytes = float(len(new) * self._deployment.block_bytes)
             self._push(handoff)
 
