@@ -2,16 +2,22 @@
 
     .venv/bin/pip install simpy
     .venv/bin/python -P benchmarks/simulator_speed.py   # writes docs/results/simulator_speed.json
+    … --distserve FOLDER   # also the simulator that DistServe's authors released, of a checkout of theirs
 
 The whole Mooncake conversation trace on four prefill and four decode workers (blocks of 512 tokens, prefix
 caches, hand-offs over links), and workloads of fixed lengths on one prefill and one decode worker. The SimPy
 simulator is a bare one: a process for each worker that takes all prompts that wait, or one token for each
-sequence, with the same step times; no router, no blocks, no links.
+sequence, with the same step times; no router, no blocks, no links: less than a simulator can do, and so the
+yardstick that is hardest to beat. The one of DistServe's authors, on SimPy too, serves the same arrivals and
+lengths with its own step times of OPT-13B; only its event loop is timed.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -139,6 +145,39 @@ def token_by_token(requests: list[SimRequest]) -> tuple[float, list[float]]:
     return time.perf_counter() - began, ends
 
 
+def distserves(requests: list[SimRequest], folder: Path) -> float:
+    """Seconds that the event loop of DistServe's simulator, in `folder`, takes."""
+    import simpy
+
+    sys.path.insert(0, str(folder))
+    from simdistserve.benchmarks import simulate_dist
+
+    spent: list[float] = []
+    run = simpy.Environment.run
+
+    def timed(self: Any, *args: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        found = run(self, *args, **options)
+        spent.append(time.perf_counter() - began)
+        return found
+
+    rows = [
+        {"start_time": r.arrival / 1e9, "prompt_len": r.prompt_tokens, "output_len": r.output_tokens}
+        for r in requests
+    ]
+    with tempfile.TemporaryDirectory() as scratch:
+        workload = Path(scratch) / "workload.json"
+        workload.write_text(json.dumps(rows))
+        words = "--backend distserve --model facebook/opt-13b --rate 1 --seed 0 --slo-scales [1.0]"
+        words += f" --prefill-target 400 --decode-target 40 --N {len(rows)} --workload {workload}"
+        simpy.Environment.run = timed
+        try:
+            simulate_dist.main(simulate_dist.parse_args(words.split()), outputs={})
+        finally:
+            simpy.Environment.run = run
+    return spent[-1]
+
+
 class Queue:
     """What waits, and an event for who waits for it."""
 
@@ -171,6 +210,7 @@ WORKLOADS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--distserve", type=Path, metavar="FOLDER")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     seconds, result = ours(deployment(4, HASH_BLOCK_TOKENS), mooncake(data_folder(None, {})), options.rounds)
@@ -187,6 +227,7 @@ def main() -> None:
         requests = poisson(count, rate, prompt, output)
         mine, result = ours(deployment(1, 16), requests, options.rounds)
         theirs, ends = token_by_token(requests)
+        published = distserves(requests, options.distserve) if options.distserve else None
         rows.append(
             {
                 "requests": count,
@@ -196,6 +237,8 @@ def main() -> None:
                 "requests_s": count / mine,
                 "requests_s_token_by_token": count / theirs,
                 "ratio": theirs / mine,
+                "requests_s_distserve": count / published if published else None,
+                "ratio_distserve": published / mine if published else None,
                 "mean_end_to_theirs": float(
                     np.mean([r.last_token / 1e9 for r in result.requests]) / np.mean(ends)
                 ),
