@@ -32,7 +32,10 @@ def distserve_step_time(
     """The step time of `model` (its name with or without the owner) on A100-80G.
 
     Args:
-        overheads: whether the first stage has the overhead of Ray.
+        overheads: whether the first stage has the overhead of Ray, and a worker of one stage a pipeline's
+            hop, as the released simulator has both. The coefficients were timed around calls through Ray
+            (evaluation/0-test-single-forward-performance/sut of the same repository), so that they are in
+            there already.
 
     Raises:
         ConfigError: no such engine, model or tp was measured, or the file is missing or malformed.
@@ -56,7 +59,7 @@ def distserve_step_time(
         large=large,
         large_batch=large_batch,
         stages=pp,
-        prefill_hop_s=PREFILL_HOP_MS_PER_STAGE * pp * MS,
+        prefill_hop_s=PREFILL_HOP_MS_PER_STAGE * pp * MS if overheads or pp > 1 else 0.0,
         overhead_s=OVERHEAD_MS * MS if overheads else 0.0,
         overhead_per_token_s=OVERHEAD_MS_PER_TOKEN * MS if overheads else 0.0,
     )
