@@ -9,10 +9,9 @@ writes docs/results/latency_models.json. All errors are relative, |predicted / m
 - splitwise: every run's token time by its own table, by batch; by a table that lacks the batch; prompt
   times. Runs that did not run as one batch stand apart;
 - roofline: the step latency of models on hardware that it was not calibrated on, and the KV capacities of
-  DistServe;
-- measured: the time per token of colocated serving at a stated concurrency, by each source that covers it:
-  a decode step of that many sequences in the middle of their output, plus what the others' prompts take of it
-  while a sequence generates. A closed form, no simulation of queues.
+  DistServe.
+
+What serving with such step times comes to is in measured_points.py.
 
 --calibrate finds roofline.Efficiency again and prints it; nothing is written then.
 """
@@ -21,12 +20,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import numpy as np
 from diphase.benchmarks import harness
@@ -36,7 +34,6 @@ from diphase.cluster.planner.hardware import load_hardware
 from diphase.cluster.planner.model_shape import KNOWN_MODELS
 from diphase.cluster.planner.roofline import Efficiency, RooflineStepTime, kv_capacity_tokens
 from diphase.cluster.planner.step_latency import Row, Setup
-from diphase.cluster.planner.table_files import existing, read_rows
 from diphase.cluster.planner.tables import TableStepTime
 from diphase.router.step_time import StepShape, StepTime
 
@@ -201,79 +198,6 @@ def of_roofline(data: Path) -> dict[str, Any]:
     return result
 
 
-class Served(NamedTuple):
-    """A point of colocated serving with a closed loop of clients."""
-
-    model: str
-    system: str
-    backend: str
-    precision: Literal["bf16", "fp8"]
-    tp: int
-    concurrency: int
-    input_tokens: int
-    output_tokens: int
-    tpot_s: float
-
-    @classmethod
-    def of(cls, row: Mapping[str, str]) -> Served | None:
-        """None for a point that no source covers: another model or system, disaggregated, with stages."""
-        name = (
-            row["model_path"].rpartition("/")[2].replace("-Instruct", "").lower().replace("llama-", "llama")
-        )
-        covered = name in MODELS.values() and row["system"] in SYSTEMS
-        if not covered or row["mode"] != "agg" or row["pp_size"] != "1":
-            return None
-        concurrency = re.search(r"silicon_concurrency=(\d+)", row["silicon_data_source"])
-        return cls(
-            name,
-            row["system"],
-            row["backend"],
-            "fp8" if "fp8" in row["precision"] + row["gemm_quant_mode"] else "bf16",
-            int(row["tp_size"]),
-            int(concurrency[1] if concurrency else row["batch_size"]),
-            int(row["isl"]),
-            int(row["osl"]),
-            float(row["silicon_tpot_ms"]) / 1e3,
-        )
-
-
-def tpot_error(model: StepTime, point: Served) -> float:
-    """All sequences decode in the middle of their output; while one generates, each other is replaced once,
-    and its successor's prompt is computed meanwhile."""
-    context = point.concurrency * (point.input_tokens + point.output_tokens / 2.0)
-    decode = model.step_s(StepShape(decode_batch=point.concurrency, decode_context=context))
-    prompt = model.step_s(StepShape(point.input_tokens, point.input_tokens**2 / 2.0))
-    others = (point.concurrency - 1) / point.output_tokens
-    return (decode + others * prompt) / point.tpot_s - 1.0
-
-
-def of_measured(data: Path) -> dict[str, Any]:
-    """Time per token by model, system, engine and precision: the roofline, and the table of the same model,
-    system and precision (of vLLM, whatever engine served) where there is one."""
-    by_setup = step_latency.read_step_latency(data)
-    path = existing(data, "measured/serving_points.csv", "the project's data folder")
-    found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
-    for point in read_rows(path, Served.of):
-        if point is None:
-            continue
-        group = found[f"{point.model} {point.system} {point.backend} {point.precision}"]
-        roofline = RooflineStepTime(
-            KNOWN_MODELS[point.model],
-            load_hardware(SYSTEMS[point.system]),
-            tp=point.tp,
-            precision=point.precision,
-        )
-        group["roofline"].append(tpot_error(roofline, point))
-        model = next(name for name, short in MODELS.items() if short == point.model)
-        rows = by_setup.get(Setup(model, point.system, "vllm", point.tp))
-        if rows and point.precision == "bf16":
-            group["table of vLLM"].append(tpot_error(step_latency.table_of(rows), point))
-    return {
-        name: {source: errors(values) for source, values in group.items()}
-        for name, group in sorted(found.items())
-    }
-
-
 def calibrate(data: Path) -> Efficiency:
     """Coordinate descent from START on the mean relative error over CALIBRATED_ON."""
     tables = [
@@ -326,7 +250,6 @@ def main() -> None:
         "step_latency": interpolation(data),
         "splitwise": of_splitwise(data),
         "roofline": of_roofline(data),
-        "measured, time per token": of_measured(data),
     }
     show(content)
     harness.write_result(ROOT / "docs" / "results" / "latency_models.json", content)

@@ -75,7 +75,7 @@ class Active(Attempts):
 
 class SimDispatcher:
     """All requests of one simulation. `left` is called for a worker that drains when an attempt has left it
-    before its time."""
+    before its time, `ended` when a request has ended, in whatever way."""
 
     def __init__(
         self,
@@ -86,6 +86,7 @@ class SimDispatcher:
         events: EventQueue,
         slo: Slo,
         left: Callable[[SimWorker], None],
+        ended: Callable[[], None],
     ) -> None:
         self.policy = make_policy(config.router, pool.prefixes)
         self.open: dict[int, Active] = {}
@@ -98,6 +99,7 @@ class SimDispatcher:
         self._events = events
         self._slo = slo
         self._left = left
+        self._ended = ended
         self._unplaced: dict[int, Active] = {}
 
     def accept(self, request: SimRequest) -> None:
@@ -110,7 +112,7 @@ class SimDispatcher:
                 self._admission.check_placement(placement, self._slo)
         except (Overloaded, SloInfeasible) as error:
             request.error = error.code
-            self.ended_at = self._events.now
+            self._note_end()
             return
         self.open[request.index] = active
         self._admission.enter(request.prompt_tokens, self._events.now_s)
@@ -130,11 +132,12 @@ class SimDispatcher:
 
     def finished(self, request: SimRequest) -> None:
         """Its last token came."""
-        request.last_token = self.ended_at = self._events.now
+        request.last_token = self._events.now
         self.policy.observe_completion(request.output_tokens)
         active = self.open.pop(request.index)
         for worker in active.workers:
             worker.forget_sequence(request.request_id)
+        self._note_end()
 
     def joined(self, request: SimRequest, sequence: Sequence) -> None:
         """Its hand-off is complete."""
@@ -276,7 +279,11 @@ class SimDispatcher:
         if request.token0 < 0:
             self._admission.leave(request.prompt_tokens, self._events.now_s)
         request.error = error.code
+        self._note_end()
+
+    def _note_end(self) -> None:
         self.ended_at = self._events.now
+        self._ended()
 
 
 def _add(worker: SimWorker, sequence: Sequence) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Sequence as Seq
 from ...engine.requests import NOT_FINISHED, Outcome
 from ...engine.sequence import Sequence
 from ...proto.slo import Slo
+from .closed_loop import ClosedLoop, Sent
 from .deployment import Deployment, SimulationConfig
 from .events import EventQueue
 from .incidents import Incident, check_incidents
@@ -29,7 +30,7 @@ class Simulation:
         self,
         deployment: Deployment,
         config: SimulationConfig,
-        requests: Seq[SimRequest],
+        requests: Seq[SimRequest] | ClosedLoop,
         incidents: Seq[Incident] = (),
     ) -> None:
         """
@@ -38,7 +39,8 @@ class Simulation:
         """
         check_incidents(incidents, deployment)
         self._deployment = deployment
-        self.requests = list(requests)
+        self._clients = requests if isinstance(requests, ClosedLoop) else None
+        self.requests = [] if isinstance(requests, ClosedLoop) else list(requests)
         self._slo = Slo(ttft_ms=config.ttft_ms, tpot_ms=config.tpot_ms)
         self._most_missed = config.most_missed
         self._late = self._slow = 0
@@ -59,6 +61,7 @@ class Simulation:
             events=self._events,
             slo=self._slo,
             left=self._look,
+            ended=self._on_ended,
         )
         self._incidents = SimIncidents(
             incidents=incidents,
@@ -78,6 +81,8 @@ class Simulation:
         """To the end of the last request, or as soon as too many have missed."""
         for request in self.requests:
             self._events.at(request.arrival, self._dispatcher.accept, request)
+        if self._clients:
+            self._send(self._clients.first())
         self._events.run()
         return SimResult.of(self._deployment, self.requests, self.workers, self._dispatcher.ended_at)
 
@@ -136,6 +141,16 @@ class Simulation:
         if worker.spec.role == "decode":
             self._handoffs.give_room(worker)
         self._look(worker)
+
+    def _on_ended(self) -> None:
+        """A request has ended; in a closed loop its client goes on."""
+        if self._clients:
+            self._send(self._clients.after(self._events.now))
+
+    def _send(self, sent: Seq[Sent]) -> None:
+        for request, taken_in in sent:
+            self.requests.append(request)
+            self._events.at(taken_in, self._dispatcher.accept, request)
 
     def _on_joined(self, handoff: Handoff, sequence: Sequence) -> None:
         handoff.target.unscheduled.add(handoff.request.index)
