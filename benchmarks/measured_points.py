@@ -3,15 +3,16 @@
     .venv/bin/python -P benchmarks/measured_points.py [--data FOLDER] [--every N]
 
 writes docs/results/measured_points.json. The points (measured/serving_points.csv) are of colocated serving of
-dense models, one worker and no pipeline, with a closed loop of clients: all begin at once, each sends its next
-request when the last ended, ten requests a client. The schedulers are ours, set as the engines document
-theirs: vLLM and TensorRT-LLM compute prompts beside decodes, at most 2,048 and 8,192 tokens a step, and the
-latter starts only what surely fits the memory to its end; SGLang computes prompts of 8,192 tokens first.
+dense models, one worker without stages, with a closed loop of clients: all begin at once, each sends its next
+request when its last one has ended, ten requests a client. The scheduler is ours, set like the engine that
+served: vLLM and TensorRT-LLM compute prompts beside decodes, 2,048 and 8,192 tokens a step, and the latter
+starts only what fits the memory to its end; SGLang computes prompts first, 8,192 tokens a step. The points do
+not say how the engines were configured: for vLLM, 8,192 tokens are simulated, too.
 
-Step times: the roofline, and the step latency table of the same model, system and precision (of vLLM, whatever
-engine served) where there is one. Neither knows what an engine does between two steps. "With host time" adds that: so
-much a step and a sequence for each engine, fitted to the TPOT of every other point, and judged on the rest;
-both halves in turn. Errors are relative, of means over all requests.
+Step times: the roofline, and the step latency table of the same model, system and precision (of vLLM, whoever
+served) where there is one. Neither knows what an engine does between two steps. "With host time" adds that:
+so much a step and a sequence for each engine, fitted to the TPOT of every other point and judged on the rest,
+both halves in turn. Errors are relative, of the means over all requests.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class Engine:
     """How it is configured when nobody says otherwise."""
 
     prompt_tokens: int
-    """Of a step."""
+    """Most of a step."""
     prompts_first: bool = False
     whole_room: bool = False
     """Starts only sequences that fit the memory to their end, so that none is preempted."""
@@ -70,6 +71,8 @@ ENGINES = {
     "sglang": Engine(prompt_tokens=8192, prompts_first=True, usable_memory=0.87),
     "trtllm": Engine(prompt_tokens=8192, whole_room=True),
 }
+OTHER_VLLM = Engine(prompt_tokens=8192)
+"""What its server takes on an H100 if asked for nothing; the points do not say."""
 
 
 class Host(NamedTuple):
@@ -167,8 +170,17 @@ def sources(point: Point, tables: Mapping[Setup, list[Row]]) -> dict[str, StepTi
     return found
 
 
-def deployment(point: Point, steps: StepTime) -> Deployment:
-    engine = ENGINES[point.backend]
+def scheduler(point: Point, engine: Engine, kv_tokens: int) -> ColocatedSchedulerConfig:
+    fit = max(1, kv_tokens // (point.input_tokens + point.output_tokens))
+    return ColocatedSchedulerConfig(
+        max_running=min(engine.max_running, fit) if engine.whole_room else engine.max_running,
+        prefill_budget=engine.prompt_tokens,
+        max_waiting=10**6,
+        prompts_first=engine.prompts_first,
+    )
+
+
+def deployment(point: Point, steps: StepTime, engine: Engine) -> Deployment:
     kv_tokens = kv_capacity_tokens(
         KNOWN_MODELS[point.model],
         load_hardware(SYSTEMS[point.system]),
@@ -176,27 +188,21 @@ def deployment(point: Point, steps: StepTime) -> Deployment:
         precision=point.precision,
         usable_memory=engine.usable_memory,
     )
-    fit = max(1, kv_tokens // (point.input_tokens + point.output_tokens))
-    scheduler = ColocatedSchedulerConfig(
-        max_running=min(engine.max_running, fit) if engine.whole_room else engine.max_running,
-        prefill_budget=engine.prompt_tokens,
-        max_waiting=10**6,
-        prompts_first=engine.prompts_first,
-    )
     worker = WorkerSpec(
         role="colocated",
         step_time=steps,
         num_blocks=kv_tokens // BLOCK,
-        scheduler=scheduler,
+        scheduler=scheduler(point, engine, kv_tokens),
         gpus=point.tp,
     )
     return Deployment(workers=(worker,), block_size=BLOCK)
 
 
-def simulate(point: Point, steps: StepTime) -> Served:
+def simulate(point: Point, steps: StepTime, engine: Engine | None = None) -> Served:
     lengths = [(point.input_tokens, point.output_tokens)] * (REQUESTS_PER_CLIENT * point.concurrency)
     clients = ClosedLoop(lengths, point.concurrency, intake_s=INTAKE_S)
-    result = Simulation(deployment(point, steps), SimulationConfig(router=ROUTER), clients).run()
+    made = deployment(point, steps, engine or ENGINES[point.backend])
+    result = Simulation(made, SimulationConfig(router=ROUTER), clients).run()
     return Served(float(result.ttft_ms.mean()) / 1e3, float(result.tpot_ms.mean()) / 1e3)
 
 
@@ -238,6 +244,9 @@ def main() -> None:
         covered = [(point, steps[source]) for point in points if source in (steps := sources(point, tables))]
         content[source] = of_source(covered)
         show({source: content[source]})
+    vllm = [point for point in points if point.backend == "vllm"]
+    other = [simulate(point, sources(point, tables)["roofline"], OTHER_VLLM) for point in vllm]
+    content["roofline, vllm with 8,192 tokens a step"] = judged(vllm, other)
     harness.write_result(ROOT / "docs" / "results" / "measured_points.json", content)
 
 
