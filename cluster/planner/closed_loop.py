@@ -1,8 +1,8 @@
 """Clients that each send their next request when their last one has ended: a load with a stated concurrency.
 
 As benchmark tools measure: all begin at once, and there are several requests for each client. What a request
-takes from its client to the scheduler (HTTP, the tokeniser) is done for one after the other, and is part of its
-TTFT. Knows no simulation; that asks `after()` when a request has ended.
+takes from its client to the scheduler (HTTP, the tokeniser) is done for one after the other, and is part of
+its TTFT. Knows no simulation; that asks `after()` when a request has ended.
 """
 
 from __future__ import annotations
