@@ -37,7 +37,7 @@ from diphase.cluster.planner.distserve import (
     OVERHEAD_MS,
     OVERHEAD_MS_PER_TOKEN,
     SOURCE,
-    distserve_kv_capacity,
+    distserve_kv_capacities,
     distserve_step_time,
 )
 from diphase.cluster.planner.events import to_ns
@@ -133,7 +133,7 @@ class Variant(NamedTuple):
     def kv_blocks(self, folder: Path, tp: int, pp: int = 1) -> int:
         if self.simplified:
             return 10**5
-        return distserve_kv_capacity(folder, model=MODEL, tp=tp, pp=pp) // BLOCK
+        return distserve_kv_capacities(folder, model=MODEL)[tp, pp] // BLOCK
 
 
 VARIANTS = {
