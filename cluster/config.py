@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
-from ..engine.config import MOST_RANKS, EngineConfig
+from ..engine.config import MOST_KV_CACHE_MIB, MOST_RANKS, EngineConfig
 from ..engine.host_config import HostConfig
 from ..kv_transfer.config import KvTransferConfig
 from ..prefill_workers.config import PrefillSchedulerConfig
@@ -83,10 +83,26 @@ class PlacementConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryConfig:
+    """What the workers of one pool have for KV."""
+
+    kv_cache_mib: int = 0
+    """Memory of each worker's KV pool, MiB, of all its processes together; 0 takes engine.kv_cache_mib."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.kv_cache_mib <= MOST_KV_CACHE_MIB:
+            raise ConfigError(
+                f"kv_cache_mib = {self.kv_cache_mib} is out of range; use 1 to {MOST_KV_CACHE_MIB}, "
+                "or 0 for engine.kv_cache_mib"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillPoolConfig:
     """Workers that compute prompts and hand their KV to decode workers."""
 
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=FLATTEN)
+    memory: MemoryConfig = field(default_factory=MemoryConfig, metadata=FLATTEN)
     scheduler: PrefillSchedulerConfig = field(default_factory=PrefillSchedulerConfig, metadata=FLATTEN)
 
 
@@ -95,6 +111,7 @@ class DecodePoolConfig:
     """Workers that generate tokens from KV that was handed to them."""
 
     placement: PlacementConfig = field(default_factory=PlacementConfig, metadata=FLATTEN)
+    memory: MemoryConfig = field(default_factory=MemoryConfig, metadata=FLATTEN)
     scheduler: DecodeSchedulerConfig = field(default_factory=DecodeSchedulerConfig, metadata=FLATTEN)
 
 
@@ -107,6 +124,7 @@ class ColocatedPoolConfig:
     """Workers that do both phases, prompts in chunks beside running sequences."""
 
     placement: PlacementConfig = field(default_factory=_no_workers, metadata=FLATTEN)
+    memory: MemoryConfig = field(default_factory=MemoryConfig, metadata=FLATTEN)
     scheduler: ColocatedSchedulerConfig = field(default_factory=ColocatedSchedulerConfig, metadata=FLATTEN)
 
 
@@ -243,6 +261,15 @@ class ClusterConfig:
     ray: RayConfig = field(default_factory=RayConfig)
     security: SecurityConfig = field(default_factory=SecurityConfig)
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
+
+    def engine_of(self, role: str) -> EngineConfig:
+        """What the workers of a pool load, cores apart."""
+        pool: PrefillPoolConfig | DecodePoolConfig | ColocatedPoolConfig = getattr(self.pools, role)
+        return replace(
+            self.engine,
+            tensor_parallel=pool.placement.tensor_parallel,
+            kv_cache_mib=pool.memory.kv_cache_mib or self.engine.kv_cache_mib,
+        )
 
     def __post_init__(self) -> None:
         if not all(char.isalnum() or char in "-_." for char in self.name) or len(self.name) > 64:

@@ -193,8 +193,7 @@ def traits_of(hello: WorkerHello) -> Traits:
 def _worker_config(assignment: Assignment, node_ip: str) -> PrefillWorkerConfig | DecodeWorkerConfig:
     config = assignment.config
     transfer = config.kv_transfer
-    placement = config.pools.placements()[assignment.role]
-    engine = replace(config.engine, tensor_parallel=placement.tensor_parallel, cores=tuple(assignment.cores))
+    engine = replace(config.engine_of(assignment.role), cores=tuple(assignment.cores))
     if config.host.host in WILDCARDS:
         # The transports of a worker that other nodes shall reach listen where they can be dialled.
         transfer = replace(transfer, host=node_ip)

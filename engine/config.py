@@ -9,6 +9,7 @@ from ..proto.errors import ConfigError
 DTYPES = ("bf16", "fp32", "int8")
 BLOCK_SIZES = (8, 16, 32, 64)
 MOST_RANKS = 256
+MOST_KV_CACHE_MIB = 1 << 24
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,7 +24,7 @@ class EngineConfig:
     block_size: int = 16
     """Tokens a KV block."""
     kv_cache_mib: int = 512
-    """Memory of the KV pool, MiB; taken at start."""
+    """Memory of the KV pool, MiB; taken at start. A pool of workers may have its own."""
     threads: int = 1
     """Threads that one step computes with. More than the worker's own cores make everything slower."""
     rank_timeout_s: float = 10.0
@@ -48,9 +49,9 @@ class EngineConfig:
                 f"engine.block_size = {self.block_size} is not possible; "
                 f"use one of {', '.join(map(str, BLOCK_SIZES))}"
             )
-        if not 1 <= self.kv_cache_mib <= 1 << 24:
+        if not 1 <= self.kv_cache_mib <= MOST_KV_CACHE_MIB:
             raise ConfigError(
-                f"engine.kv_cache_mib = {self.kv_cache_mib} is out of range; use 1 to {1 << 24}"
+                f"engine.kv_cache_mib = {self.kv_cache_mib} is out of range; use 1 to {MOST_KV_CACHE_MIB}"
             )
         if not 1 <= self.threads <= 1024:
             raise ConfigError(f"engine.threads = {self.threads} is out of range; use 1 to 1024")

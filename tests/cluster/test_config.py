@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from diphase.cluster.config import GIVEN, ClusterConfig, PlacementConfig, load
+from diphase.cluster.config_change import changed
 from diphase.cluster.config_writer import field_docs, to_toml
 from diphase.cluster.roles import Assignment, _worker_config
 from diphase.engine.config import EngineConfig
@@ -150,6 +151,20 @@ def test_every_pool_has_its_own_tensor_parallelism_and_each_process_its_cores() 
     assert [prefill.cores_of(rank) for rank in range(2)] == [(4, 5), (6, 7)]
     decode, own = engine("decode")
     assert (decode.tensor_parallel, decode.cores, own) == (1, (), [])
+
+
+def test_a_pool_may_have_its_own_memory_for_kv(tmp_path: Path) -> None:
+    config = loaded("engine.kv_cache_mib=64", "pools.decode.kv_cache_mib=96")
+
+    def kv_cache_mib(config: ClusterConfig, role: str) -> int:
+        assignment = Assignment(worker_id="w", role=role, config=config, store_url="")
+        return _worker_config(assignment, "127.0.0.1").engine.kv_cache_mib
+
+    assert [kv_cache_mib(config, role) for role in ("prefill", "decode", "colocated")] == [64, 96, 64]
+    restarted = changed(config, ["pools.prefill.kv_cache_mib=32"])
+    assert [kv_cache_mib(restarted, role) for role in ("prefill", "decode")] == [32, 96]
+    with pytest.raises(ConfigError, match=r"\[pools.decode\] kv_cache_mib = -1 is out of range"):
+        loaded("pools.decode.kv_cache_mib=-1")
 
 
 def test_a_worker_reserves_what_it_takes() -> None:
