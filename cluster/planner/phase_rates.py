@@ -6,7 +6,7 @@ The other phase costs nothing while one is judged alone. Knows no pools.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from ...prefill_workers.config import PrefillSchedulerConfig
 from ...router.step_time import Line, StepShape
 from ..load.search import TARGET
 from .bounds import Floor, decode_rate, prefill_rate, tpot_floor, ttft_floor
-from .deployment import Deployment, WorkerSpec
+from .deployment import ROLES, Deployment, WorkerSpec
 from .goodput import Answer, Objectives, Question, answer_all
 from .machines import Limits, Machine, Parallel
 from .placement import (
@@ -153,10 +153,12 @@ def measure_phases(
     objectives: Objectives,
     parallels: Sequence[Parallel],
     mapped: Callable[..., object] = map,
+    *,
+    roles: Collection[str] = ROLES,
 ) -> PhaseRates:
-    """Floors and bounds of all kinds, and goodputs of those that are worth it."""
+    """Floors and bounds of all kinds, and goodputs of those of the roles that are worth it."""
     found = bound_phases(machine, workload, objectives, parallels)
-    worthy = _worthy(found.bounds)
+    worthy = [kind for kind in _worthy(found.bounds) if kind.role in roles]
     questions = [_question(machine, workload, objectives, kind, found.bounds[kind]) for kind in worthy]
     answers: list[Answer] = answer_all(questions, mapped)
     found.rates = {kind: answer.rate for kind, answer in zip(worthy, answers, strict=True)}
