@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from itertools import product
 from typing import NamedTuple
 
 from ...decode_workers.config import DecodeSchedulerConfig
@@ -102,8 +101,6 @@ class PhaseRates:
     ttft_floors: dict[Parallel, Floor] = field(default_factory=dict)
     """Empty where prompts share blocks: a cached prompt has no floor."""
     tpot_floors: dict[Parallel, Floor] = field(default_factory=dict)
-    paired: dict[tuple[Parallel, Parallel], float] = field(default_factory=dict)
-    """Bound of a decode worker (the second) that has no more KV than a prefill worker (the first)."""
     bounds: dict[Kind, float] = field(default_factory=dict)
     """Requests/s of one worker that cannot be exceeded in the long run."""
     rates: dict[Kind, float] = field(default_factory=dict)
@@ -139,11 +136,6 @@ def bound_phases(
         for kind in _kinds(machine, parallel, objectives.tpot_ms):
             bound = {"prefill": prefill, "decode": decode}.get(kind.role, min(prefill, decode))
             found.bounds[kind] = bound if _feasible(found, kind) else 0.0
-    rooms = {parallel: machine.kv_tokens(parallel) for parallel in parallels}
-    for prefill_at, decode_at in product(parallels, parallels):
-        room = min(rooms[prefill_at], rooms[decode_at])
-        step_time = machine.step_time(decode_at)
-        found.paired[prefill_at, decode_at] = decode_rate(step_time, lengths, objectives.tpot_ms, room)
     return found
 
 

@@ -116,21 +116,19 @@ def colocated_budgets(machine: Machine, parallel: Parallel, tpot_ms: float) -> t
 
 
 def build(placement: Placement, machine: Machine) -> Deployment:
-    """The deployment. All workers have as much KV as the one with the least, because a cluster's
-    configuration has one size for all. Within a node hand-offs go over its links, else over the network; each
-    GPU has its own.
+    """The deployment. Within a node hand-offs go over its links, else over the network; each GPU has its own.
 
     Raises:
         ConfigError: the model does not fit, or cannot be divided so.
     """
-    kv_tokens, block_size = kv_room(placement, machine), machine.limits.block_size
+    block_size = machine.limits.block_size
     specs: list[WorkerSpec] = []
     for role, pool in placement.pools():
         step_time = machine.step_time(pool.parallel)
         spec = WorkerSpec(
             role=role,
             step_time=step_time,
-            num_blocks=kv_tokens // block_size,
+            num_blocks=machine.kv_tokens(pool.parallel) // block_size,
             scheduler=scheduler_of(role, pool, machine),
             gpus=pool.parallel.gpus,
         )
@@ -144,11 +142,6 @@ def build(placement: Placement, machine: Machine) -> Deployment:
         topology=_topology(placement, machine),
         first_token_s=machine.first_token_s,
     )
-
-
-def kv_room(placement: Placement, machine: Machine) -> int:
-    """Tokens of KV of each worker."""
-    return min(machine.kv_tokens(pool.parallel) for _, pool in placement.pools())
 
 
 def scheduler_of(role: str, pool: Pool, machine: Machine) -> PrefillSchedulerConfig | DecodeSchedulerConfig:

@@ -8,7 +8,7 @@ from pathlib import Path
 from ...proto.errors import ConfigError
 from .goodput import Objectives
 from .machines import Machine
-from .placement import Placement, Pool, kv_room, scheduler_of
+from .placement import Placement, Pool, scheduler_of
 from .profile_machine import ProfileMachine
 
 REPOSITORIES = {
@@ -50,7 +50,7 @@ def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, mo
     lines = [
         f"# Planned: {placement}; {placement.gpus} GPUs ({machine.hardware.name}).",
         "",
-        *_engine(placement, machine, model),
+        *_engine(machine, model),
     ]
     pools = dict(placement.pools())
     for role in ("prefill", "decode", "colocated"):
@@ -58,7 +58,7 @@ def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, mo
         if role not in pools:
             continue
         pool = pools[role]
-        lines += [f"tensor_parallel = {pool.parallel.tp}", _resources(pool, machine)]
+        lines += [f"tensor_parallel = {pool.parallel.tp}", *_resources(pool, machine)]
         scheduler = scheduler_of(role, pool, machine)
         lines += [f"{name} = {getattr(scheduler, name)}" for name in _SETTINGS[role]]
     lines += [
@@ -73,7 +73,7 @@ def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, mo
     return "\n".join(lines) + "\n"
 
 
-def _engine(placement: Placement, machine: Machine, model: str) -> list[str]:
+def _engine(machine: Machine, model: str) -> list[str]:
     """[model] and [engine]: of a profile the settings that it was made with."""
     if isinstance(machine, ProfileMachine):
         engine = machine.profile.engine
@@ -87,19 +87,18 @@ def _engine(placement: Placement, machine: Machine, model: str) -> list[str]:
             f"kv_cache_mib = {engine.kv_cache_mib}",
             f"threads = {engine.threads}",
         ]
-    kv_mib = max(1, kv_room(placement, machine) * machine.kv_bytes_per_token >> 20)
     return [
         "[model]",
         f"name = {json.dumps(served_name(model))}",
         "",
         "[engine]",
         f"block_size = {machine.limits.block_size}",
-        f"kv_cache_mib = {kv_mib}",
     ]
 
 
-def _resources(pool: Pool, machine: Machine) -> str:
-    """What each worker takes of its node."""
+def _resources(pool: Pool, machine: Machine) -> list[str]:
+    """What each worker takes of its node, and its memory where [engine] does not say it."""
     if isinstance(machine, ProfileMachine):
-        return f"cpus = {machine.profile.engine.threads}"
-    return f"gpus = {pool.parallel.gpus}"
+        return [f"cpus = {machine.profile.engine.threads}"]
+    kv_mib = max(1, machine.kv_tokens(pool.parallel) * machine.kv_bytes_per_token >> 20)
+    return [f"gpus = {pool.parallel.gpus}", f"kv_cache_mib = {kv_mib}"]

@@ -148,7 +148,6 @@ def _check(config: ClusterConfig, profile: Profile) -> None:
     asked = {
         "dtype": config.model.dtype,
         "block_size": config.engine.block_size,
-        "kv_cache_mib": config.engine.kv_cache_mib,
         "threads": config.engine.threads,
     }
     for name, value in asked.items():
@@ -162,4 +161,10 @@ def _check(config: ClusterConfig, profile: Profile) -> None:
             raise ConfigError(
                 f"pools.{role}.tensor_parallel = {placement.tensor_parallel}: profiles are of workers of one "
                 "process; set it to 1"
+            )
+        kv_cache_mib = config.engine_of(role).kv_cache_mib
+        if placement.workers and kv_cache_mib != profile.engine.kv_cache_mib:
+            raise ConfigError(
+                f"the profile was made with kv_cache_mib = {profile.engine.kv_cache_mib}, and the {role} "
+                f"workers have {kv_cache_mib}; make one with the same settings"
             )

@@ -35,7 +35,6 @@ class ProfileMachine:
                 "`diphase profile` and without --engine-only"
             )
         self.profile = profile
-        self.first_token_s = serving.first_token_s
         here = profile.machine.get("machine", {})
         on_one = max(1, here.get("cores", slots * engine.threads) // engine.threads)
         link = serving.handoff_bytes_per_s / 1e9
@@ -55,6 +54,8 @@ class ProfileMachine:
             context_length=engine.context_length,
         )
         neighbours = max(0, min(slots, on_one) - 1)
+        beside = serving.first_token_beside_s if neighbours else 0.0
+        self.first_token_s = max(serving.first_token_s, beside)
         prefill, decode = (
             1.0 + (max(profile.slowdown.factors[own].values()) - 1.0) * neighbours for own in KINDS
         )

@@ -139,8 +139,7 @@ def proposals(phases: PhaseRates, gpus: int, rate: float | None) -> Iterable[Can
     best = max(colocated, key=lambda kind: colocated[kind] / kind.parallel.gpus, default=None)
     for prefill, prefill_rate in phases.of_role("prefill").items():
         for decode, decode_rate in phases.of_role("decode").items():
-            least = min(decode_rate, phases.paired[prefill.parallel, decode.parallel])
-            for pair in _pairs((prefill, prefill_rate), (decode, least), gpus, rate):
+            for pair in _pairs((prefill, prefill_rate), (decode, decode_rate), gpus, rate):
                 yield pair
                 if best is None or (rate is not None and pair.expected >= rate):
                     continue

@@ -135,7 +135,11 @@ def test_a_disaggregated_placement_as_a_configuration(tmp_path: Path) -> None:
     )
     file = tmp_path / "cluster.toml"
     file.write_text(plan_toml(placement, machine, objectives, "llama3.1-70b"))
-    pools = load(file, [], system_rng()).pools
+    config = load(file, [], system_rng())
+    pools = config.pools
+    for role, tp in (("prefill", 2), ("decode", 4)):
+        tokens = config.engine_of(role).kv_cache_mib * 2**20 / machine.kv_bytes_per_token
+        assert tokens == pytest.approx(machine.kv_tokens(Parallel(tp)), rel=1e-3)
     assert (pools.prefill.placement.workers, pools.prefill.placement.tensor_parallel) == (3, 2)
     assert (pools.decode.placement.workers, pools.decode.placement.gpus) == (1, 4)
     assert pools.prefill.scheduler.chunk_budget == 8192

@@ -111,6 +111,7 @@ def test_a_traces_shared_blocks_are_shared_in_the_simulation() -> None:
     [
         ("engine.block_size=32", "made with block_size = 16, and the cluster has 32"),
         ('model.dtype="fp32"', "made with dtype = bf16, and the cluster has fp32"),
+        ("pools.decode.kv_cache_mib=64", "kv_cache_mib = 512, and the decode workers have 64"),
         ("pools.decode.tensor_parallel=2", r"pools\.decode\.tensor_parallel = 2"),
     ],
 )

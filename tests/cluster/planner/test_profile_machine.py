@@ -78,6 +78,9 @@ def test_all_slots_of_a_machine_slow_each_other_down() -> None:
     for cores, slots, factor in ((2, 1, 1.0), (2, 2, 1.4), (2, 8, 1.4), (4, 8, 2.2), (1, 8, 1.0)):
         step_time = ProfileMachine(profiled(cores), slots).step_time(Parallel())
         assert step_time.step_s(DECODE) == pytest.approx(factor * true_s(DECODE) + 0.001)
+    beside = replace(SERVING, first_token_beside_s=0.009)
+    assert ProfileMachine(profiled(2, beside), 2).first_token_s == 0.009
+    assert ProfileMachine(profiled(2, beside), 1).first_token_s == 0.005
 
 
 def test_a_worker_takes_one_slot() -> None:

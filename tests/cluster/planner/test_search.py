@@ -26,7 +26,7 @@ TASK = Task(
 )
 PREFILL, DECODE = Kind("prefill", Parallel()), Kind("decode", Parallel())
 COLOCATED = Kind("colocated", Parallel(), 512)
-PHASES = PhaseRates(rates={PREFILL: 2.0, DECODE: 6.0, COLOCATED: 1.0}, paired={(Parallel(), Parallel()): 6.0})
+PHASES = PhaseRates(rates={PREFILL: 2.0, DECODE: 6.0, COLOCATED: 1.0})
 
 
 def test_colocated_wins_where_its_own_simulation_says_so() -> None:
@@ -106,9 +106,11 @@ def test_too_few_gpus_are_named() -> None:
         replace(TASK, rate=-1.0)
 
 
-def test_all_workers_have_the_room_of_the_smallest() -> None:
+def test_every_pool_has_the_room_of_its_own_workers() -> None:
     placement = Placement(
         prefill=Pool(count=1, parallel=Parallel(4)), decode=Pool(count=1, parallel=Parallel(2))
     )
     first, second = build(placement, LARGE).workers
-    assert first.num_blocks == second.num_blocks == LARGE.kv_tokens(Parallel(2)) // 16
+    assert first.num_blocks == LARGE.kv_tokens(Parallel(4)) // 16
+    assert second.num_blocks == LARGE.kv_tokens(Parallel(2)) // 16
+    assert first.num_blocks > 2 * second.num_blocks
