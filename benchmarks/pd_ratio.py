@@ -75,9 +75,9 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2, sharey=True)
-    for panel, moves, stays, value in (
-        (panels[0], "tpot_ms", "ttft_ms", TTFT_MS),
-        (panels[1], "ttft_ms", "tpot_ms", TPOT_MS),
+    for panel, moves, values, stays, value in (
+        (panels[0], "tpot_ms", TPOTS_MS, "ttft_ms", TTFT_MS),
+        (panels[1], "ttft_ms", TTFTS_MS, "tpot_ms", TPOT_MS),
     ):
         panel.axhspan(*NVIDIA, color="0.9", label="NVIDIA: 0.5 to 3.5")
         for colour, trace in zip(COLOURS, TRACES, strict=False):
@@ -90,6 +90,8 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
                 points = [(row[moves], row[name]) for row in of_trace if name in row]
                 panel.plot(*zip(*points, strict=True), style, color=colour, label=f"{trace}, {label}")
         panel.set(xscale="log", yscale="log", xlabel=f"{moves[:4].upper()} objective, ms")
+        panel.set_xticks(values, [f"{each:g}" for each in values])
+        panel.set_xticks([], minor=True)
         panel.set_title(f"{stays[:4].upper()} {value:g} ms", fontsize=10)
         panel.grid(alpha=0.25)
     panels[0].set_ylabel("prefill GPUs for each decode GPU")
