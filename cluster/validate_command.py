@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import shlex
 import sys
@@ -37,6 +38,7 @@ from .planner.validation import (
     GOOD_POINTS,
     PERCENTILES,
     Figures,
+    Parts,
     Validation,
     figures_of,
     figures_of_simulation,
@@ -229,9 +231,17 @@ class _Task:
         return figures_of(
             [r.ttft_ms for r in results if r.ttft_ms is not None],
             [r.tpot_ms for r in results if r.tpot_ms is not None],
+            [parts_of(r) for r in results if r.ttft_ms is not None],
             sum(judge(r, self.slo) is SloVerdict.MET for r in results),
             len(results),
         )
+
+
+def parts_of(result: RequestResult) -> Parts:
+    """Of a request that had a first token."""
+    assert result.ttft_ms is not None
+    queue, prefill = result.stages["prefill_queue_ms"], result.stages["prefill_ms"]
+    return Parts(queue, prefill, result.ttft_ms - queue - prefill)
 
 
 def table_of(validation: Validation) -> Table:
@@ -259,6 +269,11 @@ def table_of(validation: Validation) -> Table:
                 f"{predicted[p]:.1f}" if predicted else "–",
                 "–" if error is None else f"{error:+.1%}",
             )
+    for part, label in (("queue", "waits"), ("prefill", "computed"), ("around", "around both")):
+        measured_ms, predicted_ms = (
+            side.parts_ms.get(part, math.nan) for side in (validation.measured, validation.predicted)
+        )
+        table.add_row(f"prompt {label}, median ms", f"{measured_ms:.1f}", f"{predicted_ms:.1f}", "")
     table.add_row(
         "met both",
         f"{validation.measured.attainment:.1%}",

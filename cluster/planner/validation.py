@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +30,8 @@ class Figures:
     """The same, of requests of two tokens and more."""
     attainment: float
     """Share of all requests that met both objectives."""
+    parts_ms: dict[str, float]
+    """Medians of what a TTFT is made of: the prompt waits, is computed, and what lies around both."""
     busy: dict[str, float] | None = None
     """Share of the time that workers computed, by role; only the simulation knows."""
 
@@ -83,9 +87,24 @@ class Verdict:
     """Both within their marks."""
 
 
-def figures_of(ttft_ms: Sequence[float], tpot_ms: Sequence[float], met: int, total: int) -> Figures:
+class Parts(NamedTuple):
+    """Milliseconds of one TTFT."""
+
+    queue: float
+    prefill: float
+    around: float
+
+
+def figures_of(
+    ttft_ms: Sequence[float],
+    tpot_ms: Sequence[float],
+    parts: Sequence[Parts],
+    met: int,
+    total: int,
+) -> Figures:
     """Of what a client measured."""
     return Figures(
+        parts_ms=_medians(parts),
         ttft_ms=_percentiles(np.array(ttft_ms)),
         tpot_ms=_percentiles(np.array(tpot_ms)),
         attainment=met / total,
@@ -97,7 +116,17 @@ def figures_of_simulation(result: SimResult, slo: Slo) -> Figures:
     several = np.array([request.output_tokens > 1 for request in result.requests])
     served = np.isfinite(result.ttft_ms)
     roles = dict.fromkeys(use.role for use in result.workers)
+    parts = [
+        Parts(
+            (request.scheduled - request.arrival) / 1e6,
+            (request.token0 - request.scheduled) / 1e6,
+            ttft - (request.token0 - request.arrival) / 1e6,
+        )
+        for request, ttft in zip(result.requests, result.ttft_ms.tolist(), strict=True)
+        if math.isfinite(ttft)
+    ]
     return Figures(
+        parts_ms=_medians(parts),
         ttft_ms=_percentiles(result.ttft_ms[served]),
         tpot_ms=_percentiles(result.tpot_ms[served & several]),
         attainment=result.attainment(slo.ttft_ms, slo.tpot_ms),
@@ -117,6 +146,11 @@ def verdict_of(validations: Sequence[Validation]) -> Verdict:
         median_points=points,
         inside=median_error is not None and median_error <= GOOD_ERROR and points <= GOOD_POINTS,
     )
+
+
+def _medians(parts: Sequence[Parts]) -> dict[str, float]:
+    columns = zip(Parts._fields, zip(*parts, strict=True), strict=False)
+    return {name: float(np.median(values)) for name, values in columns}
 
 
 def _percentiles(values: Floats) -> dict[str, float] | None:

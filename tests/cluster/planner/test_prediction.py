@@ -14,6 +14,7 @@ from diphase.cluster.planner.profile import Profile, ServingCost, Slowdown
 from diphase.cluster.planner.sim_workload import requests_of
 from diphase.cluster.planner.validation import (
     Figures,
+    Parts,
     Validation,
     figures_of,
     figures_of_simulation,
@@ -121,16 +122,21 @@ def test_a_profile_of_another_engine_is_refused(setting: str, message: str) -> N
 
 
 def test_errors_are_of_the_prediction_beside_the_measurement() -> None:
-    measured = figures_of([100.0, 200.0], [10.0, 20.0], met=1, total=4)
+    measured = figures_of(
+        [100.0, 200.0], [10.0, 20.0], [Parts(0.0, 90.0, 10.0), Parts(60.0, 120.0, 20.0)], met=1, total=4
+    )
+    assert measured.parts_ms == {"queue": 30.0, "prefill": 105.0, "around": 15.0}
     assert measured.ttft_ms == pytest.approx({"p50": 150.0, "p90": 190.0, "p99": 199.0})
-    predicted = Figures(ttft_ms={"p50": 165.0, "p90": 171.0, "p99": 199.0}, tpot_ms=None, attainment=0.2)
+    predicted = Figures(
+        ttft_ms={"p50": 165.0, "p90": 171.0, "p99": 199.0}, tpot_ms=None, parts_ms={}, attainment=0.2
+    )
     found = Validation(rate=1.0, requests=4, measured=measured, predicted=predicted)
     assert found.errors == pytest.approx({"ttft_ms_p50": 0.1, "ttft_ms_p90": -0.1, "ttft_ms_p99": 0.0})
     assert found.attainment_points == pytest.approx(-5.0)
     verdict = verdict_of([found])
     assert verdict.median_error == pytest.approx(0.1)
     assert verdict.median_points == pytest.approx(5.0)
-    nothing = Figures(ttft_ms=None, tpot_ms=None, attainment=0.2)
+    nothing = Figures(ttft_ms=None, tpot_ms=None, parts_ms={}, attainment=0.2)
     assert not verdict_of([replace(found, predicted=nothing)]).inside
 
 
