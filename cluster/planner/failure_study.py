@@ -63,9 +63,9 @@ class Outage:
     def sentence(self) -> str:
         """For the terminal."""
         if self.recovered_s is None:
-            again = f"not as before within {self.run_s:.0f} s"
+            again = f"not well again within {self.run_s:.0f} s"
         elif self.recovered_s:
-            again = f"as before for who comes {self.recovered_s:.1f} s after the loss"
+            again = f"well again for who comes {self.recovered_s:.1f} s after the loss"
         else:
             again = "never worse than wanted"
         return (
@@ -159,19 +159,21 @@ def outage(question: OutageQuestion) -> Outage:
 
 def recovery(since_s: Sequence[float] | NDArray[np.float64], met: Seen, calm: Seen) -> float | None:
     """When requests began to arrive, in seconds since the kill, of which every WINDOW in a row meet their
-    objectives as often as is wanted, or as without it; None: no such time within the run."""
+    objectives as often as is wanted, or as without it; None: no such time within the run. Where fewer come,
+    all of them are the window."""
     first = int(np.searchsorted(since_s, 0.0))
+    width = min(WINDOW, len(met) - first)
     last_bad = None
-    for start in range(first, len(met) - WINDOW + 1):
-        share, wanted = met[start : start + WINDOW].mean(), calm[start : start + WINDOW].mean()
+    for start in range(first, len(met) - width + 1):
+        share, wanted = met[start : start + width].mean(), calm[start : start + width].mean()
         if share < min(TARGET, wanted):
             last_bad = start
     if last_bad is None:
         return 0.0
-    if last_bad >= len(met) - WINDOW:
+    if last_bad == len(met) - width:
         return None
     # Of the last window that was bad, its last request that missed is the last that was hit.
-    window = np.flatnonzero(~met[last_bad : last_bad + WINDOW])
+    window = np.flatnonzero(~met[last_bad : last_bad + width])
     return float(since_s[last_bad + int(window[-1])])
 
 

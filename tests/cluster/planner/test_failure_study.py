@@ -76,6 +76,7 @@ def test_well_again_is_when_no_window_is_bad_any_more() -> None:
     assert recovery(since, hit, hit) == 0.0  # as without the loss
     hit[-WINDOW:] = False
     assert recovery(since, hit, calm) is None
+    assert recovery(since[180:] - 175.0, hit[180:], calm[180:]) is None  # less than a window
     few = calm.copy()
     few[50] = few[120] = False  # one of a window is within the objective
     assert recovery(since, few, calm) == 0.0
