@@ -235,3 +235,44 @@ def test_incidents_that_cannot_be_are_refused_by_name() -> None:
         Drain(at_s=1.0, worker=0, timeout_s=0.0)
     with pytest.raises(ConfigError, match="start_s"):
         RoleChange(at_s=1.0, worker=0, successor=decode_worker(), start_s=0.0)
+
+
+def test_a_prompt_of_a_worker_that_drains_is_finished_by_who_has_its_kv() -> None:
+    """The prefill worker ends when its hand-off is verified, before the decode worker has sent a token."""
+    request = run(TWO_POOLS, [(0, 48, 20)], HANDED_OVER, incidents=[Drain(at_s=0.002, worker=0)])[1].requests[
+        0
+    ]
+    assert (request.attempts, request.stall, request.prefill_worker) == (1, 0, 0)
+
+
+def test_who_is_to_leave_does_not_come_back_from_a_crash() -> None:
+    befalls = [Crash(at_s=0.1, worker=2, back_s=0.5), Drain(at_s=0.3, worker=2)]
+    simulation = run(TWO_POOLS, [(0, 48, 20), (1000 * MS, 48, 20)], HANDED_OVER, incidents=befalls)[1]
+    assert len(simulation.workers) == 4
+    assert simulation.requests[1].decode_worker == 3
+
+
+def test_a_worker_that_was_lost_with_a_request_does_not_get_it_again_while_there_are_others() -> None:
+    cluster = deployment(prefill_worker(), decode_worker(), decode_worker(), decode_worker())
+    befalls = [Crash(at_s=0.1, worker=1, back_s=0.2), Crash(at_s=0.5, worker=2)]
+    request = run(cluster, [(0, 48, 300)], HANDED_OVER, incidents=befalls)[1].requests[0]
+    assert (request.attempts, request.decode_worker) == (3, 3)
+
+
+def test_room_that_a_lost_hand_off_had_goes_to_the_next() -> None:
+    cluster = deployment(prefill_worker(24), prefill_worker(24), decode_worker(24), bandwidth=1e7)
+    config = SimulationConfig(router=RouterConfig(local_prefill_tokens=0, max_attempts=1))
+    result, simulation = run(
+        cluster, [(0, 300, 4), (0, 300, 4)], config, incidents=[Crash(at_s=0.05, worker=0)]
+    )
+    assert [request.error for request in simulation.requests] == ["worker_lost", ""]
+    assert result.failed == 1
+
+
+def test_a_link_belongs_to_the_others_as_soon_as_a_worker_is_gone() -> None:
+    cluster = deployment(prefill_worker(), prefill_worker(), decode_worker(), bandwidth=1e7)
+    shared, alone = (
+        run(cluster, [(0, 300, 4), (0, 300, 4)], HANDED_OVER, incidents=befalls)[1].requests[1].verified
+        for befalls in ([], [Crash(at_s=0.05, worker=0, noticed_after_s=10.0)])
+    )
+    assert alone < 0.8 * shared
