@@ -198,15 +198,17 @@ def test_what_a_drain_does_not_finish_in_time_goes_on_elsewhere_and_costs_no_att
 
 
 def test_a_prompt_on_its_way_to_a_worker_that_drains_goes_to_another() -> None:
-    """The second prompt waits on the prefill worker when its decode worker takes no more hand-offs."""
+    """The third prompt waits on the prefill worker when its decode worker, which is busy, takes no more
+    hand-offs."""
     cluster = deployment(prefill_worker(chunk=64), decode_worker(), decode_worker())
-    rows = [(0, 300, 2), (MS, 64, 2), (MS, 64, 2)]
-    targets = [request.decode_worker for request in run(cluster, rows, HANDED_OVER)[1].requests]
-    victim = targets[2]
-    result, simulation = run(cluster, rows, HANDED_OVER, incidents=[Drain(at_s=0.003, worker=victim)])
-    assert simulation.requests[2].decode_worker == 3 - victim
-    assert simulation.requests[2].attempts == 2
-    assert result.failed == 0
+    rows = [(0, 64, 200), (30 * MS, 300, 2), (MS, 64, 2)]
+    plain = run(cluster, rows, HANDED_OVER)[1].requests
+    assert [request.decode_worker for request in plain] == [1, 2, 1]
+    drain = Drain(at_s=0.033, worker=1)
+    first, _, third = run(cluster, rows, HANDED_OVER, incidents=[drain])[1].requests
+    assert (first.decode_worker, first.attempts) == (1, 1)
+    assert (third.decode_worker, third.attempts) == (2, 2)
+    assert third.scheduled == plain[2].scheduled  # it was refused when its first step began
 
 
 def test_a_worker_that_changed_its_role_serves_in_the_new_one() -> None:
@@ -266,6 +268,7 @@ def test_room_that_a_lost_hand_off_had_goes_to_the_next() -> None:
         cluster, [(0, 300, 4), (0, 300, 4)], config, incidents=[Crash(at_s=0.05, worker=0)]
     )
     assert [request.error for request in simulation.requests] == ["worker_lost", ""]
+    assert simulation.requests[1].last_token > 0
     assert result.failed == 1
 
 
