@@ -17,6 +17,7 @@ from ...proto.errors import ConfigError
 from ...router.config import RouterConfig
 from ..load.search import TARGET, Point
 from .deployment import Deployment, SimulationConfig
+from .incidents import Incident
 from .records import SimResult
 from .sim_workload import Workload
 from .simulator import Simulation
@@ -163,6 +164,7 @@ def simulate(
     pattern: Pattern,
     *,
     whole: bool = True,
+    incidents: Sequence[Incident] = (),
 ) -> SimResult:
     """One run. The policy, which knows only finite objectives, is told an hour for those that are not. One
     that is not `whole` ends where no definition can be met any more."""
@@ -172,7 +174,7 @@ def simulate(
         tpot_ms=min(objectives.tpot_ms, 3.6e6),
         most_missed=None if whole else math.floor((1.0 - TARGET) * pattern.num_requests) + 1,
     )
-    return Simulation(deployment, config, workload.requests(rate, *pattern)).run()
+    return Simulation(deployment, config, workload.requests(rate, *pattern), incidents).run()
 
 
 def served(result: SimResult, objectives: Objectives, definition: Definition) -> bool:

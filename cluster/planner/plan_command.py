@@ -17,6 +17,7 @@ from ..load.trace_formats import TraceRecord
 from ..load.traces import TRACES, data_folder, load_trace
 from ..load.workload import Arrivals, WorkloadConfig
 from .explain import binding, curves, infeasible
+from .failure_study import DEFAULT_AWAY_S, check_away, outages
 from .goodput import MOST_REQUESTS, Objectives
 from .hardware import known_hardware, load_hardware
 from .log_fit import fit_log, nearest, public_fits, sentence, synthetic
@@ -123,6 +124,13 @@ def _add_workload(load: argparse._ArgumentGroup) -> None:
     load.add_argument(
         "--data", metavar="DIR", help="folder of the traces (DIPHASE_DATA, else ../shared/data)"
     )
+    load.add_argument(
+        "--outage",
+        type=float,
+        default=DEFAULT_AWAY_S,
+        metavar="S",
+        help="say what the loss of a worker comes to that is back after S seconds; 0: do not (%(default)s)",
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -136,10 +144,10 @@ def run(args: argparse.Namespace) -> int:
     said = _sentence(args, task)
     output = None if args.output is None else _folder(Path(args.output))
     if processes == 1:
-        plan = make_plan(task, args.algorithm)
+        plan = make_plan(task, args.algorithm, away_s=args.outage)
     else:
         with ProcessPoolExecutor(processes) as executor:
-            plan = make_plan(task, args.algorithm, executor.map)
+            plan = make_plan(task, args.algorithm, executor.map, away_s=args.outage)
     plan = replace(plan, workload=said)
     console = Console()
     for line in text(plan):
@@ -161,6 +169,7 @@ def task_from(args: argparse.Namespace) -> Task:
         raise ConfigError(
             f"--requests {args.requests} is out of range; use {MIN_REQUESTS} to {MOST_REQUESTS}"
         )
+    check_away(args.outage)
     folder = data_folder(args.data, os.environ)
     machine = machine_from(args, folder)
     config, records = _load_from(args, folder)
@@ -217,8 +226,10 @@ def _sentence(args: argparse.Namespace, task: Task) -> str:
         return f"{sentence(fit)}; {exc.message}"
 
 
-def make_plan(task: Task, algorithm: str = SEARCH, mapped: Callable[..., object] = map) -> Plan:
-    """Searches and explains."""
+def make_plan(
+    task: Task, algorithm: str = SEARCH, mapped: Callable[..., object] = map, *, away_s: float = 0.0
+) -> Plan:
+    """Searches and explains. `away_s`: how long a lost worker is away; 0: none is lost."""
     found = search(task, mapped) if algorithm == SEARCH else search_published(task, algorithm, mapped)
     if not found.candidates:
         why = found.sentence or infeasible(task, found.phases)
@@ -229,6 +240,7 @@ def make_plan(task: Task, algorithm: str = SEARCH, mapped: Callable[..., object]
         found=found,
         binding=binding(task, found.phases, found.candidates[0], mapped),
         curves=tuple(curves(task, shown, mapped)),
+        outages=outages(task, found.candidates[0], away_s, mapped) if away_s else (),
     )
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from ..load.plot import COLOURS, draw_attainment
 from ..load.search import TARGET
 from .explain import Binding, Curve
+from .failure_study import Outage
 from .search import HOPELESS, Candidate, Found, Task
 
 SHOWN = 3
@@ -29,6 +30,8 @@ class Plan:
     binding: Binding | None = None
     curves: tuple[Curve, ...] = ()
     """Of the best candidates, in their order."""
+    outages: tuple[Outage, ...] = ()
+    """Of one worker of each pool of the best."""
 
     @property
     def best(self) -> Candidate:
@@ -67,6 +70,8 @@ def text(plan: Plan) -> Iterator[str]:
         yield f"each relaxed alone: {gains}"
     if plan.curves:
         yield from _sensitivity(plan.curves[0])
+    for outage in plan.outages:
+        yield outage.sentence()
 
 
 def _other_kinds(plan: Plan, shown: set[str]) -> Iterator[str]:
@@ -157,6 +162,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
             "sentence": plan.binding.sentence,
             "relaxed": {gain.what: gain.gain for gain in plan.binding.relaxations},
         }
+    content["outages"] = [asdict(outage) for outage in plan.outages]
     content["curves"] = [
         {
             "placement": str(candidate.placement),

@@ -198,15 +198,17 @@ def test_what_a_drain_does_not_finish_in_time_goes_on_elsewhere_and_costs_no_att
 
 
 def test_a_prompt_on_its_way_to_a_worker_that_drains_goes_to_another() -> None:
-    """The second prompt waits on the prefill worker when its decode worker takes no more hand-offs."""
+    """The third prompt waits on the prefill worker when its decode worker, which is busy, takes no more
+    hand-offs."""
     cluster = deployment(prefill_worker(chunk=64), decode_worker(), decode_worker())
-    rows = [(0, 300, 2), (MS, 64, 2), (MS, 64, 2)]
-    targets = [request.decode_worker for request in run(cluster, rows, HANDED_OVER)[1].requests]
-    victim = targets[2]
-    result, simulation = run(cluster, rows, HANDED_OVER, incidents=[Drain(at_s=0.003, worker=victim)])
-    assert simulation.requests[2].decode_worker == 3 - victim
-    assert simulation.requests[2].attempts == 2
-    assert result.failed == 0
+    rows = [(0, 64, 200), (30 * MS, 300, 2), (MS, 64, 2)]
+    plain = run(cluster, rows, HANDED_OVER)[1].requests
+    assert [request.decode_worker for request in plain] == [1, 2, 1]
+    drain = Drain(at_s=0.033, worker=1)
+    first, _, third = run(cluster, rows, HANDED_OVER, incidents=[drain])[1].requests
+    assert (first.decode_worker, first.attempts) == (1, 1)
+    assert (third.decode_worker, third.attempts) == (2, 2)
+    assert third.scheduled == plain[2].scheduled  # it was refused when its first step began
 
 
 def test_a_worker_that_changed_its_role_serves_in_the_new_one() -> None:
@@ -235,3 +237,45 @@ def test_incidents_that_cannot_be_are_refused_by_name() -> None:
         Drain(at_s=1.0, worker=0, timeout_s=0.0)
     with pytest.raises(ConfigError, match="start_s"):
         RoleChange(at_s=1.0, worker=0, successor=decode_worker(), start_s=0.0)
+
+
+def test_a_prompt_of_a_worker_that_drains_is_finished_by_who_has_its_kv() -> None:
+    """The prefill worker ends when its hand-off is verified, before the decode worker has sent a token."""
+    request = run(TWO_POOLS, [(0, 48, 20)], HANDED_OVER, incidents=[Drain(at_s=0.002, worker=0)])[1].requests[
+        0
+    ]
+    assert (request.attempts, request.stall, request.prefill_worker) == (1, 0, 0)
+
+
+def test_who_is_to_leave_does_not_come_back_from_a_crash() -> None:
+    befalls = [Crash(at_s=0.1, worker=2, back_s=0.5), Drain(at_s=0.3, worker=2)]
+    simulation = run(TWO_POOLS, [(0, 48, 20), (1000 * MS, 48, 20)], HANDED_OVER, incidents=befalls)[1]
+    assert len(simulation.workers) == 4
+    assert simulation.requests[1].decode_worker == 3
+
+
+def test_a_worker_that_was_lost_with_a_request_does_not_get_it_again_while_there_are_others() -> None:
+    cluster = deployment(prefill_worker(), decode_worker(), decode_worker(), decode_worker())
+    befalls = [Crash(at_s=0.1, worker=1, back_s=0.2), Crash(at_s=0.5, worker=2)]
+    request = run(cluster, [(0, 48, 300)], HANDED_OVER, incidents=befalls)[1].requests[0]
+    assert (request.attempts, request.decode_worker) == (3, 3)
+
+
+def test_room_that_a_lost_hand_off_had_goes_to_the_next() -> None:
+    cluster = deployment(prefill_worker(24), prefill_worker(24), decode_worker(24), bandwidth=1e7)
+    config = SimulationConfig(router=RouterConfig(local_prefill_tokens=0, max_attempts=1))
+    result, simulation = run(
+        cluster, [(0, 300, 4), (0, 300, 4)], config, incidents=[Crash(at_s=0.05, worker=0)]
+    )
+    assert [request.error for request in simulation.requests] == ["worker_lost", ""]
+    assert simulation.requests[1].last_token > 0
+    assert result.failed == 1
+
+
+def test_a_link_belongs_to_the_others_as_soon_as_a_worker_is_gone() -> None:
+    cluster = deployment(prefill_worker(), prefill_worker(), decode_worker(), bandwidth=1e7)
+    shared, alone = (
+        run(cluster, [(0, 300, 4), (0, 300, 4)], HANDED_OVER, incidents=befalls)[1].requests[1].verified
+        for befalls in ([], [Crash(at_s=0.05, worker=0, noticed_after_s=10.0)])
+    )
+    assert alone < 0.8 * shared

@@ -28,7 +28,14 @@ def test_a_plan_and_its_files_the_same_again(tmp_path: Path, capsys: pytest.Capt
     arguments = [*COMMAND, "--slo", "ttft=200,tpot=20"]
     assert main([*arguments, "--output", str(tmp_path / "a")]) == 0
     printed = capsys.readouterr().out
-    for said in ("placement: 1 colocated", "goodput", "what binds", "rate: ", "objectives: "):
+    for said in (
+        "placement: 1 colocated",
+        "goodput",
+        "what binds",
+        "rate: ",
+        "objectives: ",
+        "one colocated worker lost",
+    ):
         assert said in printed
     config = load(tmp_path / "a" / "cluster.toml", [], system_rng())
     assert config.pools.colocated.placement.workers == 1
@@ -68,6 +75,7 @@ def test_an_infeasible_objective_is_named(
         (["--slo", "ttft=5,tpot=5", "--seeds", "0"], "--seeds 0"),
         (["--slo", "ttft=5,tpot=5", "--requests", "5"], "--requests 5"),
         (["--slo", "ttft=5,tpot=5", "--max-pp", "0"], "max_pp = 0"),
+        (["--slo", "ttft=5,tpot=5", "--outage", "-1"], "--outage -1"),
         (["--slo", "ttft=5,tpot=5", "--step-times", "distserve"], "a100-sxm-80gb"),
     ],
 )
