@@ -8,18 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 from ...router.step_time import Line, StepShape, StepTime
 from ..load.search import TARGET, Goodput, Point, goodput
 from .bounds import Floor
 from .deployment import Deployment
-from .goodput import Objectives, Pattern, Question, answer_all, point, run_length, simulate
+from .goodput import Answer, Objectives, Pattern, Question, answer_all, point, run_length, simulate
 from .machines import Parallel
 from .phase_rates import PhaseRates
 from .placement import Placement, Pool, build, colocated_budgets
 from .search import FINE, Candidate, Task, part_of
 from .sim_workload import Workload
-from .topology import free_topology
+from .topology import Topology
 
 RELAXED = 1.25
 """Factor by which a thing is relaxed, memory apart, which doubles, and links, which are free."""
@@ -33,6 +34,36 @@ RATE_FACTORS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 """Of the goodput: rates of the attainment curve."""
 SLO_FACTORS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 """Of both objectives: points of goodput over SLO."""
+
+
+class Asked(Protocol):
+    """What a plan is asked for, of whatever hardware."""
+
+    @property
+    def workload(self) -> Workload: ...
+
+    @property
+    def objectives(self) -> Objectives: ...
+
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+
+    @property
+    def policy(self) -> str: ...
+
+    @property
+    def rate(self) -> float | None: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Part:
+    """What is simulated of a placement."""
+
+    deployment: Deployment
+    times: int
+    """How many of it the placement is."""
+    count: int
+    """Requests of a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +160,7 @@ def _when_alone(task: Task, parallels: Sequence[Parallel]) -> str:
     placement = Placement(colocated=Pool(count=1, parallel=parallel, budget=budget))
     count = run_length(task.workload, task.objectives, LOWEST_RATE)
     deployment, pattern = build(placement, task.machine), Pattern(task.seeds[0], count)
-    result = simulate(deployment, task.workload, task.objectives, LOWEST_RATE, pattern)
+    result = simulate(deployment, task.workload, task.objectives, LOWEST_RATE, pattern, policy=task.policy)
     met = result.attainment(task.objectives.ttft_ms, task.objectives.tpot_ms)
     late = float((result.ttft_ms > task.objectives.ttft_ms).mean())
     slow = float((result.tpot_ms > task.objectives.tpot_ms).mean())
@@ -146,37 +177,45 @@ def _quickest(floors: dict[Parallel, Floor]) -> tuple[Parallel, Floor]:
 
 def binding(task: Task, phases: PhaseRates, best: Candidate, mapped: Callable[..., object] = map) -> Binding:
     """What binds the goodput of the chosen placement."""
-    part, times = part_of(best.placement)
     assert best.answer is not None  # it was simulated
-    base = next(iter(best.answer.estimates.values())).rates[0] / times
-    deployment = build(part, task.machine)
+    placement, times = part_of(best.placement)
+    part = Part(deployment=build(placement, task.machine), times=times, count=best.answer.count)
+    return _judged(task, phases, best.placement, relaxations(task, part, best.answer, mapped))
+
+
+def relaxations(
+    asked: Asked, part: Part, answer: Answer, mapped: Callable[..., object] = map
+) -> tuple[Relaxation, ...]:
+    """What each thing relaxed alone would bring; `answer` is what the whole serves."""
+    base = next(iter(answer.estimates.values())).rates[0] / part.times
+    deployment, objectives = part.deployment, asked.objectives
     relaxed: dict[str, tuple[Deployment, Objectives]] = {
-        "compute of prefill": (_faster(deployment, prefill=1.0 / RELAXED), task.objectives),
-        "compute of decode": (_faster(deployment, decode=1.0 / RELAXED), task.objectives),
-        "memory": (_roomier(deployment), task.objectives),
-        "TTFT objective": (deployment, task.objectives.scaled(ttft=RELAXED)),
-        "TPOT objective": (deployment, task.objectives.scaled(tpot=RELAXED)),
+        "compute of prefill": (_faster(deployment, prefill=1.0 / RELAXED), objectives),
+        "compute of decode": (_faster(deployment, decode=1.0 / RELAXED), objectives),
+        "memory": (_roomier(deployment), objectives),
+        "TTFT objective": (deployment, objectives.scaled(ttft=RELAXED)),
+        "TPOT objective": (deployment, objectives.scaled(tpot=RELAXED)),
     }
-    if part.prefill is not None:
-        relaxed["link"] = (_unlinked(deployment, part.prefill.count), task.objectives)
+    if deployment.topology.paths:
+        relaxed["link"] = (_unlinked(deployment), objectives)
     questions = [
         Question(
             deployment=changed,
-            workload=task.workload,
-            objectives=objectives,
+            workload=asked.workload,
+            objectives=loosened,
             guess=base,
             ceiling=2.0 * base,
-            count=best.answer.count,
-            seeds=task.seeds[:1],
+            count=part.count,
+            seeds=asked.seeds[:1],
             tolerance=FINE,
+            policy=asked.policy,
         )
-        for changed, objectives in relaxed.values()
+        for changed, loosened in relaxed.values()
     ]
-    gains = tuple(
+    return tuple(
         Relaxation(what=what, gain=reply.rate / base - 1.0)
         for what, reply in zip(relaxed, answer_all(questions, mapped), strict=True)
     )
-    return _judged(task, phases, best.placement, gains)
 
 
 def _judged(task: Task, phases: PhaseRates, placement: Placement, gains: tuple[Relaxation, ...]) -> Binding:
@@ -202,6 +241,11 @@ def _judged(task: Task, phases: PhaseRates, placement: Placement, gains: tuple[R
                 f"{shares[name]:.0%} of the objective: little is left for waiting",
                 relaxations=gains,
             )
+    return strongest(gains)
+
+
+def strongest(gains: tuple[Relaxation, ...]) -> Binding:
+    """The resource whose relaxation brings most; an objective where none brings anything."""
     resources = [gain for gain in gains if not gain.what.endswith("objective")]
     top = max(resources, key=lambda gain: gain.gain)
     if top.gain <= LEAST_GAIN:
@@ -227,8 +271,8 @@ def _roomier(deployment: Deployment) -> Deployment:
     return replace(deployment, workers=workers)
 
 
-def _unlinked(deployment: Deployment, prefills: int) -> Deployment:
-    free = free_topology(range(prefills), range(prefills, len(deployment.workers)))
+def _unlinked(deployment: Deployment) -> Deployment:
+    free = Topology(bandwidths=(), paths=dict.fromkeys(deployment.topology.paths, ()))
     return replace(deployment, topology=free)
 
 
@@ -239,38 +283,46 @@ class _CurveRun:
     objectives: Objectives
     rate: float
     pattern: Pattern
+    policy: str
 
 
 def _run_curve(run: _CurveRun) -> list[Point]:
     """The run judged by every multiple of the objectives."""
-    result = simulate(run.deployment, run.workload, run.objectives, run.rate, run.pattern)
+    result = simulate(run.deployment, run.workload, run.objectives, run.rate, run.pattern, policy=run.policy)
     return [point(run.rate, result, run.objectives.scaled(factor, factor)) for factor in SLO_FACTORS]
 
 
 def curves(task: Task, candidates: Sequence[Candidate], mapped: Callable[..., object] = map) -> list[Curve]:
     """Attainment over rate, and goodput over objectives, of each candidate, at the same rates."""
     top = max(candidate.rate for candidate in candidates)
-    runs: list[_CurveRun] = []
-    shares: list[int] = []
+    parts: list[Part] = []
     for candidate in candidates:
-        part, times = part_of(candidate.placement)
-        shares.append(times)
-        deployment = build(part, task.machine)
+        placement, times = part_of(candidate.placement)
         known = candidate.answer
         count = known.count if known else run_length(task.workload, task.objectives, top / times)
-        runs += [
-            _CurveRun(
-                deployment=deployment,
-                workload=task.workload,
-                objectives=task.objectives,
-                rate=factor * top / times,
-                pattern=Pattern(task.seeds[0], count),
-            )
-            for factor in RATE_FACTORS
-        ]
+        parts.append(Part(deployment=build(placement, task.machine), times=times, count=count))
+    return curves_of(task, parts, top, mapped)
+
+
+def curves_of(
+    asked: Asked, parts: Sequence[Part], top: float, mapped: Callable[..., object] = map
+) -> list[Curve]:
+    """Of each deployment, at the same shares of the rate `top`."""
+    runs = [
+        _CurveRun(
+            deployment=part.deployment,
+            workload=asked.workload,
+            objectives=asked.objectives,
+            rate=factor * top / part.times,
+            pattern=Pattern(asked.seeds[0], part.count),
+            policy=asked.policy,
+        )
+        for part in parts
+        for factor in RATE_FACTORS
+    ]
     judged: list[list[Point]] = list(mapped(_run_curve, runs))  # type: ignore[call-overload]
     found: list[Curve] = []
-    for i, times in enumerate(shares):
+    for i, times in enumerate(part.times for part in parts):
         rows = judged[i * len(RATE_FACTORS) : (i + 1) * len(RATE_FACTORS)]
         columns = [[replace(p, rate=p.rate * times) for p in column] for column in zip(*rows, strict=True)]
         by_slo = {factor: goodput(column) for factor, column in zip(SLO_FACTORS, columns, strict=True)}

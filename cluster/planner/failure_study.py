@@ -17,11 +17,11 @@ from ...proto.errors import ConfigError
 from ..load.search import TARGET
 from .deployment import Deployment
 from .events import NS
+from .explain import Asked
 from .goodput import Objectives, Pattern, largest_rate, run_length, simulate
 from .incidents import Crash
-from .placement import build
 from .records import SimResult
-from .search import COARSE, Candidate, Task
+from .search import COARSE
 from .sim_workload import Workload
 
 DEFAULT_AWAY_S = 30.0
@@ -83,6 +83,7 @@ class OutageQuestion:
     deployment: Deployment
     workload: Workload
     objectives: Objectives
+    policy: str
     rate: float
     goodput: float
     """Of the whole deployment."""
@@ -104,25 +105,25 @@ def check_away(away_s: float) -> None:
 
 
 def outages(
-    task: Task, best: Candidate, away_s: float, mapped: Callable[..., object] = map
+    asked: Asked, deployment: Deployment, goodput: float, away_s: float, mapped: Callable[..., object] = map
 ) -> tuple[Outage, ...]:
-    """Of one worker of each pool of the placement."""
-    deployment = build(best.placement, task.machine)
-    rate = HEADROOM * best.rate if task.rate is None or task.rate > best.rate else task.rate
+    """Of one worker of each role of the deployment, which serves `goodput` requests/s."""
+    rate = HEADROOM * goodput if asked.rate is None or asked.rate > goodput else asked.rate
     roles = [spec.role for spec in deployment.workers]
     questions = [
         OutageQuestion(
             deployment=deployment,
-            workload=task.workload,
-            objectives=task.objectives,
+            workload=asked.workload,
+            objectives=asked.objectives,
+            policy=asked.policy,
             rate=rate,
-            goodput=best.rate,
+            goodput=goodput,
             role=role,
             worker=roles.index(role),
             away_s=away_s,
-            seed=task.seeds[0],
+            seed=asked.seeds[0],
         )
-        for role, _ in best.placement.pools()
+        for role in dict.fromkeys(roles)
     ]
     return tuple(mapped(outage, questions))  # type: ignore[arg-type]
 
@@ -135,11 +136,11 @@ def outage(question: OutageQuestion) -> Outage:
     count = question.workload.most(min(MOST_ARRIVALS, wanted))
     pattern = Pattern(question.seed, count)
     ask = (question.deployment, question.workload, objectives, rate, pattern)
-    calm = simulate(*ask)
+    calm = simulate(*ask, policy=question.policy)
     arrivals = np.array([request.arrival for request in calm.requests]) / NS
     at_s = float(arrivals[min(lead, count) // 2])
     crash = Crash(at_s=at_s, worker=question.worker, back_s=question.away_s)
-    hit = simulate(*ask, incidents=(crash,))
+    hit = simulate(*ask, incidents=(crash,), policy=question.policy)
     away = (arrivals >= at_s) & (arrivals < at_s + question.away_s)
     met, met_calm = _met(hit, objectives), _met(calm, objectives)
     return Outage(
@@ -199,6 +200,7 @@ def _goodput_without(question: OutageQuestion) -> float:
             pattern,
             whole=False,
             incidents=(crash,),
+            policy=question.policy,
         )
         return result.attainment(question.objectives.ttft_ms, question.objectives.tpot_ms) >= TARGET
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -91,6 +91,8 @@ class Question:
     tolerance: float = 0.05
     """Relative width at which a bracket is narrow enough."""
     definitions: tuple[Definition, ...] = (Definition.BOTH,)
+    policy: str = ROUTER.policy
+    """Of the router: who chooses the workers of a request."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.guess < math.inf or not self.ceiling > 0.0:
@@ -165,11 +167,12 @@ def simulate(
     *,
     whole: bool = True,
     incidents: Sequence[Incident] = (),
+    policy: str = ROUTER.policy,
 ) -> SimResult:
     """One run. The policy, which knows only finite objectives, is told an hour for those that are not. One
     that is not `whole` ends where no definition can be met any more."""
     config = SimulationConfig(
-        router=ROUTER,
+        router=replace(ROUTER, policy=policy),
         ttft_ms=min(objectives.ttft_ms, 3.6e6),
         tpot_ms=min(objectives.tpot_ms, 3.6e6),
         most_missed=None if whole else math.floor((1.0 - TARGET) * pattern.num_requests) + 1,
@@ -212,7 +215,13 @@ def _search(
     def good(rate: float) -> bool:
         if rate not in runs:
             runs[rate] = simulate(
-                question.deployment, question.workload, question.objectives, rate, pattern, whole=False
+                question.deployment,
+                question.workload,
+                question.objectives,
+                rate,
+                pattern,
+                whole=False,
+                policy=question.policy,
             )
         return served(runs[rate], question.objectives, definition)
 

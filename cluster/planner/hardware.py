@@ -50,6 +50,8 @@ class Hardware(Node):
     memory_gib: float
     power_w: float
     """Of the GPU at its limit."""
+    price_per_hour: float | None = None
+    """US dollars; absent where no published price is at hand."""
     fp8_tflops: float | None = None
     """As bf16_tflops, 8-bit floating point; absent where the GPU has none."""
 

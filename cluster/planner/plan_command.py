@@ -12,24 +12,30 @@ from pathlib import Path
 from rich.console import Console
 
 from ...proto.errors import ConfigError
+from ...router.config import POLICIES
 from ..load.report import write_json
 from ..load.trace_formats import TraceRecord
 from ..load.traces import TRACES, data_folder, load_trace
 from ..load.workload import Arrivals, WorkloadConfig
 from .explain import binding, curves, infeasible
 from .failure_study import DEFAULT_AWAY_S, check_away, outages
-from .goodput import MOST_REQUESTS, Objectives
+from .fleet import fleet_toml
+from .fleet_options import add_fleet_arguments, budget_of, gpu_types, total_gpus, wants_fleet
+from .fleet_report import FleetPlan, draw_fleet, fleet_json, fleet_text, make_fleet_plan
+from .fleet_search import FleetTask
+from .goodput import MOST_REQUESTS, ROUTER, Objectives
 from .hardware import known_hardware, load_hardware
 from .log_fit import fit_log, nearest, public_fits, sentence, synthetic
 from .machines import DistServeMachine, Machine, RooflineMachine
 from .model_shape import KNOWN_MODELS, load_model_shape
+from .placement import build
 from .plan_report import SHOWN, Plan, as_json, draw, text
 from .plan_toml import plan_toml
 from .profile import load_profile
 from .profile_machine import ProfileMachine
 from .search import Task, search
 from .search_distserve import ALGORITHMS, search_published
-from .sim_workload import LEAST_REQUESTS, SimWorkload
+from .sim_workload import LEAST_REQUESTS, SimWorkload, Workload
 
 FIXED = "fixed"
 SEARCH = "search"
@@ -42,6 +48,7 @@ MOST_PROCESSES = 16
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options of `diphase plan` on a (sub)parser."""
     _add_task(parser.add_argument_group("what is planned"))
+    add_fleet_arguments(parser)
     _add_workload(parser.add_argument_group("workload"))
     where = parser.add_argument_group("where")
     where.add_argument("--output", metavar="DIR", help="write plan.json, plan.png and cluster.toml there")
@@ -60,14 +67,14 @@ def _add_task(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--hardware",
         metavar="HARDWARE",
-        help=f"{', '.join(known_hardware())}, or a TOML file with the same keys",
+        help=f"{', '.join(known_hardware())}, or a TOML file with the same keys; several with commas",
     )
     what.add_argument(
         "--gpus",
         required=True,
-        type=int,
         metavar="N",
-        help="the most that may be used; with a profile, slots for a worker each",
+        help="the most that may be used; of several types, of each, or as TYPE=N,TYPE=N; with a profile, "
+        "slots for a worker each",
     )
     what.add_argument(
         "--slo", required=True, metavar="ttft=MS,tpot=MS", help="objectives in milliseconds, of 90 %%"
@@ -80,6 +87,12 @@ def _add_task(what: argparse._ArgumentGroup) -> None:
         choices=(SEARCH, *ALGORITHMS),
         default=SEARCH,
         help="what chooses: the search, or DistServe's for quick networks or slow ones (%(default)s)",
+    )
+    what.add_argument(
+        "--policy",
+        choices=[*POLICIES],
+        default=ROUTER.policy,
+        help="the router's, in simulations and in cluster.toml (%(default)s)",
     )
     what.add_argument(
         "--max-pp", type=int, metavar="N", default=1, help="most pipeline stages of a worker (%(default)s)"
@@ -139,54 +152,94 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConfigError: an option is wrong, or the model does not fit.
     """
-    task = task_from(args)
+    check_away(args.outage)
+    task = fleet_task_from(args) if wants_fleet(args) else task_from(args)
     processes = _processes(args.processes)
-    said = _sentence(args, task)
+    said = _sentence(args, task.workload)
     output = None if args.output is None else _folder(Path(args.output))
     if processes == 1:
-        plan = make_plan(task, args.algorithm, away_s=args.outage)
+        plan = _planned(task, args, map)
     else:
         with ProcessPoolExecutor(processes) as executor:
-            plan = make_plan(task, args.algorithm, executor.map, away_s=args.outage)
+            plan = _planned(task, args, executor.map)
     plan = replace(plan, workload=said)
     console = Console()
-    for line in text(plan):
+    for line in fleet_text(plan) if isinstance(plan, FleetPlan) else text(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if output is not None:
         console.print(f"wrote {', '.join(_write(plan, output, args.model))}", markup=False, highlight=False)
     return 1 if plan.infeasible or not plan.found.reached else 0
 
 
+def _planned(
+    task: Task | FleetTask, args: argparse.Namespace, mapped: Callable[..., object]
+) -> Plan | FleetPlan:
+    if isinstance(task, FleetTask):
+        return make_fleet_plan(task, mapped, away_s=args.outage)
+    return make_plan(task, args.algorithm, mapped, away_s=args.outage)
+
+
 def task_from(args: argparse.Namespace) -> Task:
-    """The checked task.
+    """The checked task, of one type of GPU.
 
     Raises:
         ConfigError: a value is malformed or out of range.
     """
+    args = argparse.Namespace(**{**vars(args), "gpus": total_gpus(args)})
+    folder = data_folder(args.data, os.environ)
+    machine = machine_from(args, folder)
+    return Task(
+        machine=machine,
+        workload=_workload(args, folder, machine),
+        objectives=parse_slo(args.slo),
+        gpus=args.gpus,
+        rate=args.rate,
+        max_pp=args.max_pp,
+        seeds=tuple(range(args.seeds)),
+        policy=args.policy,
+    )
+
+
+def fleet_task_from(args: argparse.Namespace) -> FleetTask:
+    """The checked task, of several types or with a budget.
+
+    Raises:
+        ConfigError: a value is malformed or out of range.
+    """
+    if args.algorithm != SEARCH:
+        raise ConfigError(f"--algorithm {args.algorithm} is for one type of GPU, without a --budget")
+    folder = data_folder(args.data, os.environ)
+    budget = budget_of(args.budget)
+
+    def machine_of(name: str) -> Machine:
+        return machine_from(argparse.Namespace(**{**vars(args), "hardware": name}), folder)
+
+    types = gpu_types(args, machine_of)
+    return FleetTask(
+        types=types,
+        workload=_workload(args, folder, types[0].machine),
+        objectives=parse_slo(args.slo),
+        budget=budget,
+        rate=args.rate,
+        max_pp=args.max_pp,
+        seeds=tuple(range(args.seeds)),
+        policy=args.policy,
+    )
+
+
+def _workload(args: argparse.Namespace, folder: Path, machine: Machine) -> SimWorkload:
     if not 1 <= args.seeds <= MOST_SEEDS:
         raise ConfigError(f"--seeds {args.seeds} is out of range; use 1 to {MOST_SEEDS}")
     if not MIN_REQUESTS <= args.requests <= MOST_REQUESTS:
         raise ConfigError(
             f"--requests {args.requests} is out of range; use {MIN_REQUESTS} to {MOST_REQUESTS}"
         )
-    check_away(args.outage)
-    folder = data_folder(args.data, os.environ)
-    machine = machine_from(args, folder)
     config, records = _load_from(args, folder)
-    workload = SimWorkload(
+    return SimWorkload(
         config=replace(config, mean_input=args.mean_input, mean_output=args.mean_output),
         records=records,
         context_length=args.context_length or machine.limits.context_length,
         block_size=machine.limits.block_size,
-    )
-    return Task(
-        machine=machine,
-        workload=workload,
-        objectives=parse_slo(args.slo),
-        gpus=args.gpus,
-        rate=args.rate,
-        max_pp=args.max_pp,
-        seeds=tuple(range(args.seeds)),
     )
 
 
@@ -212,9 +265,9 @@ def _load_from(args: argparse.Namespace, folder: Path) -> tuple[WorkloadConfig, 
     return config, records
 
 
-def _sentence(args: argparse.Namespace, task: Task) -> str:
+def _sentence(args: argparse.Namespace, workload: Workload) -> str:
     """What the log is like, and of one's own which public trace is nearest."""
-    records = task.workload.records if isinstance(task.workload, SimWorkload) else ()
+    records = workload.records if isinstance(workload, SimWorkload) else ()
     if len(records) < 2:
         return ""
     fit = fit_log(records)
@@ -235,12 +288,14 @@ def make_plan(
         why = found.sentence or infeasible(task, found.phases)
         return Plan(task=task, found=found, infeasible=why)
     shown = (*found.candidates, *found.others)[:SHOWN]
+    best = found.candidates[0]
+    deployment = build(best.placement, task.machine)
     return Plan(
         task=task,
         found=found,
-        binding=binding(task, found.phases, found.candidates[0], mapped),
+        binding=binding(task, found.phases, best, mapped),
         curves=tuple(curves(task, shown, mapped)),
-        outages=outages(task, found.candidates[0], away_s, mapped) if away_s else (),
+        outages=outages(task, deployment, best.rate, away_s, mapped) if away_s else (),
     )
 
 
@@ -317,17 +372,27 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _write(plan: Plan, folder: Path, model: str) -> list[str]:
+def _write(plan: Plan | FleetPlan, folder: Path, model: str) -> list[str]:
     """The files, and what is said of those that cannot be."""
     written = [str(folder / "plan.json")]
-    write_json(folder / "plan.json", as_json(plan))
+    write_json(folder / "plan.json", fleet_json(plan) if isinstance(plan, FleetPlan) else as_json(plan))
     if plan.infeasible:
         return written
-    draw(folder / "plan.png", plan)
+    if isinstance(plan, FleetPlan):
+        draw_fleet(folder / "plan.png", plan)
+    else:
+        draw(folder / "plan.png", plan)
     written.append(str(folder / "plan.png"))
     try:
-        toml = plan_toml(plan.best.placement, plan.task.machine, plan.task.objectives, model)
+        toml = _toml(plan, model)
     except ConfigError as exc:
         return [*written, f"no cluster.toml: {exc.message}"]
     (folder / "cluster.toml").write_text(toml, encoding="utf-8")
     return [*written, str(folder / "cluster.toml")]
+
+
+def _toml(plan: Plan | FleetPlan, model: str) -> str:
+    objectives, policy = plan.task.objectives, plan.task.policy
+    if isinstance(plan, FleetPlan):
+        return fleet_toml(plan.best.fleet, objectives, model, policy)
+    return plan_toml(plan.best.placement, plan.task.machine, objectives, model, policy)

@@ -11,6 +11,7 @@ from ..load.plot import COLOURS, draw_attainment
 from ..load.search import TARGET
 from .explain import Binding, Curve
 from .failure_study import Outage
+from .goodput import Answer
 from .search import HOPELESS, Candidate, Found, Task
 
 SHOWN = 3
@@ -69,7 +70,7 @@ def text(plan: Plan) -> Iterator[str]:
         gains = ", ".join(f"{gain.what} {gain.gain:+.0%}" for gain in plan.binding.relaxations)
         yield f"each relaxed alone: {gains}"
     if plan.curves:
-        yield from _sensitivity(plan.curves[0])
+        yield from sensitivity(plan.curves[0])
     for outage in plan.outages:
         yield outage.sentence()
 
@@ -97,15 +98,21 @@ def _known(plan: Plan) -> tuple[Candidate, ...]:
 
 def _estimates(candidate: Candidate) -> str:
     assert candidate.answer is not None  # candidates are simulated
+    return estimates(candidate.answer, candidate.placement.gpus)
+
+
+def estimates(answer: Answer, gpus: int) -> str:
+    """The goodputs, with their intervals."""
     parts = []
-    for definition, estimate in candidate.answer.estimates.items():
+    for definition, estimate in answer.estimates.items():
         low, high = estimate.interval
         spread = f" ({low:.3g} to {high:.3g})" if len(estimate.rates) > 1 else ""
         parts.append(f"{estimate.mean:.3g}{spread} requests/s by {definition.value}")
-    return "; ".join(parts) + f"; {candidate.rate / candidate.placement.gpus:.3g} a GPU"
+    return "; ".join(parts) + f"; {answer.rate / gpus:.3g} a GPU"
 
 
-def _sensitivity(curve: Curve) -> Iterator[str]:
+def sensitivity(curve: Curve) -> Iterator[str]:
+    """How goodput moves with rate and objectives."""
     yield "rate: " + ", ".join(f"{point.rate:.3g}/s {point.attainment:.0%}" for point in curve.points)
     yield "objectives: " + ", ".join(
         f"×{factor:g} {'≥ ' if found.rate and not found.bracketed else ''}{found.rate:.3g}/s"
@@ -121,6 +128,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "objectives": {"ttft_ms": task.objectives.ttft_ms, "tpot_ms": task.objectives.tpot_ms},
         "target": TARGET,
         "gpus": task.gpus,
+        "policy": task.policy,
         "rate": task.rate,
         "rate_reached": plan.found.reached,
         "seeds": list(task.seeds),
@@ -157,23 +165,43 @@ def as_json(plan: Plan) -> dict[str, Any]:
         ],
     }
     if plan.binding is not None:
-        content["binds"] = {
-            "what": plan.binding.what,
-            "sentence": plan.binding.sentence,
-            "relaxed": {gain.what: gain.gain for gain in plan.binding.relaxations},
-        }
+        content["binds"] = binding_json(plan.binding)
     content["outages"] = [asdict(outage) for outage in plan.outages]
     content["curves"] = [
-        {
-            "placement": str(candidate.placement),
-            "attainment": [[point.rate, point.attainment] for point in curve.points],
-            "goodput_by_slo": [
-                [factor, found.rate, found.bracketed] for factor, found in curve.by_slo.items()
-            ],
-        }
+        curve_json(str(candidate.placement), curve)
         for candidate, curve in zip(_known(plan), plan.curves, strict=False)
     ]
     return content
+
+
+def binding_json(binding: Binding) -> dict[str, Any]:
+    """What binds."""
+    return {
+        "what": binding.what,
+        "sentence": binding.sentence,
+        "relaxed": {gain.what: gain.gain for gain in binding.relaxations},
+    }
+
+
+def curve_json(placement: str, curve: Curve) -> dict[str, Any]:
+    """A curve's points."""
+    return {
+        "placement": placement,
+        "attainment": [[point.rate, point.attainment] for point in curve.points],
+        "goodput_by_slo": [[factor, found.rate, found.bracketed] for factor, found in curve.by_slo.items()],
+    }
+
+
+def goodput_json(answer: Answer) -> dict[str, Any]:
+    """By definition."""
+    return {
+        definition.value: {
+            "mean": estimate.mean,
+            "interval": [_finite(bound) for bound in estimate.interval],
+            "by_seed": list(estimate.rates),
+        }
+        for definition, estimate in answer.estimates.items()
+    }
 
 
 def _candidate(candidate: Candidate) -> dict[str, Any]:
@@ -186,21 +214,13 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         }
         for role, pool in candidate.placement.pools()
     }
-    goodput: dict[str, Any] = {}
-    if candidate.answer is not None:
-        for definition, estimate in candidate.answer.estimates.items():
-            goodput[definition.value] = {
-                "mean": estimate.mean,
-                "interval": [_finite(bound) for bound in estimate.interval],
-                "by_seed": list(estimate.rates),
-            }
     return {
         "placement": str(candidate.placement),
         "kind": candidate.placement.kind,
         "gpus": candidate.placement.gpus,
         "pools": pools,
         "rate_by_its_workers_alone": candidate.expected,
-        "goodput": goodput,
+        "goodput": {} if candidate.answer is None else goodput_json(candidate.answer),
     }
 
 
@@ -209,13 +229,21 @@ def _finite(value: float) -> float | None:
 
 
 def draw(path: Path, plan: Plan) -> None:
-    """A PNG: attainment over rate, and goodput over objectives, of the best placements."""
+    """Of the best placements."""
+    draw_curves(
+        path,
+        {
+            str(candidate.placement): curve
+            for candidate, curve in zip(_known(plan), plan.curves, strict=False)
+        },
+    )
+
+
+def draw_curves(path: Path, labelled: Mapping[str, Curve]) -> None:
+    """A PNG: attainment over rate, and goodput over objectives."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, which others need not wait
     from matplotlib.figure import Figure
 
-    labelled: Mapping[str, Curve] = {
-        str(candidate.placement): curve for candidate, curve in zip(_known(plan), plan.curves, strict=False)
-    }
     figure = Figure(figsize=(11.0, 4.6), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     rates, slos = figure.subplots(1, 2)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from ...proto.errors import ConfigError
-from .goodput import Objectives
+from .goodput import ROUTER, Objectives
 from .machines import Machine
 from .placement import Placement, Pool, scheduler_of
 from .profile_machine import ProfileMachine
@@ -36,34 +38,69 @@ def served_name(model: str) -> str:
     return REPOSITORIES.get(model, model)
 
 
-def plan_toml(placement: Placement, machine: Machine, objectives: Objectives, model: str) -> str:
+class TomlPool(NamedTuple):
+    """A pool of the configuration."""
+
+    pool: Pool
+    machine: Machine
+    resource: str = ""
+    """Ray resource that the pool's nodes offer, one for each GPU; empty: any node will do."""
+
+
+def plan_toml(
+    placement: Placement,
+    machine: Machine,
+    objectives: Objectives,
+    model: str,
+    policy: str = ROUTER.policy,
+) -> str:
     """
     Raises:
         ConfigError: a worker has pipeline stages, which a cluster's configuration does not know.
     """
-    for role, pool in placement.pools():
+    return cluster_toml(
+        [f"# Planned: {placement}; {placement.gpus} GPUs ({machine.hardware.name})."],
+        {role: TomlPool(pool, machine) for role, pool in placement.pools()},
+        objectives=objectives,
+        model=model,
+        policy=policy,
+    )
+
+
+def cluster_toml(
+    heading: Sequence[str],
+    pools: Mapping[str, TomlPool],
+    *,
+    objectives: Objectives,
+    model: str,
+    policy: str,
+) -> str:
+    """Pools by role, as `diphase serve --config` takes them.
+
+    Raises:
+        ConfigError: a worker has pipeline stages, which a cluster's configuration does not know.
+    """
+    for role, (pool, _, _) in pools.items():
         if pool.parallel.pp > 1:
             raise ConfigError(
                 f"the {role} workers have pp = {pool.parallel.pp} and this cluster's workers have no "
                 "pipeline stages; plan with --max-pp 1 for a configuration"
             )
-    lines = [
-        f"# Planned: {placement}; {placement.gpus} GPUs ({machine.hardware.name}).",
-        "",
-        *_engine(machine, model),
-    ]
-    pools = dict(placement.pools())
+    lines = [*heading, "", *_engine(next(iter(pools.values())).machine, model)]
     for role in ("prefill", "decode", "colocated"):
-        lines += ["", f"[pools.{role}]", f"workers = {pools[role].count if role in pools else 0}"]
+        lines += ["", f"[pools.{role}]", f"workers = {pools[role].pool.count if role in pools else 0}"]
         if role not in pools:
             continue
-        pool = pools[role]
+        pool, machine, resource = pools[role]
         lines += [f"tensor_parallel = {pool.parallel.tp}", *_resources(pool, machine)]
+        if resource:
+            lines.append(f"resources = {{ {json.dumps(resource)} = {pool.parallel.gpus} }}")
         scheduler = scheduler_of(role, pool, machine)
         lines += [f"{name} = {getattr(scheduler, name)}" for name in _SETTINGS[role]]
     lines += [
         "",
         "[router]",
+        f"policy = {json.dumps(policy)}",
         "local_prefill_tokens = 0  # as it was simulated",
         "",
         "[slo]",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from ...proto.errors import ConfigError
-from .goodput import Answer, Definition, Objectives, Question, answer_all
+from .goodput import ROUTER, Answer, Definition, Objectives, Question, answer_all
 from .machines import Machine, feasible_parallels
 from .phase_rates import Kind, PhaseRates, measure_phases
 from .placement import Placement, Pool, build
@@ -48,6 +48,8 @@ class Task:
     """Requests/s that are to be served by as few GPUs as possible; None: as many as possible."""
     max_pp: int = 1
     seeds: tuple[int, ...] = (0, 1, 2)
+    policy: str = ROUTER.policy
+    """Of the router, in every joint simulation."""
 
     def __post_init__(self) -> None:
         if self.gpus < 1:
@@ -238,6 +240,7 @@ def simulated(
             seeds=task.seeds if fine else task.seeds[:1],
             tolerance=FINE if fine else COARSE,
             definitions=(Definition.BOTH, Definition.EACH) if fine else (Definition.BOTH,),
+            policy=task.policy,
         )
         for candidate, (part, times) in zip(candidates, parts, strict=True)
     ]

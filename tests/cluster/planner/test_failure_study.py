@@ -12,8 +12,8 @@ from diphase.cluster.planner.goodput import Objectives
 from diphase.cluster.planner.hardware import load_hardware
 from diphase.cluster.planner.machines import Parallel, RooflineMachine
 from diphase.cluster.planner.model_shape import load_model_shape
-from diphase.cluster.planner.placement import Placement, Pool
-from diphase.cluster.planner.search import Candidate, Task
+from diphase.cluster.planner.placement import Placement, Pool, build
+from diphase.cluster.planner.search import Task
 from diphase.cluster.planner.sim_workload import SimWorkload
 
 from .deployments import colocated_worker, decode_worker, deployment, prefill_worker
@@ -28,6 +28,7 @@ QUESTION = OutageQuestion(
     objectives=OBJECTIVES,
     rate=115.0,
     goodput=130.0,
+    policy="goodput",
     role="decode",
     worker=2,
     away_s=2.0,
@@ -87,9 +88,9 @@ def test_each_pool_loses_a_worker_at_the_rate_that_was_asked_for() -> None:
     placement = Placement(
         prefill=Pool(count=1, parallel=Parallel(1)), decode=Pool(count=1, parallel=Parallel(1))
     )
-    best = Candidate(placement=placement, expected=10.0)
+    served = build(placement, machine)
     task = Task(
         machine=machine, workload=WORKLOAD, objectives=Objectives(ttft_ms=500.0, tpot_ms=30.0), gpus=2
     )
-    assert [(o.role, o.rate) for o in outages(task, best, 1.0)] == [("prefill", 8.0), ("decode", 8.0)]
-    assert {o.rate for o in outages(replace(task, rate=5.0), best, 1.0)} == {5.0}
+    assert [(o.role, o.rate) for o in outages(task, served, 10.0, 1.0)] == [("prefill", 8.0), ("decode", 8.0)]
+    assert {o.rate for o in outages(replace(task, rate=5.0), served, 10.0, 1.0)} == {5.0}

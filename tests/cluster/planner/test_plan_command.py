@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from diphase.cluster.cli import main
 from diphase.cluster.config import load
+from diphase.cluster.planner.fleet import Fleet, FleetPool, GpuType, fleet_toml
 from diphase.cluster.planner.goodput import Objectives
 from diphase.cluster.planner.hardware import load_hardware
 from diphase.cluster.planner.machines import Parallel, RooflineMachine
@@ -129,6 +130,110 @@ def test_distserves_algorithms_are_asked_for_by_name(capsys: pytest.CaptureFixtu
     assert "distserve-low chose 1 prefill (tp 1) + 1 decode (tp 1) for" in printed
     assert "placement: 1 prefill" in printed
     assert "what binds" in printed
+
+
+FLEET = [
+    *COMMAND, "--slo", "ttft=200,tpot=20", "--hardware", "h100-sxm,a100-sxm-80gb",
+]  # fmt: skip
+
+
+def test_a_plan_for_several_types_and_its_files_the_same_again(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*FLEET, "--gpus", "h100-sxm=1,a100-sxm-80gb=1", "--budget", "cost=7", "--seeds", "1"]
+    arguments += ["--policy", "splitwise", "--slo", "ttft=800,tpot=20", "--mean-input", "4096"]
+    assert main([*arguments, "--output", str(tmp_path / "a")]) == 0
+    printed = capsys.readouterr().out
+    for said in (
+        "fleet: ",
+        "/h, ",
+        " W (",
+        "h100-sxm alone: ",
+        "a100-sxm-80gb alone: ",
+        "what binds",
+        "rate: ",
+    ):
+        assert said in printed
+    plan = json.loads((tmp_path / "a" / "plan.json").read_text())
+    assert plan["budget"] == {"of": "cost", "most": 7.0}
+    assert plan["policy"] == "splitwise"
+    assert plan["candidates"][0]["cost_per_hour"] <= 7.0
+    assert set(plan["alone"]) == {"h100-sxm", "a100-sxm-80gb"}
+    assert (tmp_path / "a" / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert main([*arguments, "--output", str(tmp_path / "b")]) == 0
+    for name in ("plan.json", "plan.png"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--gpus", "2"], "need a --budget"),
+        (["--gpus", "2", "--budget", "money=2"], "--budget money=2"),
+        (["--gpus", "2", "--budget", "cost=x"], "'x' is no number"),
+        (["--gpus", "2", "--budget", "cost=0"], "cost = 0"),
+        (["--gpus", "2", "--budget", "power=-5"], "power = -5"),
+        (
+            ["--gpus", "2", "--budget", "cost=1"],
+            "the least is: a worker of tp 1 on a100-sxm-80gb takes $2.20/h",
+        ),
+        (["--gpus", "h100-sxm=2", "--budget", "cost"], "none of a100-sxm-80gb"),
+        (["--gpus", "h200-sxm=2", "--budget", "cost"], "'h200-sxm' is not of --hardware"),
+        (["--gpus", "1.5", "--budget", "cost"], "no whole number"),
+        (["--gpus", "inf", "--budget", "cost"], "no whole number"),
+        (
+            ["--gpus", "1", "--budget", "cost", "--algorithm", "distserve-low"],
+            "--algorithm distserve-low is for",
+        ),
+        (["--gpus", "2", "--budget", "cost", "--hardware", "h100-sxm,"], "a name is empty"),
+        (["--gpus", "2", "--budget", "cost", "--hardware", "h100-sxm,b100"], "no hardware is called 'b100'"),
+        (["--gpus", "2", "--budget", "cost", "--hardware", "h200-sxm"], "h200-sxm has no price"),
+        (["--gpus", "2", "--budget", "cost", "--prices", "h100-sxm=0"], "the price of h100-sxm is 0"),
+        (["--gpus", "1", "--budget", "power", "--model", "llama3.1-70b"], "fits no type"),
+        (["--gpus", "1", "--hardware", "h100-sxm", "--prices", "h100-sxm=2"], "--prices is for plans"),
+        (["--gpus", "x", "--hardware", "h100-sxm"], "give a whole number"),
+    ],
+)
+def test_wrong_options_of_fleets_are_named(
+    more: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*FLEET, *more]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_types_without_objectives_they_can_meet_are_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*FLEET, "--slo", "ttft=5,tpot=20", "--gpus", "1", "--budget", "power"]) == 1
+    printed = capsys.readouterr().out
+    assert "h100-sxm: a lone prefill of 512 tokens takes" in printed
+    assert "a100-sxm-80gb: a lone prefill of 512 tokens takes" in printed
+
+
+def test_a_fleet_as_a_configuration(tmp_path: Path) -> None:
+    model = load_model_shape("llama3.1-8b")
+    h100, a100 = (
+        GpuType(name=name, machine=RooflineMachine(model, load_hardware(name)), available=8)
+        for name in ("h100-sxm", "a100-sxm-80gb")
+    )
+    objectives = Objectives(ttft_ms=1000.0, tpot_ms=50.0)
+    prefill = FleetPool(role="prefill", gpu=h100, pool=Pool(count=3, parallel=Parallel(2)))
+    decode = FleetPool(role="decode", gpu=a100, pool=Pool(count=1, parallel=Parallel(4)))
+    file = tmp_path / "cluster.toml"
+    file.write_text(fleet_toml(Fleet(pools=(prefill, decode)), objectives, "llama3.1-8b", "splitwise"))
+    config = load(file, [], system_rng())
+    assert config.router.policy == "splitwise"
+    assert config.pools.prefill.placement.resources == {"h100-sxm": 2}
+    assert config.pools.decode.placement.resources == {"a100-sxm-80gb": 4}
+    other = FleetPool(role="prefill", gpu=a100, pool=Pool(count=1, parallel=Parallel()))
+    several = Fleet(pools=(prefill, other, decode))
+    with pytest.raises(ConfigError, match="prefill workers are of several kinds"):
+        fleet_toml(several, objectives, "llama3.1-8b", "goodput")
+
+
+def test_the_policy_is_the_clusters_too(tmp_path: Path) -> None:
+    arguments = [*COMMAND, "--slo", "ttft=200,tpot=20", "--policy", "distserve", "--output", str(tmp_path)]
+    assert main(arguments) == 0
+    assert json.loads((tmp_path / "plan.json").read_text())["policy"] == "distserve"
+    assert load(tmp_path / "cluster.toml", [], system_rng()).router.policy == "distserve"
 
 
 def test_objectives_are_read() -> None:

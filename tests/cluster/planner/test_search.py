@@ -44,6 +44,19 @@ def test_the_same_task_has_the_same_result() -> None:
     assert search(replace(TASK, gpus=1, seeds=(0,))) == search(replace(TASK, gpus=1, seeds=(0,)))
 
 
+def test_joint_simulations_are_of_the_policy_asked_for() -> None:
+    with pytest.raises(ConfigError, match=r'router\.policy = "nobody"'):
+        search(replace(TASK, gpus=1, seeds=(0,), policy="nobody"))
+
+
+def test_splitwises_three_pools_are_planned() -> None:
+    found = search(replace(TASK, gpus=3, seeds=(0,), policy="splitwise"))
+    judged = (*found.candidates, *found.others)
+    mixed = [candidate for candidate in judged if candidate.placement.kind == "mixed"]
+    assert mixed
+    assert all(candidate.rate > 0.0 and candidate.placement.colocated for candidate in mixed)
+
+
 def test_pools_are_matched_by_their_rates() -> None:
     best = max(proposals(PHASES, 8, None), key=lambda c: (c.expected, -c.placement.gpus))
     assert best.placement.prefill is not None
