@@ -10,7 +10,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
 from ...engine.sequence import Sequence
-from ...proto.errors import DiphaseError, Draining, Overloaded, PromptTooLong, SloInfeasible, WorkerLost
+from ...proto.errors import DiphaseError, Overloaded, PromptTooLong, SloInfeasible, WorkerLost
 from ...proto.slo import Slo
 from ...router.admission import Admission
 from ...router.attempts import Attempts
@@ -152,11 +152,10 @@ class SimDispatcher:
         """The whole pool of its worker is too small for it."""
         self._end(self.open[request.index], PromptTooLong("the pool is too small for it"))
 
-    def refused(self, request: SimRequest, attempt: int) -> None:
-        """The decode worker drains and takes no hand-offs any more."""
+    def refused(self, request: SimRequest, attempt: int, error: DiphaseError) -> None:
+        """The decode worker does not take the hand-off."""
         active = self.open.get(request.index)
         if active is not None and active.attempt == attempt and active.prefill is not None:
-            error = Draining("the decode worker is draining")
             self._fail(active, error, active.suspects(active.prefill, error), self._events.now)
 
     # who comes and goes

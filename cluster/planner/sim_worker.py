@@ -90,6 +90,8 @@ class SimWorker:
             vocab_size=1,
             eos_token_ids=(),
         )
+        self.context_length = limits.context_length
+        """Tokens that a request here may have at most."""
         self.prefill: PrefillScheduler | None = None
         self.decode: DecodeScheduler | None = None
         if isinstance(spec.scheduler, PrefillSchedulerConfig):

@@ -9,6 +9,7 @@ from collections.abc import Sequence as Seq
 
 from ...engine.requests import NOT_FINISHED, Outcome
 from ...engine.sequence import Sequence
+from ...proto.errors import DiphaseError, Draining, PromptTooLong
 from ...proto.slo import Slo
 from .closed_loop import ClosedLoop, Sent
 from .deployment import Deployment, SimulationConfig
@@ -110,12 +111,20 @@ class Simulation:
                 self._begin_handoff(request, worker, sequence)
 
     def _begin_handoff(self, request: SimRequest, source: SimWorker, sequence: Sequence) -> None:
-        target = self._dispatcher.open[request.index].hosts[-1]
-        if target.draining and target.alive:
-            attempt = sequence.key.attempt
-            self._events.at(self._events.now, self._dispatcher.refused, request, attempt)
+        """Unless the first token ends the request in any case, or the decode worker refuses."""
+        if sequence.num_tokens + 1 >= source.context_length:
             return
-        self._handoffs.begin(request, source, target, sequence)
+        target = self._dispatcher.open[request.index].hosts[-1]
+        error: DiphaseError | None = None
+        if target.alive and target.draining:
+            error = Draining("the decode worker is draining")
+        elif target.alive and target.tables.num_blocks_for(sequence.num_tokens) > target.spec.num_blocks:
+            error = PromptTooLong(f"{sequence.num_tokens} tokens do not fit the decode worker's pool")
+        if error is None:
+            self._handoffs.begin(request, source, target, sequence)
+        else:
+            now, attempt = self._events.now, sequence.key.attempt
+            self._events.at(now, self._dispatcher.refused, request, attempt, error)
 
     def _on_done(self, worker: SimWorker, outcomes: Seq[Outcome]) -> None:
         for outcome in outcomes:

@@ -125,6 +125,21 @@ def test_a_prompt_that_no_pool_can_hold_is_refused() -> None:
     assert np.isfinite(result.ttft_ms[1])
 
 
+def test_a_prompt_that_the_decode_pool_cannot_hold_keeps_nobody_waiting() -> None:
+    cluster = deployment(prefill_worker(200), decode_worker(20))
+    result, simulation = run(cluster, [(0, 800, 4), (0, 100, 4)])
+    assert [request.error for request in simulation.requests] == ["prompt_too_long", ""]
+    assert simulation.requests[1].last_token > 0
+    assert result.rejected == 1
+
+
+def test_a_prompt_that_fills_the_context_ends_with_its_first_token() -> None:
+    cluster = deployment(prefill_worker(24), decode_worker(24))
+    (request,) = run(cluster, [(0, 24 * 16, 4)])[1].requests
+    assert request.last_token == request.token0 > 0
+    assert request.verified == -1
+
+
 def test_deployments_that_cannot_serve_are_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="without workers"):
         Deployment(workers=())
