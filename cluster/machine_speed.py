@@ -26,8 +26,9 @@ class Slower(NamedTuple):
 class SpeedProbe:
     """An engine that idles but for the second or two in which it times its steps."""
 
-    def __init__(self, engine: Neighbour) -> None:
+    def __init__(self, engine: Neighbour, cores: Mapping[str, Sequence[int]]) -> None:
         self._engine = engine
+        self._cores = cores
 
     def slower_than(self, step_time: StepTime) -> Slower:
         """What the times of now are, in times of the profile. Nothing else may compute meanwhile.
@@ -35,18 +36,22 @@ class SpeedProbe:
         Raises:
             InternalError: the engine has ended.
         """
-        return slower(self._engine.time(), step_time)
+        return slower(self._engine.time(self._cores), step_time)
 
 
 @contextmanager
 def speed_probe(config: ClusterConfig) -> Iterator[SpeedProbe]:
-    """Loads an engine of the configuration on the cores of the first worker, and ends it.
+    """Loads an engine of the configuration, to be timed where its workers compute, and ends it.
 
     Raises:
         InternalError: it cannot be loaded.
     """
-    with neighbour(small_engine(config), cores_of_worker(0, config.engine.threads)) as engine:
-        yield SpeedProbe(engine)
+    threads = config.engine.threads
+    workers = sum(pool.workers for pool in config.pools.placements().values())
+    # Of two workers the first computes prompts and the second decodes (one_machine.PLACEMENTS).
+    cores = {kind: cores_of_worker(min(i, workers - 1), threads) for i, kind in enumerate(Slower._fields)}
+    with neighbour(small_engine(config), cores["prefill"]) as engine:
+        yield SpeedProbe(engine, cores)
 
 
 def small_engine(config: ClusterConfig) -> EngineConfig:

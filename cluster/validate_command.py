@@ -15,7 +15,8 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 from rich.console import Console
@@ -31,8 +32,9 @@ from .load.traces import TRACES, data_folder, load_trace
 from .load.workload import Arrival, Arrivals, ModelShape, WorkloadConfig, plan_arrivals, plan_load
 from .machine_speed import Slower, SpeedProbe, between, speed_probe
 from .one_machine import PLACEMENTS, OneMachine
-from .planner.prediction import predict
+from .planner.prediction import deployment_of, predict
 from .planner.profile import Profile, load_profile
+from .planner.records import SimResult
 from .planner.validation import (
     GOOD_ERROR,
     GOOD_POINTS,
@@ -51,6 +53,8 @@ SHARES = (0.3, 0.5, 0.7)
 ALL_AT_ONCE = 1e4
 """Requests a second: a queue that never empties."""
 WARM_UP = 5
+PART = 20
+"""Requests between two looks at the machine's speed."""
 REQUEST_S = 900.0
 """Longest life of one request."""
 
@@ -161,18 +165,16 @@ class _Task:
     records: Sequence[TraceRecord]
     slo: Slo
     probe: SpeedProbe
-    speeds: list[Slower] = field(default_factory=list)
-    """Of the machine, before and after the last run."""
 
     def rates(self) -> list[float]:
         """Shares of the rate at which the simulation serves a queue that never empties."""
         arrivals = self._arrivals(ALL_AT_ONCE)
-        result = predict(self.machine.config, self._profile_now(), arrivals, self.slo)
+        result = self._predict(arrivals, self._speed())
         return [round(share * len(arrivals) / result.duration_s, 3) for share in SHARES]
 
     async def validate(self, rates: Sequence[float], console: Console) -> list[Validation]:
         """One cluster, one run a rate."""
-        self._predicted(rates[0])  # a profile that does not fit is said before the cluster is started
+        deployment_of(self.machine.config, self.profile)  # one that does not fit is said before the start
         validations = []
         with tempfile.TemporaryDirectory(prefix="diphase-validate-") as folder:
             async with self.machine.serving(Path(folder) / "serve.log") as (stub, shape):
@@ -185,20 +187,33 @@ class _Task:
                 )
                 await self._warm_up(client, shape)
                 for i, rate in enumerate(rates):
-                    plan = plan_load(self.workload, self.records, shape, rate, i + 1)
-                    before = self._speed()
-                    measured = self._measured(await client.run_open_loop(plan))
-                    self.speeds = [before, self._speed()]
-                    found = Validation(
-                        rate=rate,
-                        requests=len(plan),
-                        measured=measured,
-                        predicted=self._predicted(rate),
-                        slower=between(self.speeds),
-                    )
+                    found = await self._at(rate, client, shape, i + 1)
                     console.print(table_of(found))
                     validations.append(found)
         return validations
+
+    async def _at(self, rate: float, client: LoadClient, shape: ModelShape, salt: int) -> Validation:
+        """One rate, in parts: the speed of a machine that others use changes within seconds, and is measured
+        between them."""
+        plan = plan_load(self.workload, self.records, shape, rate, salt)
+        arrivals = self._arrivals(rate)
+        speeds = [self._speed()]
+        served: list[RequestResult] = []
+        simulated: list[SimResult] = []
+        for part in parts(len(plan)):
+            begins = plan[part.start].arrival_s
+            requests = [replace(r, arrival_s=r.arrival_s - begins) for r in plan[part]]
+            served += await client.run_open_loop(requests)
+            speeds.append(self._speed())
+            expected = [replace(a, arrival_s=a.arrival_s - begins) for a in arrivals[part]]
+            simulated.append(self._predict(expected, between(speeds[-2:])))
+        return Validation(
+            rate=rate,
+            requests=len(plan),
+            measured=self._measured(served),
+            predicted=figures_of_simulation(simulated, self.slo),
+            slower=between(speeds),
+        )
 
     def _arrivals(self, rate: float) -> list[Arrival]:
         return plan_arrivals(self.workload, self.records, self.profile.engine.context_length, rate)
@@ -206,15 +221,10 @@ class _Task:
     def _speed(self) -> Slower:
         return self.probe.slower_than(self.profile.step_time)
 
-    def _profile_now(self) -> Profile:
-        """The profile at the machine's present speed."""
-        if not self.speeds:
-            self.speeds.append(self._speed())
-        return replace(self.profile, step_time=self.profile.step_time.slowed(*between(self.speeds)))
-
-    def _predicted(self, rate: float) -> Figures:
-        result = predict(self.machine.config, self._profile_now(), self._arrivals(rate), self.slo)
-        return figures_of_simulation(result, self.slo)
+    def _predict(self, arrivals: Sequence[Arrival], slower: Slower) -> SimResult:
+        """With the profile's steps so many times longer."""
+        now = replace(self.profile, step_time=self.profile.step_time.slowed(*slower))
+        return predict(self.machine.config, now, arrivals, self.slo)
 
     async def _warm_up(self, client: LoadClient, shape: ModelShape) -> None:
         plan = plan_load(self.workload, self.records, shape, 1.0, 0)
@@ -235,6 +245,13 @@ class _Task:
             sum(judge(r, self.slo) is SloVerdict.MET for r in results),
             len(results),
         )
+
+
+def parts(count: int) -> list[slice]:
+    """Of so many requests, about PART each."""
+    number = max(1, round(count / PART))
+    ends = [round(i * count / number) for i in range(number + 1)]
+    return [slice(begin, end) for begin, end in pairwise(ends)]
 
 
 def parts_of(result: RequestResult) -> Parts:

@@ -4,7 +4,8 @@ serves nobody.
 
 Started as `python -P -m diphase.engine.neighbour`; the first line of its input is its EngineConfig and its
 cores as JSON, each further one a kind of step, "idle" or "time". It answers each with the same word once it
-does that, "time" with the times of its steps as JSON, and ends with its input.
+does that, and ends with its input. After "time" come the cores for each kind of step as JSON, and the answer
+is their times.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import select
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from io import RawIOBase
@@ -48,13 +49,23 @@ def serve(engine: Engine, told: RawIOBase) -> None:
     """Does what its input says until that ends."""
     _say(READY)
     while line := told.readline():
-        kind = line.decode().strip()
+        kind, _, more = line.decode().strip().partition(" ")
         if kind == TIME:
-            _say(json.dumps(time_references(engine, MonotonicClock())))
+            _say(json.dumps(time_references(engine, MonotonicClock(), _mover(json.loads(more)))))
             continue
         _say(kind)
         if kind != IDLE:
             run_steps(engine, kind, lambda: not select.select([told], [], [], 0)[0])
+
+
+def _mover(cores: dict[str, list[int]]) -> Callable[[str], None]:
+    """Moves this thread to the cores of a kind of step."""
+
+    def move(kind: str) -> None:
+        if cores[kind]:
+            os.sched_setaffinity(0, cores[kind])
+
+    return move
 
 
 def _say(word: str) -> None:
@@ -77,13 +88,14 @@ class Neighbour:
         self._write(kind)
         self.expect(kind)
 
-    def time(self) -> dict[str, float]:
-        """Seconds that steps of profiler.REFERENCE_CELLS take it now, by kind; it idles afterwards.
+    def time(self, cores: Mapping[str, Sequence[int]]) -> dict[str, float]:
+        """Seconds that steps of profiler.REFERENCE_CELLS take it now, by kind, each on cores of its own
+        (empty: where it is); it idles afterwards.
 
         Raises:
             InternalError: it has ended.
         """
-        self._write(TIME)
+        self._write(f"{TIME} {json.dumps({kind: list(own) for kind, own in cores.items()})}")
         answer = self._read()
         if not answer.startswith("{"):
             raise InternalError(f"the second engine said {answer!r} instead of its times")

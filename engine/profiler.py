@@ -217,13 +217,16 @@ REFERENCE_VISITS = 5
 IDLE = "idle"
 
 
-def time_references(engine: Engine, clock: Clock) -> dict[str, float]:
-    """Median seconds of each of REFERENCE_CELLS."""
+def time_references(
+    engine: Engine, clock: Clock, prepare: Callable[[str], None] = lambda _: None
+) -> dict[str, float]:
+    """Median seconds of each of REFERENCE_CELLS; `prepare` is called with a kind before each visit to it."""
     rng = random.Random(1)
     plans = {kind: _plan_of(cell, engine, rng) for kind, cell in REFERENCE_CELLS.items()}
     times: dict[str, list[float]] = {kind: [] for kind in plans}
     for _ in range(REFERENCE_VISITS):
         for kind, plan in plans.items():
+            prepare(kind)
             times[kind] += _visit(engine, plan, clock)
     return {kind: median(seconds) for kind, seconds in times.items()}
 

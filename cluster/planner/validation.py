@@ -111,27 +111,32 @@ def figures_of(
     )
 
 
-def figures_of_simulation(result: SimResult, slo: Slo) -> Figures:
-    """Of the simulated requests, those refused counting as missed."""
-    several = np.array([request.output_tokens > 1 for request in result.requests])
-    served = np.isfinite(result.ttft_ms)
-    roles = dict.fromkeys(use.role for use in result.workers)
+def figures_of_simulation(results: Sequence[SimResult], slo: Slo) -> Figures:
+    """Of the requests of all runs, those refused counting as missed."""
+    requests = [request for result in results for request in result.requests]
+    ttft_ms = np.concatenate([result.ttft_ms for result in results])
+    tpot_ms = np.concatenate([result.tpot_ms for result in results])
+    several = np.array([request.output_tokens > 1 for request in requests])
+    served = np.isfinite(ttft_ms)
+    roles = dict.fromkeys(use.role for result in results for use in result.workers)
     parts = [
         Parts(
             (request.scheduled - request.arrival) / 1e6,
             (request.token0 - request.scheduled) / 1e6,
             ttft - (request.token0 - request.arrival) / 1e6,
         )
-        for request, ttft in zip(result.requests, result.ttft_ms.tolist(), strict=True)
+        for request, ttft in zip(requests, ttft_ms.tolist(), strict=True)
         if math.isfinite(ttft)
     ]
+    met = sum(result.attainment(slo.ttft_ms, slo.tpot_ms) * len(result.requests) for result in results)
     return Figures(
         parts_ms=_medians(parts),
-        ttft_ms=_percentiles(result.ttft_ms[served]),
-        tpot_ms=_percentiles(result.tpot_ms[served & several]),
-        attainment=result.attainment(slo.ttft_ms, slo.tpot_ms),
+        ttft_ms=_percentiles(ttft_ms[served]),
+        tpot_ms=_percentiles(tpot_ms[served & several]),
+        attainment=met / len(requests),
         busy={
-            role: float(np.mean([use.busy for use in result.workers if use.role == role])) for role in roles
+            role: float(np.mean([use.busy for r in results for use in r.workers if use.role == role]))
+            for role in roles
         },
     )
 

@@ -13,7 +13,7 @@ def test_it_does_what_it_is_told_and_ends_with_its_input() -> None:
     with neighbour(EngineConfig(model="dummy:tiny", kv_cache_mib=16), ()) as other:
         for kind in ("prefill", "decode", IDLE, "prefill"):
             other.tell(kind)
-        times = other.time()
+        times = other.time({"prefill": (), "decode": ()})
         assert set(times) == {"prefill", "decode"}
         assert all(0.0 < seconds < 60.0 for seconds in times.values())
         other.tell(IDLE)

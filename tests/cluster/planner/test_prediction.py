@@ -147,7 +147,7 @@ def test_figures_of_a_simulation_leave_refused_requests_out_of_percentiles_only(
         ttft_ms=np.concatenate(([np.inf], result.ttft_ms[1:])),
         tpot_ms=np.concatenate(([np.inf], result.tpot_ms[1:])),
     )
-    figures = figures_of_simulation(refused, SLO)
+    figures = figures_of_simulation([refused], SLO)
     assert figures.ttft_ms is not None
     assert figures.ttft_ms["p99"] < 2000.0
     assert figures.attainment == pytest.approx(0.9)
