@@ -183,14 +183,14 @@ def _plan_of(cell: Cell, engine: Engine, rng: random.Random) -> StepPlan:
     block_size = engine.layout.block_size
     blocks = rng.sample(range(engine.num_blocks), cell.blocks(block_size))
 
-    def sequence(length: int, computed: int) -> TokenSequence:
+    def sequence(length: int, computed: int, prompt: int) -> TokenSequence:
         count = -(-length // block_size)
         table, blocks[:count] = blocks[:count], []
         return TokenSequence(
             key=HandoffKey("profile", 0),
             gateway_id="",
             token_ids=[rng.randrange(engine.limits.vocab_size) for _ in range(length)],
-            num_prompt_tokens=length,
+            num_prompt_tokens=prompt,
             params=SamplingParams(),
             slo=Slo(),
             arrived_at=0.0,
@@ -200,10 +200,12 @@ def _plan_of(cell: Cell, engine: Engine, rng: random.Random) -> StepPlan:
 
     chunks = []
     for _ in range(cell.decode_batch):
-        one = sequence(cell.decode_context, cell.decode_context - 1)
+        # Its last token is a generated one: engines compute tokens of a prompt in another way.
+        one = sequence(cell.decode_context, cell.decode_context - 1, cell.decode_context - 1)
         chunks.append(Chunk(sequence=one, num_tokens=1, samples=True))
     for _ in range(cell.prompts):
-        one = sequence(cell.prompt_context + cell.prompt_tokens, cell.prompt_context)
+        length = cell.prompt_context + cell.prompt_tokens
+        one = sequence(length, cell.prompt_context, length)
         chunks.append(Chunk(sequence=one, num_tokens=cell.prompt_tokens, samples=True))
     return StepPlan(chunks=chunks)
 
