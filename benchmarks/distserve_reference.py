@@ -100,8 +100,14 @@ class Pools:
 
 
 def machine(folder: Path, engine: str = "distserve") -> DistServeMachine:
+    """With the additions of their simulator, whose figures these are."""
     return DistServeMachine(
-        load_model_shape("opt-13b"), load_hardware("a100-sxm-80gb"), "opt-13b", folder, engine
+        load_model_shape("opt-13b"),
+        load_hardware("a100-sxm-80gb"),
+        "opt-13b",
+        folder,
+        engine,
+        overheads=True,
     )
 
 

@@ -27,7 +27,7 @@ OVERHEAD_MS_PER_TOKEN = 1e-4
 
 
 def distserve_step_time(
-    folder: Path, *, model: str, tp: int, pp: int = 1, engine: str = "distserve", overheads: bool = True
+    folder: Path, *, model: str, tp: int, pp: int = 1, engine: str = "distserve", overheads: bool = False
 ) -> TwoRegimeStepTime:
     """The step time of `model` (its name with or without the owner) on A100-80G.
 

@@ -143,7 +143,8 @@ class DistServeMachine:
     name: str
     folder: Path
     engine: str = "distserve"
-    overheads: bool = True
+    overheads: bool = False
+    """Whether its released simulator's additions are on, which the measurements have in them already."""
     limits: Limits = Limits()
     first_token_s: float = 0.0
 

@@ -18,15 +18,15 @@ from ...router.step_time_laws import check_lines, check_stages
 
 
 def test_prefill_of_opt_13b_is_the_published_sum(data: Path) -> None:
-    model = distserve_step_time(data, model="opt-13b", tp=1)
+    model = distserve_step_time(data, model="opt-13b", tp=1, overheads=True)
     ms = 18.10254647486372 + 0.1019122572698738 * 512 + 7.122264314252114e-06 * 512**2
     assert model.step_s(prompt_shape(512)) * 1e3 == pytest.approx(ms + 1.0 + 2.0 + 1e-4 * 512, rel=1e-9)
-    bare = distserve_step_time(data, model="facebook/opt-13b", tp=1, overheads=False)
+    bare = distserve_step_time(data, model="facebook/opt-13b", tp=1)
     assert bare.step_s(prompt_shape(512)) * 1e3 == pytest.approx(ms, rel=1e-9)
 
 
 def test_two_prompts_add_their_squares(data: Path) -> None:
-    model = distserve_step_time(data, model="opt-13b", tp=1, overheads=False)
+    model = distserve_step_time(data, model="opt-13b", tp=1)
     shape = StepShape(300, prompt_shape(100).prefill_context + prompt_shape(200).prefill_context)
     ms = 18.10254647486372 + 0.1019122572698738 * 300 + 7.122264314252114e-06 * (100**2 + 200**2)
     assert model.step_s(shape) * 1e3 == pytest.approx(ms, rel=1e-9)
@@ -42,7 +42,7 @@ def test_two_prompts_add_their_squares(data: Path) -> None:
 def test_decode_of_opt_66b_in_both_regimes_on_two_stages(
     data: Path, batch: int, a: float, b: float, c: float
 ) -> None:
-    model = distserve_step_time(data, model="opt-66b", tp=4, pp=2)
+    model = distserve_step_time(data, model="opt-66b", tp=4, pp=2, overheads=True)
     before = batch * 600
     first, second = model.stage_s(StepShape(decode_batch=batch, decode_context=before + batch))
     part = (a + b * (before + batch) + c * batch) / 2
@@ -51,7 +51,7 @@ def test_decode_of_opt_66b_in_both_regimes_on_two_stages(
 
 
 def test_each_stage_of_a_prefill_takes_as_many_milliseconds_more_as_there_are(data: Path) -> None:
-    model = distserve_step_time(data, model="opt-66b", tp=2, pp=4, engine="vllm", overheads=False)
+    model = distserve_step_time(data, model="opt-66b", tp=2, pp=4, engine="vllm")
     shape = prompt_shape(1000)
     total = 58.3822026348141 + 0.3826408030281867 * 1000 - 7.1141486747694485e-06 * 1000**2
     assert [s * 1e3 for s in model.stage_s(shape)] == pytest.approx([total / 4 + 4.0] * 4, rel=1e-9)
@@ -110,6 +110,13 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path) -> None:
 
 def machine(folder: Path, name: str = "opt-13b") -> DistServeMachine:
     return DistServeMachine(load_model_shape(name), load_hardware("a100-sxm-80gb"), name, folder)
+
+
+def test_a_plan_adds_no_overhead_that_the_measurements_have_in_them(data: Path) -> None:
+    step_time = machine(data).step_time(Parallel())
+    assert step_time.step_s(prompt_shape(512)) == distserve_step_time(
+        data, model="opt-13b", tp=1, overheads=False
+    ).step_s(prompt_shape(512))
 
 
 def test_memory_that_is_not_published_is_arithmetic_and_a_missing_file_is_an_error(
