@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ...proto.errors import ConfigError
-from .deployment import ROLES, Deployment, WorkerSpec
+from .deployment import ROLES, Deployment
 from .goodput import Objectives
 from .hardware import Hardware
 from .machines import Machine
-from .placement import Placement, Pool, scheduler_of
+from .placement import MachinePool, Placement, Pool, build_pools
 from .plan_toml import TomlPool, cluster_toml
 from .search import UNIT_WORKERS
-from .topology import Topology
 
 MEASURES: Mapping[str, str] = {"cost": "$/h", "power": "W"}
 """What a budget may be of, with its unit."""
@@ -155,50 +154,8 @@ class Fleet:
 
 
 def build_fleet(fleet: Fleet) -> Deployment:
-    """The deployment; as placement.build(), with the links that each worker's own type has."""
-    machine = fleet.pools[0].gpu.machine
-    block_size = machine.limits.block_size
-    specs: list[WorkerSpec] = []
-    for pool in fleet.pools:
-        own, parallel = pool.gpu.machine, pool.pool.parallel
-        spec = WorkerSpec(
-            role=pool.role,
-            step_time=own.step_time(parallel),
-            num_blocks=own.kv_tokens(parallel) // block_size,
-            scheduler=scheduler_of(pool.role, pool.pool, own),
-            gpus=parallel.gpus,
-        )
-        specs += [spec] * pool.pool.count
-    return Deployment(
-        workers=tuple(specs),
-        block_size=block_size,
-        block_bytes=machine.kv_bytes_per_token * block_size,
-        num_layers=machine.num_layers,
-        context_length=machine.limits.context_length,
-        topology=_topology(fleet),
-        first_token_s=machine.first_token_s,
-    )
-
-
-def _topology(fleet: Fleet) -> Topology:
-    """A link of each worker as wide as its GPUs' together. GPUs of one type that fit a node are in one; types
-    do not share nodes."""
-    node = fleet.pools[0].gpu.hardware
-    one_node = len(fleet.types) == 1 and fleet.gpus <= node.gpus_per_node
-    bandwidths: list[float] = []
-    by_role: dict[str, list[int]] = {role: [] for role in ROLES}
-    for pool in fleet.pools:
-        hardware = pool.gpu.hardware
-        per_gpu = hardware.intra_node_gb_per_s if one_node else hardware.inter_node_gb_per_s
-        for _ in range(pool.pool.count):
-            by_role[pool.role].append(len(bandwidths))
-            bandwidths.append(per_gpu * 1e9 * hardware.link_share * pool.pool.parallel.gpus)
-    paths: dict[tuple[int, int], tuple[int, ...]] = {
-        (source, target): (source, target) for source in by_role["prefill"] for target in by_role["decode"]
-    }
-    if not paths:
-        return Topology(bandwidths=(), paths={})
-    return Topology(bandwidths=tuple(bandwidths), paths=paths, latency_s=node.handoff_s)
+    """The deployment, as placement.build() makes it of one type."""
+    return build_pools([MachinePool(pool.role, pool.pool, pool.gpu.machine) for pool in fleet.pools])
 
 
 def fleet_toml(fleet: Fleet, objectives: Objectives, model: str, policy: str) -> str:

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ...decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
 from ...prefill_workers.config import PrefillSchedulerConfig
 from ...proto.errors import ConfigError
 from ...router.step_time import StepShape
 from .bounds import saturating_tokens
-from .deployment import Deployment, WorkerSpec
+from .deployment import ROLES, Deployment, WorkerSpec
 from .machines import Machine, Parallel
-from .topology import Topology, flat_topology
+from .topology import Topology
 
 LEAST_BUDGET, MOST_BUDGET = 64, 4096
 """Prompt tokens that a colocated worker computes beside its batch."""
@@ -115,21 +116,38 @@ def colocated_budgets(machine: Machine, parallel: Parallel, tpot_ms: float) -> t
     return tuple(sorted({min(most, fitting * factor) for factor in (1, 4)}))
 
 
+class MachinePool(NamedTuple):
+    """A pool and what its workers are."""
+
+    role: str
+    pool: Pool
+    machine: Machine
+
+
 def build(placement: Placement, machine: Machine) -> Deployment:
-    """The deployment. Within a node hand-offs go over its links, else over the network; each GPU has its own.
+    """The deployment on one type of GPU; see build_pools().
 
     Raises:
         ConfigError: the model does not fit, or cannot be divided so.
     """
+    return build_pools([MachinePool(role, pool, machine) for role, pool in placement.pools()])
+
+
+def build_pools(pools: Sequence[MachinePool]) -> Deployment:
+    """The deployment, of machines for one model.
+
+    Raises:
+        ConfigError: the model does not fit, or cannot be divided so.
+    """
+    machine = pools[0].machine
     block_size = machine.limits.block_size
     specs: list[WorkerSpec] = []
-    for role, pool in placement.pools():
-        step_time = machine.step_time(pool.parallel)
+    for role, pool, own in pools:
         spec = WorkerSpec(
             role=role,
-            step_time=step_time,
-            num_blocks=machine.kv_tokens(pool.parallel) // block_size,
-            scheduler=scheduler_of(role, pool, machine),
+            step_time=own.step_time(pool.parallel),
+            num_blocks=own.kv_tokens(pool.parallel) // block_size,
+            scheduler=scheduler_of(role, pool, own),
             gpus=pool.parallel.gpus,
         )
         specs += [spec] * pool.count
@@ -139,7 +157,7 @@ def build(placement: Placement, machine: Machine) -> Deployment:
         block_bytes=machine.kv_bytes_per_token * block_size,
         num_layers=machine.num_layers,
         context_length=machine.limits.context_length,
-        topology=_topology(placement, machine),
+        topology=_topology(pools),
         first_token_s=machine.first_token_s,
     )
 
@@ -155,17 +173,23 @@ def scheduler_of(role: str, pool: Pool, machine: Machine) -> PrefillSchedulerCon
     return ColocatedSchedulerConfig(max_running=limits.max_running, prefill_budget=pool.budget)
 
 
-def _topology(placement: Placement, machine: Machine) -> Topology:
-    if placement.prefill is None or placement.decode is None:
+def _topology(pools: Sequence[MachinePool]) -> Topology:
+    """A link of each worker as wide as its GPUs' together. GPUs of one type that fit a node are in one; types
+    do not share nodes."""
+    node = pools[0].machine.hardware
+    one_type = all(machine == pools[0].machine for _, _, machine in pools)
+    one_node = one_type and sum(pool.gpus for _, pool, _ in pools) <= node.gpus_per_node
+    bandwidths: list[float] = []
+    by_role: dict[str, list[int]] = {role: [] for role in ROLES}
+    for role, pool, machine in pools:
+        hardware = machine.hardware
+        per_gpu = hardware.intra_node_gb_per_s if one_node else hardware.inter_node_gb_per_s
+        for _ in range(pool.count):
+            by_role[role].append(len(bandwidths))
+            bandwidths.append(per_gpu * 1e9 * hardware.link_share * pool.parallel.gpus)
+    paths: dict[tuple[int, int], tuple[int, ...]] = {
+        (source, target): (source, target) for source in by_role["prefill"] for target in by_role["decode"]
+    }
+    if not paths:
         return Topology(bandwidths=(), paths={})
-    hardware = machine.hardware
-    one_node = placement.gpus <= hardware.gpus_per_node
-    link = hardware.intra_node_gb_per_s if one_node else hardware.inter_node_gb_per_s
-    gpus = min(placement.prefill.parallel.gpus, placement.decode.parallel.gpus)
-    prefills, decodes = placement.prefill.count, placement.decode.count
-    return flat_topology(
-        range(prefills),
-        range(prefills, prefills + decodes),
-        link * 1e9 * hardware.link_share * gpus,
-        hardware.handoff_s,
-    )
+    return Topology(bandwidths=tuple(bandwidths), paths=paths, latency_s=node.handoff_s)

@@ -80,11 +80,12 @@ def test_each_worker_has_its_types_step_time_and_link() -> None:
 
 
 def test_a_fleet_of_one_type_is_the_placement() -> None:
-    placement = Placement(prefill=Pool(count=2, parallel=ONE), decode=Pool(count=1, parallel=ONE))
-    fleet, plain = build_fleet(Fleet.of(placement, H100)), build(placement, H100.machine)
-    assert fleet.workers == plain.workers
-    assert set(fleet.topology.bandwidths) == set(plain.topology.bandwidths)
-    assert fleet.topology.paths.keys() == plain.topology.paths.keys()
+    placement = Placement(prefill=Pool(count=2, parallel=Parallel(2)), decode=Pool(count=1, parallel=ONE))
+    plain = build(placement, H100.machine)
+    assert build_fleet(Fleet.of(placement, H100)) == plain
+    prefill, _, decode = plain.topology.bandwidths
+    assert prefill == 2 * decode == 2 * 450e9  # each worker's own GPUs', whatever those of its peers
+    assert set(plain.topology.paths) == {(0, 2), (1, 2)}
 
 
 def test_equal_parts_of_a_fleet_are_simulated_once() -> None:
