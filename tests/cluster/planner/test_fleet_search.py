@@ -84,7 +84,7 @@ def test_a_fleet_of_one_type_is_the_placement() -> None:
     plain = build(placement, H100.machine)
     assert build_fleet(Fleet.of(placement, H100)) == plain
     prefill, _, decode = plain.topology.bandwidths
-    assert prefill == 2 * decode == 2 * 450e9  # each worker's own GPUs', whatever those of its peers
+    assert prefill == 2 * decode == 2 * 450e9 * H100.hardware.link_share  # its own GPUs together
     assert set(plain.topology.paths) == {(0, 2), (1, 2)}
 
 
