@@ -52,7 +52,7 @@ def text(plan: Plan) -> Iterator[str]:
     if plan.found.sentence:
         yield plan.found.sentence
         if not plan.found.reached:
-            yield f"{plan.task.rate:g} requests/s are more than it serves:"
+            yield f"{plan.task.rate:g} requests/s are out of reach; what serves most of them:"
     elif not plan.found.reached:
         yield (
             f"{plan.task.rate:g} requests/s are out of reach of {plan.task.gpus} GPUs; "
@@ -63,8 +63,7 @@ def text(plan: Plan) -> Iterator[str]:
     shown = [best, *(plan.found.candidates[1:2] or plan.found.others[:1])]
     for runner_up in shown[1:]:
         yield f"runner-up: {runner_up.placement}; {runner_up.placement.gpus} GPUs, {_estimates(runner_up)}"
-    if not plan.found.sentence:
-        yield from _other_kinds(plan, {candidate.placement.kind for candidate in shown})
+    yield from _other_kinds(plan, {candidate.placement.kind for candidate in shown})
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
         gains = ", ".join(f"{gain.what} {gain.gain:+.0%}" for gain in plan.binding.relaxations)
@@ -81,6 +80,8 @@ def _other_kinds(plan: Plan, shown: set[str]) -> Iterator[str]:
         "colocated": "serves no rate within the objectives",
         "disaggregated": f"serves less than {HOPELESS:.0%} of what colocated workers do, or does not fit",
     }
+    if plan.found.sentence:
+        del hopeless["disaggregated"]  # what the algorithm chose, and its sentence is of it
     for kind, sentence in hopeless.items():
         if kind in shown:
             continue

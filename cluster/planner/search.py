@@ -101,6 +101,11 @@ def search(task: Task, mapped: Callable[..., object] = map) -> Found:
     """
     parallels = feasible_parallels(task.machine, task.gpus, task.max_pp)
     phases = measure_phases(task.machine, task.workload, task.objectives, parallels, mapped)
+    return best_of(task, phases, mapped)
+
+
+def best_of(task: Task, phases: PhaseRates, mapped: Callable[..., object] = map) -> Found:
+    """The best placements of workers whose rates are known."""
     pool = list(proposals(phases, task.gpus, task.rate))
     found = _judge(task, phases, pool, mapped)
     if task.rate is None:
@@ -127,7 +132,7 @@ def _judge(task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Ca
     ]
     final = simulated(task, phases, [c for c in finalists if c], mapped)
     others = tuple(candidate for candidate in joint if candidate not in finalists)
-    return Found(candidates=tuple(_ranked(final, task.rate)), others=others, phases=phases)
+    return Found(candidates=tuple(ranked(final, task.rate)), others=others, phases=phases)
 
 
 def proposals(phases: PhaseRates, gpus: int, rate: float | None) -> Iterable[Candidate]:
@@ -196,7 +201,7 @@ def _order(rate: float | None) -> Callable[[Candidate], tuple[float, ...]]:
     return key
 
 
-def _ranked(candidates: Iterable[Candidate], rate: float | None) -> list[Candidate]:
+def ranked(candidates: Iterable[Candidate], rate: float | None) -> list[Candidate]:
     """Best first; within TIE of the best, fewer GPUs and no hand-off go first."""
     ordered = sorted(candidates, key=_order(rate))
     top = ordered[0]

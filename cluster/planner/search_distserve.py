@@ -20,9 +20,9 @@ from ...router.step_time import StepTime
 from .deployment import Deployment, WorkerSpec
 from .goodput import PUBLISHED_HIGH, PUBLISHED_STEP, Objectives, published_goodput
 from .machines import Machine, Parallel, divisors, feasible_parallels
-from .phase_rates import FirstTokens, FreeStepTime, Kind, PhaseRates, bound_phases
+from .phase_rates import FirstTokens, FreeStepTime, Kind, PhaseRates, measure_phases
 from .placement import Placement, Pool
-from .search import Candidate, Found, Task, simulated
+from .search import Candidate, Found, Task, best_of, ranked, simulated
 from .sim_workload import Workload
 from .topology import free_topology
 
@@ -105,7 +105,7 @@ class PublishedTask:
             ConfigError: none fits.
         """
         gpus = self.nodes * self.gpus_per_node
-        return feasible_parallels(self.machine, gpus, self.max_pp or gpus)
+        return feasible_parallels(self.machine, gpus, gpus if self.max_pp is None else self.max_pp)
 
 
 class _Bisection(NamedTuple):
@@ -218,7 +218,8 @@ ALGORITHMS = {"distserve-high": high_affinity, "distserve-low": low_affinity}
 
 
 def search_published(task: Task, algorithm: str, mapped: Callable[..., object] = map) -> Found:
-    """What an algorithm of ALGORITHMS chooses, judged as search() judges: without its simplifications.
+    """What an algorithm of ALGORITHMS chooses, judged as search() judges, without its simplifications, beside
+    the best colocated workers: the algorithms compare separate pools only, and these need not be the best.
 
     Raises:
         ConfigError: the model does not fit the GPUs, or prompts share blocks.
@@ -232,31 +233,44 @@ def search_published(task: Task, algorithm: str, mapped: Callable[..., object] =
         gpus_per_node=per_node,
         max_pp=task.max_pp,
     )
-    phases = bound_phases(task.machine, task.workload, task.objectives, asked.parallels())
-    asked = replace(asked, phases=phases)
-    chosen = ALGORITHMS[algorithm](asked, mapped)
-    nothing = Found(
-        candidates=(), others=(), phases=phases, sentence=f"{algorithm} finds nothing that serves any rate"
+    phases = measure_phases(
+        task.machine, task.workload, task.objectives, asked.parallels(), mapped, roles=("colocated",)
     )
-    if chosen is None:
-        return nothing
-    placement = None if task.rate is None else chosen.serving(task.rate)
-    if placement is None or placement.gpus > task.gpus:
-        placement = chosen.filling(task.gpus)
-    if placement is None:
-        return replace(nothing, sentence=f"a pair that {algorithm} chose does not fit {task.gpus} GPUs")
-    expected = chosen.rate(placement)
-    [candidate] = simulated(task, phases, [Candidate(placement=placement, expected=expected)], mapped)
-    said = f"{algorithm} chose {placement} for {expected:.3g} requests/s with DistServe's simplifications"
-    if candidate.rate <= 0.0:
-        return replace(nothing, sentence=f"{said}; without them it serves none")
+    asked = replace(asked, phases=phases)
+    chosen, said = _chosen(task, algorithm, asked, mapped)
+    candidates = simulated(task, phases, chosen, mapped)
+    if chosen and candidates[0].rate <= 0.0:
+        candidates, said = [], f"{said}; without them it serves none"
+    beside = best_of(task, phases, mapped).candidates[:1]
+    if not candidates and not beside:
+        return Found(candidates=(), others=(), phases=phases, sentence=said)
+    best = ranked([*candidates, *beside], task.rate)
+    if best[0] not in candidates:
+        said += "; colocated workers serve no less, and are planned instead"
     return Found(
-        candidates=(candidate,),
+        candidates=tuple(best),
         others=(),
         phases=phases,
         sentence=said,
-        reached=task.rate is None or candidate.rate >= task.rate,
+        reached=task.rate is None or best[0].rate >= task.rate,
     )
+
+
+def _chosen(
+    task: Task, algorithm: str, asked: PublishedTask, mapped: Callable[..., object]
+) -> tuple[list[Candidate], str]:
+    """(the algorithm's choice, if it has one, replicated; what is said of it)."""
+    found = ALGORITHMS[algorithm](asked, mapped)
+    if found is None:
+        return [], f"{algorithm} finds nothing that serves any rate"
+    placement = None if task.rate is None else found.serving(task.rate)
+    if placement is None or placement.gpus > task.gpus:
+        placement = found.filling(task.gpus)
+    if placement is None:
+        return [], f"a pair that {algorithm} chose does not fit {task.gpus} GPUs"
+    expected = found.rate(placement)
+    said = f"{algorithm} chose {placement} for {expected:.3g} requests/s with DistServe's simplifications"
+    return [Candidate(placement=placement, expected=expected)], said
 
 
 def _alone(machine: Machine, parallel: Parallel, role: str) -> Deployment:

@@ -10,7 +10,7 @@ from diphase.cluster.planner.machines import Parallel, RooflineMachine, check_pa
 from diphase.cluster.planner.model_shape import load_model_shape
 from diphase.cluster.planner.phase_rates import Kind, PhaseRates
 from diphase.cluster.planner.placement import Placement, Pool, build
-from diphase.cluster.planner.search import Candidate, Task, _ranked, part_of, proposals, search
+from diphase.cluster.planner.search import Candidate, Task, part_of, proposals, ranked, search
 from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.proto.errors import ConfigError
 
@@ -81,12 +81,12 @@ def test_ties_go_to_fewer_gpus_then_to_no_hand_off() -> None:
     pair = Placement(prefill=pool, decode=pool)
     three = Placement(colocated=Pool(count=3, parallel=Parallel(), budget=512))
     two = Placement(colocated=Pool(count=2, parallel=Parallel(), budget=512))
-    ranked = _ranked([_candidate(three, 10.1), _candidate(pair, 10.0), _candidate(two, 10.0)], None)
-    assert [candidate.placement for candidate in ranked] == [two, pair, three]
-    assert _ranked([_candidate(three, 11.0), _candidate(pair, 10.0)], None)[0].placement == three
+    order = ranked([_candidate(three, 10.1), _candidate(pair, 10.0), _candidate(two, 10.0)], None)
+    assert [candidate.placement for candidate in order] == [two, pair, three]
+    assert ranked([_candidate(three, 11.0), _candidate(pair, 10.0)], None)[0].placement == three
     # For a wanted rate, what serves it with the fewest GPUs is best, however much more others serve.
-    assert _ranked([_candidate(three, 20.0), _candidate(pair, 10.0)], 9.0)[0].placement == pair
-    assert _ranked([_candidate(three, 20.0), _candidate(pair, 10.0)], 12.0)[0].placement == three
+    assert ranked([_candidate(three, 20.0), _candidate(pair, 10.0)], 9.0)[0].placement == pair
+    assert ranked([_candidate(three, 20.0), _candidate(pair, 10.0)], 12.0)[0].placement == three
 
 
 def test_equal_parts_are_simulated_once() -> None:

@@ -13,6 +13,7 @@ from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.goodput import Objectives
 from diphase.cluster.planner.machines import Parallel
 from diphase.cluster.planner.placement import Placement, Pool
+from diphase.cluster.planner.plan_report import Plan, text
 from diphase.cluster.planner.search import Task
 from diphase.cluster.planner.search_distserve import (
     Published,
@@ -86,13 +87,29 @@ def plan(data: Path, records: Sequence[TraceRecord] = ()) -> Task:
 @pytest.mark.parametrize("algorithm", ["distserve-high", "distserve-low"])
 def test_the_choice_is_judged_without_the_simplifications(data: Path, algorithm: str) -> None:
     found = search_published(plan(data), algorithm)
-    [chosen] = found.candidates
+    chosen, colocated = found.candidates
+    assert colocated.placement.kind == "colocated"
     pool = Pool(count=1, parallel=ONE)
     assert chosen.placement == Placement(prefill=pool, decode=pool)
     assert chosen.answer is not None
     assert 0.6 * chosen.expected < chosen.rate < 1.2 * chosen.expected
     assert f"{algorithm} chose" in found.sentence
     assert found.reached
+
+
+@pytest.mark.parametrize("rate", [None, 2.0])
+def test_colocated_workers_that_serve_more_are_planned_instead(data: Path, rate: float | None) -> None:
+    """With a tight TTFT and a loose TPOT both GPUs have to compute prompts (test_regime_plans.py)."""
+    task = replace(plan(data), objectives=Objectives(ttft_ms=200.0, tpot_ms=200.0), rate=rate)
+    found = search_published(task, "distserve-high")
+    best = found.candidates[0]
+    assert best.placement.kind == "colocated"
+    assert found.reached
+    assert "distserve-high chose 1 prefill (tp 1) + 1 decode (tp 1)" in found.sentence
+    assert "planned instead" in found.sentence
+    said = "\n".join(text(Plan(task=task, found=found)))
+    assert f"placement: {best.placement};" in said
+    assert "runner-up: 1 prefill (tp 1) + 1 decode (tp 1)" in said
 
 
 def test_a_rate_beyond_the_gpus_is_not_reached(data: Path) -> None:
