@@ -161,11 +161,16 @@ def plan_arrivals(
     Raises:
         ConfigError: the lengths cannot fit the context, or arrivals ask for what the trace lacks.
     """
+    context_length = _NO_LIMIT if context_length is None else context_length
+    if context_length < 2:
+        raise ConfigError(
+            f"a context of {context_length} tokens has no room for a prompt and its completion; use 2 or more"
+        )
     chosen = _select(config, records)
     count = len(chosen) or config.num_requests
     if count is None:
         raise ConfigError("requests: there is no trace to take the number from; give a number")
-    inputs, outputs, factor = _lengths(config, chosen, count, context_length or _NO_LIMIT)
+    inputs, outputs, factor = _lengths(config, chosen, count, context_length)
     hash_block_tokens = max(1, round(HASH_BLOCK_TOKENS * factor))
     hash_ids = [record.hash_ids for record in chosen] or [()] * count
     return [

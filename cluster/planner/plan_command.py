@@ -234,11 +234,12 @@ def _workload(args: argparse.Namespace, folder: Path, machine: Machine) -> SimWo
         raise ConfigError(
             f"--requests {args.requests} is out of range; use {MIN_REQUESTS} to {MOST_REQUESTS}"
         )
+    context_length = machine.limits.context_length if args.context_length is None else args.context_length
     config, records = _load_from(args, folder)
     return SimWorkload(
         config=replace(config, mean_input=args.mean_input, mean_output=args.mean_output),
         records=records,
-        context_length=args.context_length or machine.limits.context_length,
+        context_length=context_length,
         block_size=machine.limits.block_size,
     )
 

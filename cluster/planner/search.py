@@ -56,6 +56,8 @@ class Task:
             raise ConfigError(f"gpus = {self.gpus}; plan for at least 1 GPU")
         if self.rate is not None and not 0.0 < self.rate < math.inf:
             raise ConfigError(f"rate = {self.rate} requests/s; use a number above 0")
+        if self.max_pp < 1:
+            raise ConfigError(f"max_pp = {self.max_pp}; a worker has at least 1 pipeline stage")
         if not self.seeds:
             raise ConfigError("seeds is empty; simulate at least one")
 

@@ -134,6 +134,13 @@ def test_trace_arrivals_keep_their_pattern_at_any_rate() -> None:
     )
 
 
+@pytest.mark.parametrize("context_length", [-5, 0, 1])
+def test_a_context_without_room_for_a_completion_is_refused(context_length: int) -> None:
+    records = [TraceRecord(arrival_s=0.0, input_tokens=512, output_tokens=16)]
+    with pytest.raises(ConfigError, match=f"a context of {context_length} tokens"):
+        plan_arrivals(WorkloadConfig(num_requests=1), records, context_length, 1.0)
+
+
 def test_a_part_of_a_trace_starts_at_zero_and_stays_together() -> None:
     config = WorkloadConfig(num_requests=40, arrivals=Arrivals.TRACE, seed=5)
     plan = plan_load(config, long_tailed(), MODEL, None)
