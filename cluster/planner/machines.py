@@ -251,6 +251,7 @@ def feasible_parallels(machine: Machine, gpus: int, max_pp: int = 1) -> list[Par
             continue
         found.append(parallel)
     if not found:
-        assert error is not None  # one GPU is always tried
+        if error is None:
+            raise ConfigError(f"gpus = {gpus} are fewer than any known worker takes; plan for more")
         raise ConfigError(f"gpus = {gpus} cannot hold the model: {error.message}")
     return sorted(found, key=lambda parallel: (parallel.gpus, parallel.pp))

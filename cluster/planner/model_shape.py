@@ -74,13 +74,14 @@ KNOWN_MODELS: Mapping[str, ModelShape] = {
         num_kv_heads=kv_heads,
         head_dim=128,
         vocab_size=vocab,
-        gated=not name.startswith("opt"),
-        tied=name.startswith("opt"),
+        gated=not name.startswith(("opt", "bloom")),
+        tied=name.startswith(("opt", "bloom")),
     )
     for name, (hidden, mlp, layers, q_heads, kv_heads, vocab) in {
         "opt-13b": (5120, 20480, 40, 40, 40, 50272),
         "opt-66b": (9216, 36864, 64, 72, 72, 50272),
         "opt-175b": (12288, 49152, 96, 96, 96, 50272),
+        "bloom-176b": (14336, 57344, 70, 112, 112, 250880),
         "llama2-70b": (8192, 28672, 80, 64, 8, 32000),
         "llama3.1-8b": (4096, 14336, 32, 32, 8, 128256),
         "llama3.1-70b": (8192, 28672, 80, 64, 8, 128256),

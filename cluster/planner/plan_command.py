@@ -24,22 +24,18 @@ from .fleet_options import add_fleet_arguments, budget_of, gpu_types, total_gpus
 from .fleet_report import FleetPlan, draw_fleet, fleet_json, fleet_text, make_fleet_plan
 from .fleet_search import FleetTask
 from .goodput import MOST_REQUESTS, ROUTER, Objectives
-from .hardware import known_hardware, load_hardware
 from .log_fit import fit_log, nearest, public_fits, sentence, synthetic
-from .machines import DistServeMachine, Machine, RooflineMachine
-from .model_shape import KNOWN_MODELS, load_model_shape
+from .machines import Machine
 from .placement import build
 from .plan_report import SHOWN, Plan, as_json, draw, text
 from .plan_toml import plan_toml
-from .profile import load_profile
-from .profile_machine import ProfileMachine
 from .search import Task, search
 from .search_distserve import ALGORITHMS, search_published
 from .sim_workload import LEAST_REQUESTS, SimWorkload, Workload
+from .step_time_sources import add_source_arguments, machine_from, source_json
 
 FIXED = "fixed"
 SEARCH = "search"
-SOURCES = ("roofline", "distserve", "profile")
 MOST_SEEDS = 10
 MIN_REQUESTS = 20
 MOST_PROCESSES = 16
@@ -58,17 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_task(what: argparse._ArgumentGroup) -> None:
-    what.add_argument(
-        "--model",
-        required=True,
-        metavar="MODEL",
-        help=f"{', '.join(KNOWN_MODELS)}, or a config.json; with a profile the one that it is of",
-    )
-    what.add_argument(
-        "--hardware",
-        metavar="HARDWARE",
-        help=f"{', '.join(known_hardware())}, or a TOML file with the same keys; several with commas",
-    )
+    add_source_arguments(what)
     what.add_argument(
         "--gpus",
         required=True,
@@ -97,13 +83,6 @@ def _add_task(what: argparse._ArgumentGroup) -> None:
     what.add_argument(
         "--max-pp", type=int, metavar="N", default=1, help="most pipeline stages of a worker (%(default)s)"
     )
-    what.add_argument(
-        "--step-times", choices=SOURCES, default=SOURCES[0], help="where they come from (%(default)s)"
-    )
-    what.add_argument(
-        "--profile", type=Path, metavar="FILE", help="of `diphase profile`, for --step-times profile"
-    )
-    what.add_argument("--precision", choices=("bf16", "fp8"), help="of weights, by roofline (bf16)")
 
 
 def _add_workload(load: argparse._ArgumentGroup) -> None:
@@ -167,7 +146,7 @@ def run(args: argparse.Namespace) -> int:
     for line in fleet_text(plan) if isinstance(plan, FleetPlan) else text(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if output is not None:
-        console.print(f"wrote {', '.join(_write(plan, output, args.model))}", markup=False, highlight=False)
+        console.print(f"wrote {', '.join(_write(plan, output, args))}", markup=False, highlight=False)
     return 1 if plan.infeasible or not plan.found.reached else 0
 
 
@@ -322,40 +301,6 @@ def parse_slo(given: str) -> Objectives:
     return Objectives(ttft_ms=values["ttft"], tpot_ms=values["tpot"])
 
 
-def machine_from(args: argparse.Namespace, folder: Path) -> Machine:
-    """By --step-times, with the options that it takes.
-
-    Raises:
-        ConfigError: one is lacking or for another source, or what it names does not fit the others.
-    """
-    source = args.step_times
-    takes = {"roofline": ("hardware", "precision"), "distserve": ("hardware",), "profile": ("profile",)}
-    for name in ("hardware", "precision", "profile"):
-        if getattr(args, name) is not None and name not in takes[source]:
-            raise ConfigError(
-                f"--{name} {getattr(args, name)} is not for --step-times {source}; leave it out"
-            )
-    for name in ("hardware", "profile"):
-        if getattr(args, name) is None and name in takes[source]:
-            raise ConfigError(f"--step-times {source} needs --{name}")
-    if source == "profile":
-        profile = load_profile(args.profile)
-        if profile.engine.model != args.model:
-            raise ConfigError(
-                f"--profile {args.profile} is of the model {profile.engine.model}, not of {args.model}; "
-                f"make one with `diphase profile --model {args.model}`"
-            )
-        return ProfileMachine(profile, args.gpus)
-    model, hardware = load_model_shape(args.model), load_hardware(args.hardware)
-    if source == "roofline":
-        return RooflineMachine(model, hardware, args.precision or "bf16")
-    if args.hardware != "a100-sxm-80gb":
-        raise ConfigError(
-            f"--step-times distserve was measured on a100-sxm-80gb, not on {args.hardware}; use that"
-        )
-    return DistServeMachine(model, hardware, args.model, folder)
-
-
 def _processes(given: int | None) -> int:
     if given is None:
         return min(MOST_PROCESSES, os.cpu_count() or 1)
@@ -373,10 +318,11 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _write(plan: Plan | FleetPlan, folder: Path, model: str) -> list[str]:
+def _write(plan: Plan | FleetPlan, folder: Path, args: argparse.Namespace) -> list[str]:
     """The files, and what is said of those that cannot be."""
     written = [str(folder / "plan.json")]
-    write_json(folder / "plan.json", fleet_json(plan) if isinstance(plan, FleetPlan) else as_json(plan))
+    said = fleet_json(plan) if isinstance(plan, FleetPlan) else as_json(plan)
+    write_json(folder / "plan.json", source_json(args) | said)
     if plan.infeasible:
         return written
     if isinstance(plan, FleetPlan):
@@ -385,7 +331,7 @@ def _write(plan: Plan | FleetPlan, folder: Path, model: str) -> list[str]:
         draw(folder / "plan.png", plan)
     written.append(str(folder / "plan.png"))
     try:
-        toml = _toml(plan, model)
+        toml = _toml(plan, args.model)
     except ConfigError as exc:
         return [*written, f"no cluster.toml: {exc.message}"]
     (folder / "cluster.toml").write_text(toml, encoding="utf-8")
