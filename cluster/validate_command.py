@@ -141,6 +141,18 @@ def run(args: argparse.Namespace) -> int:
     return 0 if verdict.inside else 1
 
 
+def rates_of(result: SimResult) -> list[float]:
+    """Shares of what was served of a queue that never empties; what it had no room for was not.
+
+    Raises:
+        ConfigError: nothing was.
+    """
+    served = sum(map(math.isfinite, result.ttft_ms))
+    if not served:
+        raise ConfigError("the simulated cluster serves no request of the workload; give shorter ones")
+    return [round(share * served / result.duration_s, 3) for share in SHARES]
+
+
 def rates_from(text: str) -> list[float]:
     """
     Raises:
@@ -169,8 +181,7 @@ class _Task:
     def rates(self) -> list[float]:
         """Shares of the rate at which the simulation serves a queue that never empties."""
         arrivals = self._arrivals(ALL_AT_ONCE)
-        result = self._predict(arrivals, self._speed())
-        return [round(share * len(arrivals) / result.duration_s, 3) for share in SHARES]
+        return rates_of(self._predict(arrivals, self._speed()))
 
     async def validate(self, rates: Sequence[float], console: Console) -> list[Validation]:
         """One cluster, one run a rate."""

@@ -9,7 +9,8 @@ from typing import NamedTuple
 
 from ...proto.errors import ConfigError
 from .goodput import ROUTER, Objectives
-from .machines import Machine
+from .machines import Machine, RooflineMachine
+from .model_shape import KNOWN_MODELS
 from .placement import Placement, Pool, scheduler_of
 from .profile_machine import ProfileMachine
 
@@ -31,7 +32,15 @@ _SETTINGS = {
 
 
 def served_name(model: str) -> str:
-    """What [model] calls the model that the plan was asked for: a config.json's folder, or its repository."""
+    """What [model] calls the model that the plan was asked for: a config.json's folder, or its repository.
+
+    Raises:
+        ConfigError: it is known by name, but no repository has its weights in a form that is served.
+    """
+    if model in KNOWN_MODELS and model not in REPOSITORIES:
+        raise ConfigError(
+            f"no repository is known for {model}; plan for the folder of its weights and config.json"
+        )
     path = Path(model)
     if path.exists():
         return str(path.parent if path.is_file() else path)
@@ -56,7 +65,8 @@ def plan_toml(
 ) -> str:
     """
     Raises:
-        ConfigError: a worker has pipeline stages, which a cluster's configuration does not know.
+        ConfigError: a worker has pipeline stages or weights in fp8, which this cluster's workers do not know;
+            or no repository is known for the model.
     """
     return cluster_toml(
         [f"# Planned: {placement}; {placement.gpus} GPUs ({machine.hardware.name})."],
@@ -78,9 +88,15 @@ def cluster_toml(
     """Pools by role, as `diphase serve --config` takes them.
 
     Raises:
-        ConfigError: a worker has pipeline stages, which a cluster's configuration does not know.
+        ConfigError: a worker has pipeline stages or weights in fp8, which this cluster's workers do not know;
+            or no repository is known for the model.
     """
-    for role, (pool, _, _) in pools.items():
+    for role, (pool, machine, _) in pools.items():
+        if isinstance(machine, RooflineMachine) and machine.precision != "bf16":
+            raise ConfigError(
+                f"the plan is for weights in {machine.precision}, which this cluster's workers do not have; "
+                "plan with --precision bf16 for a configuration"
+            )
         if pool.parallel.pp > 1:
             raise ConfigError(
                 f"the {role} workers have pp = {pool.parallel.pp} and this cluster's workers have no "

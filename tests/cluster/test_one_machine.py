@@ -12,8 +12,12 @@ import pytest
 from diphase.cluster import validate_command
 from diphase.cluster.cli import main
 from diphase.cluster.one_machine import OneMachine, placement_settings
+from diphase.cluster.planner.deployment import SimulationConfig
 from diphase.cluster.planner.profile import load_profile
 from diphase.proto.errors import ConfigError
+from diphase.router.config import RouterConfig
+
+from .planner.deployments import CLUSTERS, run
 
 
 def arguments(*settings: str, model: str | None = None) -> argparse.Namespace:
@@ -54,6 +58,18 @@ def test_rates_that_are_none_are_refused(text: str) -> None:
 def test_rates_are_numbers_between_commas() -> None:
     assert validate_command.rates_from("0.5, 1,2") == [0.5, 1.0, 2.0]
     assert validate_command.rates_from("") == []
+
+
+def test_what_is_refused_is_no_capacity() -> None:
+    config = SimulationConfig(router=RouterConfig(max_queued_requests=4))
+    result, _ = run(CLUSTERS["1P1D"], [(0, 100, 8)] * 40, config)
+    served = 40 - result.rejected
+    assert 4 <= served < 20
+    rates = [share * served / result.duration_s for share in validate_command.SHARES]
+    assert validate_command.rates_of(result) == pytest.approx(rates, abs=1e-3)
+    nothing, _ = run(CLUSTERS["1P1D"], [(0, 50_000, 8)])
+    with pytest.raises(ConfigError, match="serves no request"):
+        validate_command.rates_of(nothing)
 
 
 @pytest.mark.slow

@@ -233,6 +233,26 @@ def test_a_fleet_as_a_configuration(tmp_path: Path) -> None:
         fleet_toml(several, objectives, "llama3.1-8b", "goodput")
 
 
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (["--precision", "fp8"], "weights in fp8, which this cluster's workers do not have"),
+        (["--model", "opt-175b", "--gpus", "8"], "no repository is known for opt-175b"),
+    ],
+)
+def test_no_configuration_is_written_that_would_not_serve_what_was_planned(
+    more: list[str], why: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*COMMAND, "--slo", "ttft=400,tpot=60", "--seeds", "1", "--outage", "0", *more]
+    assert main([*arguments, "--output", str(tmp_path)]) == 0
+    assert f"no cluster.toml: {'the plan is for ' if 'fp8' in more else ''}{why}" in capsys.readouterr().out
+    assert not (tmp_path / "cluster.toml").exists()
+    plan = json.loads((tmp_path / "plan.json").read_text())
+    model = "opt-175b" if "opt-175b" in more else "llama3.1-8b"
+    precision = "fp8" if "fp8" in more else "bf16"
+    assert (plan["model"], plan["step_times"], plan["precision"]) == (model, "roofline", precision)
+
+
 def test_the_policy_is_the_clusters_too(tmp_path: Path) -> None:
     arguments = [*COMMAND, "--slo", "ttft=200,tpot=20", "--policy", "distserve", "--output", str(tmp_path)]
     assert main(arguments) == 0
