@@ -146,7 +146,8 @@ def run(args: argparse.Namespace) -> int:
     for line in fleet_text(plan) if isinstance(plan, FleetPlan) else text(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if output is not None:
-        console.print(f"wrote {', '.join(_write(plan, output, args))}", markup=False, highlight=False)
+        wrote = f"wrote {', '.join(_write(plan, output, args))}"
+        console.print(wrote, markup=False, highlight=False, soft_wrap=True)
     return 1 if plan.infeasible or not plan.found.reached else 0
 
 
