@@ -44,6 +44,8 @@ class SimRequest:
     """It lost a worker then, and no token came since."""
     stall: int = 0
     """Longest time from the loss of a worker to the next token."""
+    truncated: bool = False
+    """A worker ended it before its last token, for want of context: it was served, but not as it asked."""
     error: str = ""
     """Code (`proto/errors.py`) of what ended it before its last token."""
 

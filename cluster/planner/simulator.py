@@ -137,9 +137,9 @@ class Simulation:
                     self._late += takes_ms > self._slo.ttft_ms
                 self._dispatcher.token(request)
             if outcome.finish_reason != NOT_FINISHED:
-                self._dispatcher.finished(request)
+                self._dispatcher.finished(request, outcome.sequence.num_generated)
                 decoded = (request.output_tokens - 1) * self._slo.tpot_ms * 1e6
-                self._slow += request.last_token - request.token0 > decoded
+                self._slow += request.truncated or request.last_token - request.token0 > decoded
                 if worker.prefill is not None:
                     worker.prefill.release(outcome.sequence)
             elif worker.prefill is not None:
