@@ -31,6 +31,7 @@ class SimPool:
         shares: bool,
         on_start: Callable[[SimWorker, Seq[Sequence]], None],
         on_done: Callable[[SimWorker, Seq[Outcome]], None],
+        on_outgrown: Callable[[SimWorker, Seq[Sequence]], None],
     ) -> None:
         """`shares`: prompts have blocks in common, and the router is to know who has them."""
         self.prefixes = PrefixIndex(config.router.max_prefix_blocks)
@@ -43,6 +44,7 @@ class SimPool:
         self._shares = shares
         self._on_start = on_start
         self._on_done = on_done
+        self._on_outgrown = on_outgrown
         self._models: dict[int, LatencyModel] = {}
         self._handles: dict[str, WorkerHandle] = {}
         self._deltas: dict[str, int] = {}
@@ -125,6 +127,7 @@ class SimPool:
             exact=self._exact,
             on_start=self._on_start,
             on_done=self._on_done,
+            on_outgrown=self._on_outgrown,
         )
         self.workers[index : index + 1] = [worker]
         self.processes.append(worker)

@@ -58,7 +58,8 @@ class _Stretch:
 
 class SimWorker:
     """One process. `on_start` hears of sequences whose step begins, those at least that are in their first
-    one here; `on_done` of what a step gave, those at least that are not in a stretch or end somebody."""
+    one here; `on_done` of what a step gave, those at least that are not in a stretch or end somebody;
+    `on_outgrown` of those that it gave up, its whole pool being too small for them."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class SimWorker:
         exact: bool,
         on_start: Callable[[SimWorker, Seq[Sequence]], None],
         on_done: Callable[[SimWorker, Seq[Outcome]], None],
+        on_outgrown: Callable[[SimWorker, Seq[Sequence]], None],
     ) -> None:
         self.index = index
         """Its place in the deployment: whoever comes after it there has it, too."""
@@ -106,6 +108,7 @@ class SimWorker:
         self._events = events
         self._on_start = on_start
         self._on_done = on_done
+        self._on_outgrown = on_outgrown
         self._time = spec.step_time
         self._stretches = not exact and self.decode is not None and spec.step_time.stages == 1
         self._stage_free = [0] * spec.step_time.stages
@@ -124,6 +127,8 @@ class SimWorker:
         plan = scheduler.plan()
         if plan is not None:
             self._begin(plan, self._durations(plan))
+        if self.decode is not None and (outgrown := self.decode.take_outgrown()):
+            self._on_outgrown(self, outgrown)  # even where there is no step: they may have been all
 
     def settle(self) -> None:
         """Brings the scheduler to this moment: what is done of a stretch is done, and it ends with the step

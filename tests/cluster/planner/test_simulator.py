@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
+from diphase.cluster.planner.sim_request import sequence_of
 from diphase.decode_workers.config import DecodeSchedulerConfig
 from diphase.proto.errors import ConfigError
+from diphase.proto.slo import Slo
 from diphase.router.config import RouterConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from .deployments import (
     deployment,
     prefill_worker,
     records,
+    requests,
     run,
     two_regimes,
 )
@@ -131,6 +134,31 @@ def test_a_prompt_that_the_decode_pool_cannot_hold_keeps_nobody_waiting() -> Non
     assert [request.error for request in simulation.requests] == ["prompt_too_long", ""]
     assert simulation.requests[1].last_token > 0
     assert result.rejected == 1
+
+
+def test_a_prompt_that_fills_the_decode_pool_keeps_nobody_waiting() -> None:
+    cluster = deployment(prefill_worker(200), decode_worker(20))
+    result, simulation = run(cluster, [(0, 20 * 16, 4), (0, 100, 4)])
+    assert [request.error for request in simulation.requests] == ["prompt_too_long", ""]
+    assert simulation.requests[0].verified == -1
+    assert simulation.requests[1].last_token > 0
+    assert result.rejected == 1
+
+
+def test_what_outgrows_its_pool_ends_though_no_step_follows() -> None:
+    # Live, such a sequence is refused before it comes here; a scheduler must not depend on that.
+    simulation = run(deployment(prefill_worker(200), decode_worker(20)), [(0, 100, 4)])[1]
+    gone: list[str] = []
+    worker = simulation.workers[1]
+    worker._on_outgrown = lambda _, sequences: gone.extend(s.key.request_id for s in sequences)
+    sequence = sequence_of(requests([(0, 20 * 16, 4)])[0], Slo(), generated=1)
+    sequence.block_table = worker.blocks.allocate(20)
+    sequence.num_computed = 20 * 16
+    assert worker.decode is not None
+    worker.decode.admit(sequence)
+    worker.start()
+    assert gone == [sequence.key.request_id]
+    assert worker.idle
 
 
 def test_a_prompt_that_leaves_no_room_to_generate_is_refused() -> None:
