@@ -27,7 +27,7 @@ from .sim_workload import Workload
 DEFAULT_AWAY_S = 30.0
 MOST_ARRIVALS = 6000
 """Of a run, unless the worker is away for longer."""
-AT_ALL = 60_000
+MOST_EVER = 60_000
 """Arrivals of a run, however long the worker is away: it may then end before."""
 HEADROOM = 0.8
 """Share of the goodput at which a worker is lost when no rate was asked for: at the goodput itself every loss
@@ -142,7 +142,7 @@ def outage(question: OutageQuestion) -> Outage:
     rate, objectives = question.rate, question.objectives
     lead = run_length(question.workload, objectives, rate)
     wanted, least = (lead + math.ceil(rate * question.away_s * times) for times in (RUN, LEAST_RUN))
-    count = question.workload.most(min(AT_ALL, wanted, max(MOST_ARRIVALS, least)))
+    count = question.workload.most(min(MOST_EVER, wanted, max(MOST_ARRIVALS, least)))
     pattern = Pattern(question.seed, count)
     ask = (question.deployment, question.workload, objectives, rate, pattern)
     calm = simulate(*ask, policy=question.policy)

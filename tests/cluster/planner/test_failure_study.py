@@ -59,7 +59,7 @@ def test_a_run_outlasts_the_outage_at_any_rate_or_says_that_it_does_not(
     assert whole.run_s > QUESTION.away_s
     assert not whole.cut
     assert "before the worker is back" not in whole.sentence()
-    monkeypatch.setattr(failure_study, "AT_ALL", 150)
+    monkeypatch.setattr(failure_study, "MOST_EVER", 150)
     cut = outage(QUESTION)
     assert cut.run_s < QUESTION.away_s
     assert cut.cut
