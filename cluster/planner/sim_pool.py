@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+from ...decode_workers.load import write_load
 from ...engine.requests import Outcome
 from ...engine.sequence import Sequence
 from ...proto import worker_pb2 as pb
@@ -179,15 +180,15 @@ def _report(worker: SimWorker, load: pb.Load) -> None:
         load.waiting_requests = worker.prefill.num_waiting
         load.waiting_tokens = worker.prefill.waiting_tokens
         return
-    decode = worker.decode
-    assert decode is not None
-    load.waiting_requests = decode.num_waiting
-    load.waiting_tokens = decode.waiting_tokens
-    load.running = decode.num_running
-    load.running_context = worker.running_context
-    load.blocks_free = worker.usable_blocks
-    load.blocks_running = max(0, worker.spec.num_blocks - load.blocks_free)
-    load.handoffs = worker.handoffs
+    assert worker.decode is not None
+    write_load(
+        load,
+        worker.decode,
+        worker.blocks.counts(),
+        reserved=worker.reserved_blocks,
+        handoffs=worker.handoffs,
+        steps=worker.unsettled_steps,
+    )
 
 
 def linear_fit(step_time: StepTime) -> LatencyModel:

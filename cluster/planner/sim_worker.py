@@ -84,6 +84,8 @@ class SimWorker:
         self.draining = False
         self.handoffs = 0
         """On their way to it, or from it."""
+        self.reserved_blocks = 0
+        """That those on their way to it were granted."""
         self.blocks = BlockManager(spec.num_blocks, block_size)
         self.tables = BlockTables(self.blocks, None)
         limits = ModelLimits(
@@ -185,31 +187,19 @@ class SimWorker:
             busy = self.decode.num_waiting + self.decode.num_running
         return not (busy or self.handoffs)
 
-    # what load reports, as of the last complete step
-
     @property
-    def running_context(self) -> int:
-        assert self.decode is not None
-        return self.decode.running_context + self._ahead() * self.decode.num_running
-
-    @property
-    def usable_blocks(self) -> int:
-        """Free or only cached."""
-        if self._stretch is None:
-            return self.blocks.available
-        assert self.decode is not None
-        return self.blocks.available - self.decode.blocks_to_advance(self._ahead() + 1)
+    def unsettled_steps(self) -> int:
+        """Of a stretch, those that the scheduler has not been told of, the one that runs included; 0 where
+        there is no stretch."""
+        return 0 if self._stretch is None else self._stretch.done_by(self._events.now) + 1
 
     def take_blocks(self) -> None:
         """Of a stretch up to the step that runs; what it evicts for them can be announced then."""
         if self._stretch is not None:
             assert self.decode is not None
-            self.decode.take_blocks(self._ahead() + 1)
+            self.decode.take_blocks(self.unsettled_steps)
 
     # inside
-
-    def _ahead(self) -> int:
-        return 0 if self._stretch is None else self._stretch.done_by(self._events.now)
 
     def _begin_stretch(self) -> bool:
         """Whether the next steps are one event."""
