@@ -193,7 +193,7 @@ class SimDispatcher:
         request = active.request
         demand = Demand(
             num_tokens=request.prompt_tokens + active.num_tokens,
-            max_new_tokens=request.output_tokens - active.num_tokens,
+            max_new_tokens=(request.max_tokens or request.output_tokens) - active.num_tokens,
             slo=self._slo,
             elapsed_s=(self._events.now - request.arrival) / 1e9,
             block_hashes=lambda _: request.hashes,

@@ -26,6 +26,10 @@ class SimRequest:
     output_tokens: int
     hashes: list[bytes]
     """Of its prompt's full blocks; may be fewer, or none where nothing is shared."""
+    max_tokens: int | None = None
+    """The most that its client allows: all that a router knows of its length. None: just what comes, as
+    `diphase bench` asks for. Traces do not have it, so a policy that reserves for it (splitwise) knows more
+    of a trace's requests in simulation than it would of their clients'."""
     prefill_worker: int = -1
     """Of the last attempt, as what follows apart from `scheduled`, `token0` and `cached_tokens`."""
     decode_worker: int = -1
