@@ -173,9 +173,10 @@ def _when_alone(task: Task, parallels: Sequence[Parallel]) -> str:
     met = result.attainment(task.objectives.ttft_ms, task.objectives.tpot_ms)
     late = float((result.ttft_ms > task.objectives.ttft_ms).mean())
     slow = float((result.tpot_ms > task.objectives.tpot_ms).mean())
+    unfit = result.rejected + result.truncated
     return (
         f"of requests that hardly meet each other on one worker ({parallel}) only {met:.0%} meet both "
-        f"objectives: {late:.0%} miss TTFT, {slow:.0%} miss TPOT, {result.rejected + result.truncated} of {count} do not fit "
+        f"objectives: {late:.0%} miss TTFT, {slow:.0%} miss TPOT, {unfit} of {count} do not fit "
         f"its {task.machine.kv_tokens(parallel):,} tokens of KV"
     )
 

@@ -38,8 +38,10 @@ def test_colocated_wins_where_its_own_simulation_says_so() -> None:
     assert best.placement.gpus <= TASK.gpus
     for other in (*found.candidates, *found.others):
         assert best.rate >= 0.9 * other.rate
-    kinds = {candidate.placement.kind for candidate in (*found.candidates, *found.others)}
-    assert kinds >= {"colocated", "disaggregated"}
+    # One worker computes prompts most of the time here, the other would idle.
+    assert best.placement.kind == "colocated"
+    pairs = [c.rate for c in (*found.candidates, *found.others) if c.placement.kind == "disaggregated"]
+    assert 0.0 < max(pairs) < best.rate
 
 
 def test_the_same_task_has_the_same_result() -> None:
@@ -68,7 +70,10 @@ def test_pools_are_matched_by_their_rates() -> None:
 
 
 def test_shared_prompts_that_come_at_once_do_not_make_a_rate_infinite() -> None:
-    records = [TraceRecord(0.1 * i, 2048, 20, hash_ids=(1, 2, 3, 4)) for i in range(100)]
+    records = [
+        TraceRecord(arrival_s=0.1 * i, input_tokens=2048, output_tokens=20, hash_ids=(1, 2, 3, 4))
+        for i in range(100)
+    ]
     shared = SimWorkload(config=WorkloadConfig(num_requests=100), records=records)
     patient = Objectives(ttft_ms=30_000.0, tpot_ms=40.0)
     phases = measure_phases(SMALL, shared, patient, [Parallel()])
