@@ -23,6 +23,7 @@ from ..kv_transfer.receiver import HandoffReceiver, Ready, ReceiveFailed, Receiv
 from ..proto.errors import Cancelled, DiphaseError, InvalidRequest, PromptTooLong
 from ..proto.ids import HandoffKey
 from ..proto.worker_pb2 import Inspect, Inspected, Load, SequenceOutput, Submit
+from .load import write_load
 from .reservations import ReservationPool
 from .scheduler import DecodeScheduler
 
@@ -119,23 +120,15 @@ class DecodeRole:
         return outputs
 
     def load(self) -> Load:
-        counts = self._blocks.counts()
-        receiver = self._receiver
-        reserved = min(receiver.reserved_blocks, counts.used) if receiver is not None else 0
-        return Load(
-            waiting_requests=self._scheduler.num_waiting,
-            waiting_tokens=self._scheduler.waiting_tokens,
-            running=self._scheduler.num_running,
-            running_context=self._scheduler.running_context,
-            blocks_total=counts.total,
-            blocks_free=counts.free,
-            blocks_cached=counts.cached,
-            blocks_running=counts.used - reserved,
-            blocks_reserved=reserved,
-            blocks_quarantined=counts.quarantined,
+        receiver, load = self._receiver, Load()
+        write_load(
+            load,
+            self._scheduler,
+            self._blocks.counts(),
+            reserved=receiver.reserved_blocks if receiver is not None else 0,
             handoffs=receiver.in_flight if receiver is not None else 0,
-            preemptions=self._scheduler.preemptions,
         )
+        return load
 
     def prefix_events(self) -> tuple[list[bytes], list[bytes]]:
         return self._blocks.events()

@@ -120,13 +120,14 @@ class Forecast:
         batch, context = load.running + incoming, load.running_context + incoming_tokens
         batch_s = per_sequence * batch + per_context * context
         step_s = base + batch_s + per_sequence + per_context * (num_tokens + output / 2)
-        # Without a place in the batch or enough blocks, it waits for a share of the others to end.
+        # Without a place in the batch or enough blocks, it waits for a share of the others to end,
+        # those included whose hand-off is on its way.
         waits = 0.0
         if batch >= worker.max_running > 0:
             waits = (batch + 1 - worker.max_running) / worker.max_running
         free = worker.usable_blocks - (num_tokens + output + incoming_tokens) / worker.block_size
         if free < 0.0:
-            waits -= free / max(1, load.blocks_running)
+            waits -= free / max(1, load.blocks_running + load.blocks_reserved)
         memory = free / load.blocks_total if load.blocks_total else 1.0
         own_prompts_s = per_token * load.waiting_tokens / output
         return DecodeSide(worker, step_s * (1.0 + waits) + own_prompts_s, memory, batch_s)

@@ -28,6 +28,8 @@ NEAR_FLOOR = 0.75
 """Share of an objective from which on the floor, not the load, is what binds."""
 LEAST_GAIN = 0.02
 """Relative; less is within the search's tolerance."""
+MOST_GAIN = 1.0
+"""Relative; more is not tried."""
 LOWEST_RATE = 0.01
 """Requests/s at which requests hardly meet each other."""
 RATE_FACTORS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
@@ -74,6 +76,13 @@ class Relaxation:
     """compute of prefill, compute of decode, memory, link, TTFT objective or TPOT objective."""
     gain: float
     """Relative."""
+    at_least: bool = False
+    """More was not tried."""
+
+    @property
+    def said(self) -> str:
+        """The gain, for a sentence."""
+        return f"{'≥ ' if self.at_least else ''}{self.gain:+.0%}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,9 +173,10 @@ def _when_alone(task: Task, parallels: Sequence[Parallel]) -> str:
     met = result.attainment(task.objectives.ttft_ms, task.objectives.tpot_ms)
     late = float((result.ttft_ms > task.objectives.ttft_ms).mean())
     slow = float((result.tpot_ms > task.objectives.tpot_ms).mean())
+    unfit = result.rejected + result.truncated
     return (
         f"of requests that hardly meet each other on one worker ({parallel}) only {met:.0%} meet both "
-        f"objectives: {late:.0%} miss TTFT, {slow:.0%} miss TPOT, {result.rejected} of {count} do not fit "
+        f"objectives: {late:.0%} miss TTFT, {slow:.0%} miss TPOT, {unfit} of {count} do not fit "
         f"its {task.machine.kv_tokens(parallel):,} tokens of KV"
     )
 
@@ -198,13 +208,14 @@ def relaxations(
     }
     if deployment.topology.paths:
         relaxed["link"] = (_unlinked(deployment), objectives)
+    ceiling = (1.0 + MOST_GAIN) * base
     questions = [
         Question(
             deployment=changed,
             workload=asked.workload,
             objectives=loosened,
             guess=base,
-            ceiling=2.0 * base,
+            ceiling=ceiling,
             count=part.count,
             seeds=asked.seeds[:1],
             tolerance=FINE,
@@ -213,7 +224,7 @@ def relaxations(
         for changed, loosened in relaxed.values()
     ]
     return tuple(
-        Relaxation(what=what, gain=reply.rate / base - 1.0)
+        Relaxation(what=what, gain=reply.rate / base - 1.0, at_least=reply.rate >= ceiling)
         for what, reply in zip(relaxed, answer_all(questions, mapped), strict=True)
     )
 
@@ -252,7 +263,7 @@ def strongest(gains: tuple[Relaxation, ...]) -> Binding:
         top = max(gains, key=lambda gain: gain.gain)
     how = {"memory": "twice the KV memory", "link": "free hand-offs"}.get(top.what)
     how = how or f"{RELAXED - 1.0:.0%} more {top.what}"
-    return Binding(what=top.what, sentence=f"{how} would serve {top.gain:+.0%} requests", relaxations=gains)
+    return Binding(what=top.what, sentence=f"{how} would serve {top.said} requests", relaxations=gains)
 
 
 def _faster(deployment: Deployment, *, prefill: float = 1.0, decode: float = 1.0) -> Deployment:

@@ -26,13 +26,17 @@ from .sim_workload import Workload
 
 DEFAULT_AWAY_S = 30.0
 MOST_ARRIVALS = 6000
-"""Of a run."""
+"""Of a run, unless the worker is away for longer."""
+MOST_EVER = 60_000
+"""Arrivals of a run, however long the worker is away: it may then end before."""
 HEADROOM = 0.8
 """Share of the goodput at which a worker is lost when no rate was asked for: at the goodput itself every loss
 is a miss."""
 LEAST_AWAY_S, MOST_AWAY_S = 0.2, 3600.0
 RUN = 4.0
 """Times that a worker is away, of which a run has the arrivals."""
+LEAST_RUN = 1.5
+"""The same at high rates, of which that would be too many."""
 WINDOW = 30
 """Requests whose attainment is looked at when it is asked whether all is well again."""
 
@@ -57,6 +61,9 @@ class Outage:
     """From the kill until requests are served as without it; None: not within the run."""
     run_s: float
     """From the kill to the last arrival."""
+    cut: bool
+    """The worker was still away then: the run has all requests that a run may have, or all there are. What
+    is said of the time while it is away is of that time alone."""
     goodput: float
     """Requests/s, while it is away for good."""
 
@@ -68,6 +75,8 @@ class Outage:
             again = f"well again for who comes {self.recovered_s:.1f} s after the loss"
         else:
             again = "never worse than wanted"
+        if self.cut:
+            again += f" (the run ends {self.run_s:.1f} s after the loss, before the worker is back)"
         return (
             f"one {self.role} worker lost at {self.rate:.3g} requests/s and back after {self.away_s:g} s: "
             f"{self.attainment:.0%} meet the objectives meanwhile ({self.undisturbed:.0%} without the loss), "
@@ -132,8 +141,8 @@ def outage(question: OutageQuestion) -> Outage:
     """Simulates it, and the same requests without it."""
     rate, objectives = question.rate, question.objectives
     lead = run_length(question.workload, objectives, rate)
-    wanted = lead + math.ceil(rate * question.away_s * RUN)
-    count = question.workload.most(min(MOST_ARRIVALS, wanted))
+    wanted, least = (lead + math.ceil(rate * question.away_s * times) for times in (RUN, LEAST_RUN))
+    count = question.workload.most(min(MOST_EVER, wanted, max(MOST_ARRIVALS, least)))
     pattern = Pattern(question.seed, count)
     ask = (question.deployment, question.workload, objectives, rate, pattern)
     calm = simulate(*ask, policy=question.policy)
@@ -142,6 +151,7 @@ def outage(question: OutageQuestion) -> Outage:
     crash = Crash(at_s=at_s, worker=question.worker, back_s=question.away_s)
     hit = simulate(*ask, incidents=(crash,), policy=question.policy)
     away = (arrivals >= at_s) & (arrivals < at_s + question.away_s)
+    run_s = float(arrivals[-1]) - at_s
     met, met_calm = _met(hit, objectives), _met(calm, objectives)
     return Outage(
         role=question.role,
@@ -153,7 +163,8 @@ def outage(question: OutageQuestion) -> Outage:
         failed=hit.failed,
         stall_ms=float(hit.stall_ms.max()),
         recovered_s=recovery(arrivals - at_s, met, met_calm),
-        run_s=float(arrivals[-1]) - at_s,
+        run_s=run_s,
+        cut=run_s < question.away_s,
         goodput=_goodput_without(question),
     )
 

@@ -106,7 +106,7 @@ def fleet_text(plan: FleetPlan) -> Iterator[str]:
         yield "several types: no packing of them serves more, or the same for less"
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
-        gains = ", ".join(f"{gain.what} {gain.gain:+.0%}" for gain in plan.binding.relaxations)
+        gains = ", ".join(f"{gain.what} {gain.said}" for gain in plan.binding.relaxations)
         yield f"each relaxed alone: {gains}"
     yield from sensitivity(plan.curves[0])
     for outage in plan.outages:

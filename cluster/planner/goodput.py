@@ -25,6 +25,8 @@ from .simulator import Simulation
 ROUTER = RouterConfig(max_queued_requests=10**9, max_queued_tokens=10**9, local_prefill_tokens=0)
 """Bounds of the queue would hide how late what waits there is."""
 MOST_REQUESTS = 2000
+MOST_UNBOUNDED = 10_000
+"""Requests of a run where nothing bounds the rate: what a shorter one takes in at once might pass for it."""
 LIVES = 3.0
 """A run lasts at least so many times as long as a request may, else it measures how a cluster fills up."""
 GROWTH = 1.15
@@ -81,7 +83,9 @@ class Question:
     guess: float
     """Requests/s, the first to try."""
     ceiling: float = math.inf
-    """Requests/s that no rate can exceed in the long run: a short run at more would only fill the cluster."""
+    """Requests/s that no rate can exceed in the long run: a short run at more would only fill the cluster.
+    Where none is known, no rate is tried at which all requests of a run arrive within the life of one, and
+    runs become longer until they are long enough for the rate that they show."""
     floor: float = 0.0
     """Requests/s below which nothing is of interest: whoever does not serve so many serves 0."""
     count: int = 0
@@ -99,6 +103,8 @@ class Question:
             raise ConfigError(
                 f"a goodput is searched from {self.guess} up to {self.ceiling} requests/s; give rates above 0"
             )
+        if math.isinf(self.objectives.ttft_ms) and math.isinf(self.objectives.tpot_ms):
+            raise ConfigError("a goodput needs an objective that is finite; any rate meets none")
         if not self.seeds or not self.definitions or not self.tolerance > 0.0:
             raise ConfigError("a goodput needs a seed, a definition and a tolerance above 0")
 
@@ -151,11 +157,15 @@ class Answer:
 
 def run_length(workload: Workload, objectives: Objectives, rate: float) -> int:
     """Requests that a run at `rate` needs."""
+    wanted = math.ceil(LIVES * rate * _life_s(workload, objectives))
+    return workload.most(max(workload.least, min(wanted, MOST_REQUESTS)))
+
+
+def _life_s(workload: Workload, objectives: Objectives) -> float:
+    """How long a request may take, by the objectives that are finite."""
     lengths = workload.lengths(0, workload.most(workload.least))
     outputs = sum(output for _, output in lengths) / len(lengths)
-    finite = [ms for ms in (objectives.ttft_ms, objectives.tpot_ms * outputs) if math.isfinite(ms)]
-    wanted = math.ceil(LIVES * rate * sum(finite) / 1e3)
-    return workload.most(max(workload.least, min(wanted, MOST_REQUESTS)))
+    return sum(ms for ms in (objectives.ttft_ms, objectives.tpot_ms * outputs) if math.isfinite(ms)) / 1e3
 
 
 def simulate(
@@ -190,6 +200,19 @@ def served(result: SimResult, objectives: Objectives, definition: Definition) ->
 def answer(question: Question) -> Answer:
     """Searches each seed's goodput by every definition asked for; runs serve all of them."""
     count = question.count or run_length(question.workload, question.objectives, question.guess)
+    if math.isfinite(question.ceiling):
+        return _answer(question, count)
+    life_s = _life_s(question.workload, question.objectives)
+    while True:
+        found = _answer(replace(question, ceiling=max(question.floor, count / life_s)), count)
+        wanted = math.ceil(LIVES * found.rate * life_s)
+        longer = question.workload.most(min(wanted, MOST_UNBOUNDED))
+        if question.count or longer <= count:
+            return found
+        count, question = longer, replace(question, guess=found.rate)
+
+
+def _answer(question: Question, count: int) -> Answer:
     rates: dict[Definition, list[float]] = {definition: [] for definition in question.definitions}
     guess = question.guess
     for seed in question.seeds:

@@ -66,7 +66,7 @@ def text(plan: Plan) -> Iterator[str]:
     yield from _other_kinds(plan, {candidate.placement.kind for candidate in shown})
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
-        gains = ", ".join(f"{gain.what} {gain.gain:+.0%}" for gain in plan.binding.relaxations)
+        gains = ", ".join(f"{gain.what} {gain.said}" for gain in plan.binding.relaxations)
         yield f"each relaxed alone: {gains}"
     if plan.curves:
         yield from sensitivity(plan.curves[0])
@@ -181,6 +181,7 @@ def binding_json(binding: Binding) -> dict[str, Any]:
         "what": binding.what,
         "sentence": binding.sentence,
         "relaxed": {gain.what: gain.gain for gain in binding.relaxations},
+        "relaxed_at_least": [gain.what for gain in binding.relaxations if gain.at_least],
     }
 
 

@@ -31,11 +31,13 @@ class SimResult:
     """Arrays are by request, in the order of the workload."""
 
     ttft_ms: Floats
-    """Infinite for a request that was refused or never finished."""
+    """Infinite for a request that was refused, truncated or never finished."""
     tpot_ms: Floats
     """0 for a request of one token; infinite as above."""
     rejected: int
     """Too much for the cluster, or too long."""
+    truncated: int
+    """Ended by a worker before their last token: what they would have met is not known, so they missed."""
     failed: int
     """Lost with a worker, and not served elsewhere."""
     retried: int
@@ -51,7 +53,7 @@ class SimResult:
     def of(
         cls, deployment: Deployment, requests: Sequence[SimRequest], workers: Sequence[SimWorker], end: int
     ) -> SimResult:
-        served = np.array([request.last_token >= 0 for request in requests])
+        served = np.array([request.last_token >= 0 and not request.truncated for request in requests])
         arrival, token0, last, count = (
             np.array([getattr(request, name) for request in requests], dtype=np.int64)
             for name in ("arrival", "token0", "last_token", "output_tokens")
@@ -62,6 +64,7 @@ class SimResult:
             ttft_ms=ttft,
             tpot_ms=tpot,
             rejected=sum(request.rejected for request in requests),
+            truncated=sum(request.truncated for request in requests),
             failed=sum(bool(request.error) and not request.rejected for request in requests),
             retried=sum(request.attempts > 1 for request in requests),
             stall_ms=np.array([request.stall / 1e6 for request in requests]),

@@ -130,10 +130,11 @@ class SimDispatcher:
             request.stall = max(request.stall, now - request.interrupted)
             request.interrupted = -1
 
-    def finished(self, request: SimRequest) -> None:
-        """Its last token came."""
+    def finished(self, request: SimRequest, num_tokens: int) -> None:
+        """Its last token came, the one of that number."""
         request.last_token = self._events.now
-        self.policy.observe_completion(request.output_tokens)
+        request.truncated = num_tokens < request.output_tokens
+        self.policy.observe_completion(num_tokens)
         active = self.open.pop(request.index)
         for worker in active.workers:
             worker.forget_sequence(request.request_id)
@@ -192,7 +193,7 @@ class SimDispatcher:
         request = active.request
         demand = Demand(
             num_tokens=request.prompt_tokens + active.num_tokens,
-            max_new_tokens=request.output_tokens - active.num_tokens,
+            max_new_tokens=(request.max_tokens or request.output_tokens) - active.num_tokens,
             slo=self._slo,
             elapsed_s=(self._events.now - request.arrival) / 1e9,
             block_hashes=lambda _: request.hashes,
@@ -290,6 +291,8 @@ def _add(worker: SimWorker, sequence: Sequence) -> None:
     Raises:
         Overloaded, PromptTooLong: the worker refuses.
     """
+    if sequence.num_tokens >= worker.context_length:
+        raise PromptTooLong(f"{sequence.num_tokens} tokens leave no room to generate")
     worker.settle()
     scheduler = worker.prefill or worker.decode
     assert scheduler is not None

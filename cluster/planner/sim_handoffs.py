@@ -101,6 +101,7 @@ class Handoffs:
             waiting.popleft()
             handoff.block_ids = [*cached, *new]
             handoff.granted = True
+            target.reserved_blocks += len(handoff.block_ids)
             handoff.num_bytes = float(len(new) * self._deployment.block_bytes)
             self._push(handoff)
 
@@ -128,6 +129,7 @@ class Handoffs:
             self._waiting[target].remove(handoff)
         elif target.alive:
             target.settle()
+            target.reserved_blocks -= len(handoff.block_ids)
             self._pool_of(target).release(handoff.block_ids)
         if handoff.computed and source.alive:
             assert source.prefill is not None
@@ -162,6 +164,7 @@ class Handoffs:
         del self._here[request.index]
         source.handoffs -= 1
         target.handoffs -= 1
+        target.reserved_blocks -= len(handoff.block_ids)
         request.verified = self._events.now
         assert source.prefill is not None
         assert target.decode is not None

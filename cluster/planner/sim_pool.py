@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+from ...decode_workers.load import write_load
 from ...engine.requests import Outcome
 from ...engine.sequence import Sequence
 from ...proto import worker_pb2 as pb
@@ -31,6 +32,7 @@ class SimPool:
         shares: bool,
         on_start: Callable[[SimWorker, Seq[Sequence]], None],
         on_done: Callable[[SimWorker, Seq[Outcome]], None],
+        on_outgrown: Callable[[SimWorker, Seq[Sequence]], None],
     ) -> None:
         """`shares`: prompts have blocks in common, and the router is to know who has them."""
         self.prefixes = PrefixIndex(config.router.max_prefix_blocks)
@@ -43,6 +45,7 @@ class SimPool:
         self._shares = shares
         self._on_start = on_start
         self._on_done = on_done
+        self._on_outgrown = on_outgrown
         self._models: dict[int, LatencyModel] = {}
         self._handles: dict[str, WorkerHandle] = {}
         self._deltas: dict[str, int] = {}
@@ -125,6 +128,7 @@ class SimPool:
             exact=self._exact,
             on_start=self._on_start,
             on_done=self._on_done,
+            on_outgrown=self._on_outgrown,
         )
         self.workers[index : index + 1] = [worker]
         self.processes.append(worker)
@@ -176,15 +180,15 @@ def _report(worker: SimWorker, load: pb.Load) -> None:
         load.waiting_requests = worker.prefill.num_waiting
         load.waiting_tokens = worker.prefill.waiting_tokens
         return
-    decode = worker.decode
-    assert decode is not None
-    load.waiting_requests = decode.num_waiting
-    load.waiting_tokens = decode.waiting_tokens
-    load.running = decode.num_running
-    load.running_context = worker.running_context
-    load.blocks_free = worker.usable_blocks
-    load.blocks_running = max(0, worker.spec.num_blocks - load.blocks_free)
-    load.handoffs = worker.handoffs
+    assert worker.decode is not None
+    write_load(
+        load,
+        worker.decode,
+        worker.blocks.counts(),
+        reserved=worker.reserved_blocks,
+        handoffs=worker.handoffs,
+        steps=worker.unsettled_steps,
+    )
 
 
 def linear_fit(step_time: StepTime) -> LatencyModel:

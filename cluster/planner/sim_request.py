@@ -26,6 +26,10 @@ class SimRequest:
     output_tokens: int
     hashes: list[bytes]
     """Of its prompt's full blocks; may be fewer, or none where nothing is shared."""
+    max_tokens: int | None = None
+    """The most that its client allows: all that a router knows of its length. None: just what comes, as
+    `diphase bench` asks for. Traces do not have it, so a policy that reserves for it (splitwise) knows more
+    of a trace's requests in simulation than it would of their clients'."""
     prefill_worker: int = -1
     """Of the last attempt, as what follows apart from `scheduled`, `token0` and `cached_tokens`."""
     decode_worker: int = -1
@@ -44,6 +48,8 @@ class SimRequest:
     """It lost a worker then, and no token came since."""
     stall: int = 0
     """Longest time from the loss of a worker to the next token."""
+    truncated: bool = False
+    """A worker ended it before its last token, for want of context: it was served, but not as it asked."""
     error: str = ""
     """Code (`proto/errors.py`) of what ended it before its last token."""
 

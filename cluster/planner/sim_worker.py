@@ -58,7 +58,8 @@ class _Stretch:
 
 class SimWorker:
     """One process. `on_start` hears of sequences whose step begins, those at least that are in their first
-    one here; `on_done` of what a step gave, those at least that are not in a stretch or end somebody."""
+    one here; `on_done` of what a step gave, those at least that are not in a stretch or end somebody;
+    `on_outgrown` of those that it gave up, its whole pool being too small for them."""
 
     def __init__(
         self,
@@ -72,6 +73,7 @@ class SimWorker:
         exact: bool,
         on_start: Callable[[SimWorker, Seq[Sequence]], None],
         on_done: Callable[[SimWorker, Seq[Outcome]], None],
+        on_outgrown: Callable[[SimWorker, Seq[Sequence]], None],
     ) -> None:
         self.index = index
         """Its place in the deployment: whoever comes after it there has it, too."""
@@ -82,6 +84,8 @@ class SimWorker:
         self.draining = False
         self.handoffs = 0
         """On their way to it, or from it."""
+        self.reserved_blocks = 0
+        """That those on their way to it were granted."""
         self.blocks = BlockManager(spec.num_blocks, block_size)
         self.tables = BlockTables(self.blocks, None)
         limits = ModelLimits(
@@ -106,6 +110,7 @@ class SimWorker:
         self._events = events
         self._on_start = on_start
         self._on_done = on_done
+        self._on_outgrown = on_outgrown
         self._time = spec.step_time
         self._stretches = not exact and self.decode is not None and spec.step_time.stages == 1
         self._stage_free = [0] * spec.step_time.stages
@@ -124,6 +129,8 @@ class SimWorker:
         plan = scheduler.plan()
         if plan is not None:
             self._begin(plan, self._durations(plan))
+        if self.decode is not None and (outgrown := self.decode.take_outgrown()):
+            self._on_outgrown(self, outgrown)  # even where there is no step: they may have been all
 
     def settle(self) -> None:
         """Brings the scheduler to this moment: what is done of a stretch is done, and it ends with the step
@@ -180,31 +187,19 @@ class SimWorker:
             busy = self.decode.num_waiting + self.decode.num_running
         return not (busy or self.handoffs)
 
-    # what load reports, as of the last complete step
-
     @property
-    def running_context(self) -> int:
-        assert self.decode is not None
-        return self.decode.running_context + self._ahead() * self.decode.num_running
-
-    @property
-    def usable_blocks(self) -> int:
-        """Free or only cached."""
-        if self._stretch is None:
-            return self.blocks.available
-        assert self.decode is not None
-        return self.blocks.available - self.decode.blocks_to_advance(self._ahead() + 1)
+    def unsettled_steps(self) -> int:
+        """Of a stretch, those that the scheduler has not been told of, the one that runs included; 0 where
+        there is no stretch."""
+        return 0 if self._stretch is None else self._stretch.done_by(self._events.now) + 1
 
     def take_blocks(self) -> None:
         """Of a stretch up to the step that runs; what it evicts for them can be announced then."""
         if self._stretch is not None:
             assert self.decode is not None
-            self.decode.take_blocks(self._ahead() + 1)
+            self.decode.take_blocks(self.unsettled_steps)
 
     # inside
-
-    def _ahead(self) -> int:
-        return 0 if self._stretch is None else self._stretch.done_by(self._events.now)
 
     def _begin_stretch(self) -> bool:
         """Whether the next steps are one event."""

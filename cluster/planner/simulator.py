@@ -53,6 +53,7 @@ class Simulation:
             shares=any(request.hashes for request in self.requests),
             on_start=self._on_start,
             on_done=self._on_done,
+            on_outgrown=self._on_outgrown,
         )
         self._handoffs = Handoffs(deployment, self._events, self._slo, self._on_joined)
         self._dispatcher = SimDispatcher(
@@ -89,9 +90,6 @@ class Simulation:
 
     def _on_start(self, worker: SimWorker, sequences: Seq[Sequence]) -> None:
         unscheduled = worker.unscheduled
-        if worker.decode is not None:
-            for sequence in worker.decode.take_outgrown():
-                self._dispatcher.outgrown(self.requests[int(sequence.key.request_id)])
         if not unscheduled:
             return
         now = self._events.now
@@ -118,13 +116,20 @@ class Simulation:
         error: DiphaseError | None = None
         if target.alive and target.draining:
             error = Draining("the decode worker is draining")
-        elif target.alive and target.tables.num_blocks_for(sequence.num_tokens) > target.spec.num_blocks:
-            error = PromptTooLong(f"{sequence.num_tokens} tokens do not fit the decode worker's pool")
+        elif target.alive and sequence.num_tokens >= target.context_length:
+            error = PromptTooLong(f"{sequence.num_tokens} tokens leave no room on the decode worker")
         if error is None:
             self._handoffs.begin(request, source, target, sequence)
         else:
             now, attempt = self._events.now, sequence.key.attempt
             self._events.at(now, self._dispatcher.refused, request, attempt, error)
+
+    def _on_outgrown(self, worker: SimWorker, sequences: Seq[Sequence]) -> None:
+        for sequence in sequences:
+            self._dispatcher.outgrown(self.requests[int(sequence.key.request_id)])
+        if worker.spec.role == "decode":
+            self._handoffs.give_room(worker)
+        self._look(worker)
 
     def _on_done(self, worker: SimWorker, outcomes: Seq[Outcome]) -> None:
         for outcome in outcomes:
@@ -137,9 +142,9 @@ class Simulation:
                     self._late += takes_ms > self._slo.ttft_ms
                 self._dispatcher.token(request)
             if outcome.finish_reason != NOT_FINISHED:
-                self._dispatcher.finished(request)
+                self._dispatcher.finished(request, outcome.sequence.num_generated)
                 decoded = (request.output_tokens - 1) * self._slo.tpot_ms * 1e6
-                self._slow += request.last_token - request.token0 > decoded
+                self._slow += request.truncated or request.last_token - request.token0 > decoded
                 if worker.prefill is not None:
                     worker.prefill.release(outcome.sequence)
             elif worker.prefill is not None:

@@ -57,6 +57,17 @@ def test_a_full_kv_pool_is_avoided() -> None:
     assert names(place(workers)) == ("p0", "d1")
 
 
+def test_blocks_of_hand_offs_on_their_way_come_back_as_those_of_running_sequences_do() -> None:
+    reserved, running = (
+        place([worker("p0", "prefill"), full])
+        for full in (
+            worker("d0", "decode", blocks_free=5, blocks_reserved=995),
+            worker("d0", "decode", blocks_free=5, blocks_running=995),
+        )
+    )
+    assert reserved.tpot_ms == running.tpot_ms
+
+
 def test_cached_blocks_count_as_free() -> None:
     workers = [
         worker("p0", "prefill"),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from diphase.cluster.load.workload import Arrivals, WorkloadConfig
+from diphase.cluster.planner import failure_study
 from diphase.cluster.planner.failure_study import WINDOW, OutageQuestion, outage, outages, recovery
 from diphase.cluster.planner.goodput import Objectives
 from diphase.cluster.planner.hardware import load_hardware
@@ -48,6 +49,21 @@ def test_a_crowded_placement_misses_while_a_worker_is_away_and_recovers() -> Non
     assert 0.0 < found.goodput < QUESTION.goodput
     assert outage(QUESTION) == found
     assert "one decode worker lost at 115 requests/s and back after 2 s" in found.sentence()
+
+
+def test_a_run_outlasts_the_outage_at_any_rate_or_says_that_it_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(failure_study, "MOST_ARRIVALS", 150)
+    whole = outage(QUESTION)
+    assert whole.run_s > QUESTION.away_s
+    assert not whole.cut
+    assert "before the worker is back" not in whole.sentence()
+    monkeypatch.setattr(failure_study, "MOST_EVER", 150)
+    cut = outage(QUESTION)
+    assert cut.run_s < QUESTION.away_s
+    assert cut.cut
+    assert f"the run ends {cut.run_s:.1f} s after the loss, before the worker is back" in cut.sentence()
 
 
 def test_headroom_absorbs_a_loss() -> None:

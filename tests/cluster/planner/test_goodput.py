@@ -7,6 +7,7 @@ import pytest
 from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.deployment import Deployment, WorkerSpec
 from diphase.cluster.planner.goodput import (
+    LIVES,
     Definition,
     Estimate,
     Objectives,
@@ -80,6 +81,19 @@ def test_largest_rate_keeps_its_tolerance_and_its_ends() -> None:
     assert largest_rate(lambda rate: False, 1.0, 5.0, 0.02) == 0.0
 
 
+def test_without_a_bound_runs_become_long_enough_for_the_rate_that_they_show() -> None:
+    # The worker computes some 30 prompts a second: 300 that come at once are served within the objective.
+    life_s = 9.0
+    patient = Objectives(ttft_ms=life_s * 1e3, tpot_ms=math.inf)
+    at_once = simulate(ONE, WORKLOAD, patient, 1e6, Pattern(0, 300))
+    assert served(at_once, patient, Definition.BOTH)
+    found = answer(replace(QUESTION, objectives=patient, guess=1.0))
+    assert 20.0 < found.rate < 60.0
+    assert found.count >= LIVES * found.rate * life_s
+    # As long as it is asked to be, but never a rate that nobody can tell from any other.
+    assert answer(replace(QUESTION, objectives=patient, guess=1.0, count=300)).rate == 300 / life_s
+
+
 def test_below_the_floor_nothing_is_tried() -> None:
     tried: list[float] = []
 
@@ -97,3 +111,5 @@ def test_wrong_objectives_and_rates_are_refused() -> None:
         Objectives(ttft_ms=1.0, tpot_ms=0.0)
     with pytest.raises(ConfigError, match="0"):
         replace(QUESTION, guess=0.0)
+    with pytest.raises(ConfigError, match="finite"):
+        replace(QUESTION, objectives=Objectives(ttft_ms=math.inf, tpot_ms=math.inf))

@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
+from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.goodput import Answer, Definition, Estimate, Objectives
 from diphase.cluster.planner.hardware import load_hardware
 from diphase.cluster.planner.machines import Parallel, RooflineMachine, check_parallel, feasible_parallels
 from diphase.cluster.planner.model_shape import load_model_shape
-from diphase.cluster.planner.phase_rates import Kind, PhaseRates
+from diphase.cluster.planner.phase_rates import Kind, PhaseRates, measure_phases
 from diphase.cluster.planner.placement import Placement, Pool, build
 from diphase.cluster.planner.search import Candidate, Task, part_of, proposals, ranked, search
 from diphase.cluster.planner.sim_workload import SimWorkload
@@ -36,8 +38,10 @@ def test_colocated_wins_where_its_own_simulation_says_so() -> None:
     assert best.placement.gpus <= TASK.gpus
     for other in (*found.candidates, *found.others):
         assert best.rate >= 0.9 * other.rate
-    kinds = {candidate.placement.kind for candidate in (*found.candidates, *found.others)}
-    assert kinds >= {"colocated", "disaggregated"}
+    # One worker computes prompts most of the time here, the other would idle.
+    assert best.placement.kind == "colocated"
+    pairs = [c.rate for c in (*found.candidates, *found.others) if c.placement.kind == "disaggregated"]
+    assert 0.0 < max(pairs) < best.rate
 
 
 def test_the_same_task_has_the_same_result() -> None:
@@ -63,6 +67,19 @@ def test_pools_are_matched_by_their_rates() -> None:
     assert best.placement.decode is not None
     assert (best.placement.prefill.count, best.placement.decode.count) == (6, 2)
     assert best.expected == 12.0
+
+
+def test_shared_prompts_that_come_at_once_do_not_make_a_rate_infinite() -> None:
+    records = [
+        TraceRecord(arrival_s=0.1 * i, input_tokens=2048, output_tokens=20, hash_ids=(1, 2, 3, 4))
+        for i in range(100)
+    ]
+    shared = SimWorkload(config=WorkloadConfig(num_requests=100), records=records)
+    patient = Objectives(ttft_ms=30_000.0, tpot_ms=40.0)
+    phases = measure_phases(SMALL, shared, patient, [Parallel()])
+    assert set(phases.rates) >= {PREFILL, DECODE}
+    assert all(math.isfinite(rate) for rate in phases.rates.values())
+    assert {c.placement.kind for c in proposals(phases, 4, None)} >= {"colocated", "disaggregated"}
 
 
 def test_proposals_stay_within_the_budget() -> None:

@@ -8,8 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
+from diphase.cluster.planner.sim_request import sequence_of
 from diphase.decode_workers.config import DecodeSchedulerConfig
 from diphase.proto.errors import ConfigError
+from diphase.proto.slo import Slo
 from diphase.router.config import RouterConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,6 +26,7 @@ from .deployments import (
     deployment,
     prefill_worker,
     records,
+    requests,
     run,
     two_regimes,
 )
@@ -133,11 +136,62 @@ def test_a_prompt_that_the_decode_pool_cannot_hold_keeps_nobody_waiting() -> Non
     assert result.rejected == 1
 
 
-def test_a_prompt_that_fills_the_context_ends_with_its_first_token() -> None:
-    cluster = deployment(prefill_worker(24), decode_worker(24))
-    (request,) = run(cluster, [(0, 24 * 16, 4)])[1].requests
-    assert request.last_token == request.token0 > 0
-    assert request.verified == -1
+def test_a_prompt_that_fills_the_decode_pool_keeps_nobody_waiting() -> None:
+    cluster = deployment(prefill_worker(200), decode_worker(20))
+    result, simulation = run(cluster, [(0, 20 * 16, 4), (0, 100, 4)])
+    assert [request.error for request in simulation.requests] == ["prompt_too_long", ""]
+    assert simulation.requests[0].verified == -1
+    assert simulation.requests[1].last_token > 0
+    assert result.rejected == 1
+
+
+def test_what_outgrows_its_pool_ends_though_no_step_follows() -> None:
+    # Live, such a sequence is refused before it comes here; a scheduler must not depend on that.
+    simulation = run(deployment(prefill_worker(200), decode_worker(20)), [(0, 100, 4)])[1]
+    gone: list[str] = []
+    worker = simulation.workers[1]
+    worker._on_outgrown = lambda _, sequences: gone.extend(s.key.request_id for s in sequences)
+    sequence = sequence_of(requests([(0, 20 * 16, 4)])[0], Slo(), generated=1)
+    sequence.block_table = worker.blocks.allocate(20)
+    sequence.num_computed = 20 * 16
+    assert worker.decode is not None
+    worker.decode.admit(sequence)
+    worker.start()
+    assert gone == [sequence.key.request_id]
+    assert worker.idle
+
+
+def test_a_prompt_that_leaves_no_room_to_generate_is_refused() -> None:
+    for cluster in (deployment(prefill_worker(24), decode_worker(24)), deployment(colocated_worker(24))):
+        result, simulation = run(cluster, [(0, 24 * 16, 4)])
+        assert simulation.requests[0].error == "prompt_too_long"
+        assert result.rejected == 1
+
+
+@pytest.mark.parametrize("pair", [True, False])
+def test_a_request_that_the_pool_cuts_has_missed_its_objectives(pair: bool) -> None:
+    workers = (prefill_worker(24), decode_worker(24)) if pair else (colocated_worker(24),)
+    room = 24 * 16
+    # Without room for a second token; cut after some tokens; exactly as long as there is room for.
+    rows = [(0, room - 1, 4), (900 * MS, room - 20, 400), (900 * MS, room - 20, 20)]
+    result, simulation = run(deployment(*workers), rows)
+    first, second, third = simulation.requests
+    assert first.last_token == first.token0 > 0
+    assert second.last_token > second.token0
+    assert [request.truncated for request in simulation.requests] == [True, True, False]
+    assert (result.truncated, result.rejected, result.failed) == (2, 0, 0)
+    assert np.isinf(result.ttft_ms[:2]).all()
+    assert np.isinf(result.tpot_ms[:2]).all()
+    assert np.isfinite(result.tpot_ms[2])
+    assert result.attainment(1e9, 1e9) == pytest.approx(1 / 3)
+    assert third.last_token > 0
+
+
+def test_a_run_ends_early_when_too_many_are_cut() -> None:
+    cluster = deployment(colocated_worker(24))
+    config = SimulationConfig(most_missed=1)
+    simulation = run(cluster, [(900 * MS, 300, 400)] * 5, config)[1]
+    assert [request.truncated for request in simulation.requests] == [True, True, False, False, False]
 
 
 def test_deployments_that_cannot_serve_are_refused_by_name() -> None:
