@@ -182,8 +182,10 @@ class DecodeBatch:
             sequence.block_table += self._blocks[-blocks:]
             del self._blocks[-blocks:]
         if lag:
-            sequence.token_ids.extend(repeat(self._token_id, lag))
+            # As in a step: its token comes after the KV of those before it.
+            sequence.token_ids.extend(repeat(self._token_id, lag - 1))
             self._tables.computed(sequence, lag)
+            sequence.token_ids.append(self._token_id)
         self._context -= sequence.num_computed
         if self._phases[phase] == 1:
             del self._phases[phase]

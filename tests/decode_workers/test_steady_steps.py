@@ -6,7 +6,7 @@ import copy
 
 import pytest
 from diphase.proto.ids import HandoffKey
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from ..engine.sequences import make_sequence
@@ -46,6 +46,7 @@ def test_advancing_equals_single_steps(
         max_size=12,
     ),
 )
+@example(num_blocks=8, events=[(7, 57, 0.71875, False)])
 def test_steps_taken_together_equal_single_ones_whoever_joins_ends_or_leaves(
     num_blocks: int, events: list[tuple[int, int, float, bool]]
 ) -> None:
