@@ -29,7 +29,7 @@ from ..proto.slo import Slo
 from ..router.step_time import StepShape
 from .config import ClusterConfig
 from .load.client import LoadClient, LoopTimer
-from .load.report import environment, write_json
+from .load.report import check_output, environment, write_json
 from .machine_speed import between, small_engine, speed_probe
 from .one_machine import OneMachine, cores, cores_of_worker
 from .planner.profile import ALONE, EngineFacts, Profile, Slowdown, make_profile
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.rounds < 2:
         raise ConfigError(f"--rounds {args.rounds}; use 2 or more")
+    check_output(args.output)
     console = Console()
     machine = OneMachine(args, "1p1d", "router.local_prefill_tokens=0")
     if any(pool.tensor_parallel > 1 for pool in machine.config.pools.placements().values()):
