@@ -93,7 +93,9 @@ def test_an_engine_is_profiled_from_the_command_line(
     assert found.engine.model == "dummy:tiny"
     assert found.errors("decode").cells > 4
     assert max(cell.shape.decode_batch for cell in found.cells) == 8
-    assert "held out median" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "held out median" in said
+    assert f"all steps by one set of terms: {found.coefficients.base * 1e3:.2f} ms, " in said
 
 
 def test_a_profile_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
