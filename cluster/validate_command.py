@@ -205,7 +205,7 @@ class _Task:
         return validations
 
     async def _at(self, rate: float, client: LoadClient, shape: ModelShape, salt: int) -> Validation:
-        """One rate, in parts: the speed of a machine that others use changes within seconds, and is measured
+        """One rate, in parts: the speed of a shared machine changes within seconds, and is measured
         between them."""
         plan = plan_load(self.workload, self.records, shape, rate, salt)
         arrivals = self._arrivals(rate)
