@@ -27,6 +27,10 @@ STEP_KINDS = ("prefill", "decode", "mixed")
 KINDS = ("prefill", "decode")
 
 
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingCost:
     """What a request and a step take in a cluster beside the engine's own time."""
@@ -300,10 +304,6 @@ def _coefficients(content: Mapping[str, Any], name: str, inside: str = "") -> Co
         if not _is_number(value):
             raise ConfigError(f"{inside}{name}.{term} = {value!r}; use a number of seconds")
     return Coefficients(**terms)
-
-
-def _is_number(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _table(regimes: Regimes) -> dict[str, Any]:
