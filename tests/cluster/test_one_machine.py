@@ -20,7 +20,6 @@ from diphase.proto.errors import ConfigError
 from diphase.router.config import RouterConfig
 
 from .planner.deployments import CLUSTERS, run
-
 from .planner.profiles import profile
 
 
