@@ -10,9 +10,10 @@ starts only what fits the memory to its end; SGLang computes prompts first, 8,19
 not say how the engines were configured: for vLLM, 8,192 tokens are simulated, too.
 
 Step times: the roofline, and the step latency table of the same model, system and precision (of vLLM, whoever
-served) where there is one. Neither knows what an engine does between two steps. "With host time" adds that:
-so much a step and a sequence for each engine, fitted to the TPOT of every other point and judged on the rest,
-both halves in turn. Errors are relative, of the means over all requests.
+served) where there is one. Neither knows what an engine does between two steps, and `diphase plan` plans
+without it. "With host time" adds that here: so much a step and a sequence for each engine, fitted to the TPOT
+of its other models and judged on the one left out, each in turn. Where an engine served one model only, the
+points of one parallelism are left out instead. Errors are relative, of the means over all requests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,6 @@ from __future__ import annotations
 import argparse
 import os
 import re
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,31 +240,49 @@ def main() -> None:
     points = [point for point in read_rows(path, Point.of) if point is not None][:: options.every]
     tables = step_latency.read_step_latency(data)
     content: dict[str, Any] = {"requests per client": REQUESTS_PER_CLIENT, "intake_s": INTAKE_S}
+    plain: dict[str, list[Served]] = {}
     for source in ("roofline", "table of vLLM"):
         covered = [(point, steps[source]) for point in points if source in (steps := sources(point, tables))]
-        content[source] = of_source(covered)
+        plain[source] = [simulate(point, steps) for point, steps in covered]
+        content[source] = of_source(covered, plain[source])
         show({source: content[source]})
-    vllm = [point for point in points if point.backend == "vllm"]
-    other = [simulate(point, sources(point, tables)["roofline"], OTHER_VLLM) for point in vllm]
-    content["roofline, vllm with 8,192 tokens a step"] = judged(vllm, other)
+    other = [
+        simulate(point, sources(point, tables)["roofline"], OTHER_VLLM) if point.backend == "vllm" else served
+        for point, served in zip(points, plain["roofline"], strict=True)
+    ]
+    vllm = [i for i, point in enumerate(points) if point.backend == "vllm"]
+    content["roofline, vllm with 8,192 tokens a step"] = {
+        "those points": judged([points[i] for i in vllm], [other[i] for i in vllm]),
+        "all": judged(points, other),
+    }
+    show(content["roofline, vllm with 8,192 tokens a step"])
     harness.write_result(ROOT / "docs" / "results" / "measured_points.json", content)
 
 
-def of_source(covered: Sequence[tuple[Point, StepTime]]) -> dict[str, Any]:
-    """Errors by group, without and with host times, and those of all points."""
-    points = [point for point, _ in covered]
-    without = [simulate(point, steps) for point, steps in covered]
-    with_host: list[Served] = [Served(0.0, 0.0)] * len(points)
-    hosts: dict[str, list[Host]] = defaultdict(list)
+def held_out(points: Sequence[Point]) -> dict[str, tuple[list[int], list[int]]]:
+    """Places of the points that are left out together, and of those of the same engine that are not."""
+    found: dict[str, tuple[list[int], list[int]]] = {}
     for backend in sorted({point.backend for point in points}):
         own = [i for i, point in enumerate(points) if point.backend == backend]
-        for half in (0, 1):
-            others = own[1 - half :: 2]
-            host = fit_host([points[i] for i in others], [without[i] for i in others])
-            hosts[backend].append(host)
-            for i in own[half::2]:
-                with_host[i] = simulate(points[i], WithHost(covered[i][1], host))
-    found: dict[str, Any] = {"host times": {name: [h._asdict() for h in own] for name, own in hosts.items()}}
+        several = len({points[i].group for i in own}) > 1
+        names = {i: points[i].group if several else f"{points[i].group} tp {points[i].tp}" for i in own}
+        for name in sorted(set(names.values())):
+            left_out = [i for i in own if names[i] == name]
+            found[name] = left_out, [i for i in own if names[i] != name]
+    return found
+
+
+def of_source(covered: Sequence[tuple[Point, StepTime]], without: Sequence[Served]) -> dict[str, Any]:
+    """Errors by group, without and with host times of points left out, and those of all points."""
+    points = [point for point, _ in covered]
+    with_host: list[Served] = [Served(0.0, 0.0)] * len(points)
+    hosts: dict[str, Any] = {}
+    for name, (left_out, others) in held_out(points).items():
+        host = fit_host([points[i] for i in others], [without[i] for i in others])
+        hosts[name] = host._asdict()
+        for i in left_out:
+            with_host[i] = simulate(points[i], WithHost(covered[i][1], host))
+    found: dict[str, Any] = {"host times, by what was left out": hosts}
     for group in ["all", *sorted({point.group for point in points})]:
         chosen = [i for i, point in enumerate(points) if group in {"all", point.group}]
         those = [points[i] for i in chosen]

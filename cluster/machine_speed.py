@@ -1,5 +1,5 @@
-"""How fast this machine is just now, beside when a profile was made: the speed of one that others use wanders
-by far more than a prediction may be wrong."""
+"""How fast this machine is just now, beside when a profile was made: the speed of a shared one wanders by far
+more than a prediction may be wrong."""
 
 from __future__ import annotations
 

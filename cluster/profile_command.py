@@ -29,7 +29,7 @@ from ..proto.slo import Slo
 from ..router.step_time import StepShape
 from .config import ClusterConfig
 from .load.client import LoadClient, LoopTimer
-from .load.report import environment, write_json
+from .load.report import check_output, environment, write_json
 from .machine_speed import between, small_engine, speed_probe
 from .one_machine import OneMachine, cores, cores_of_worker
 from .planner.profile import ALONE, EngineFacts, Profile, Slowdown, make_profile
@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> int:
     """
     if args.rounds < 2:
         raise ConfigError(f"--rounds {args.rounds}; use 2 or more")
+    check_output(args.output)
     console = Console()
     machine = OneMachine(args, "1p1d", "router.local_prefill_tokens=0")
     if any(pool.tensor_parallel > 1 for pool in machine.config.pools.placements().values()):
@@ -169,11 +170,7 @@ async def _with_serving(machine: OneMachine, profile: Profile) -> Profile:
 
 
 def _step_cell(cell: CellTimes) -> StepCell:
-    sample = cell.sample
-    shape = StepShape(
-        sample.prefill_tokens, sample.prefill_context, sample.decode_batch, sample.decode_context
-    )
-    return StepCell(shape=shape, seconds=tuple(cell.seconds))
+    return StepCell(shape=StepShape.of(cell.sample), seconds=tuple(cell.seconds))
 
 
 def show(profile: Profile, console: Console) -> None:
@@ -207,6 +204,14 @@ def show(profile: Profile, console: Console) -> None:
     ):
         if regimes.boundary:
             console.print(f"{kind}: other terms from {regimes.boundary} {unit} on", highlight=False)
+    terms = profile.coefficients
+    console.print(
+        f"all steps by one set of terms: {terms.base * 1e3:.2f} ms, {terms.per_prefill_token * 1e6:.1f} µs a "
+        f"prompt token, {terms.per_prefill_context * 1e9:.2f} ns a unit of prompt context, "
+        f"{terms.per_sequence * 1e6:.0f} µs a sequence, {terms.per_decode_context * 1e6:.2f} µs a token of "
+        "their context",
+        highlight=False,
+    )
     console.print(
         f"KV: {profile.engine.num_blocks} blocks of {profile.engine.block_bytes} bytes", highlight=False
     )

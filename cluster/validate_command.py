@@ -26,7 +26,7 @@ from ..proto.errors import ConfigError, InternalError
 from ..proto.slo import Slo
 from ..proto.slo import Verdict as SloVerdict
 from .load.client import LoadClient, LoopTimer, Outcome, RequestResult
-from .load.report import environment, judge, write_json
+from .load.report import check_output, environment, judge, write_json
 from .load.trace_formats import TraceRecord
 from .load.traces import TRACES, data_folder, load_trace
 from .load.workload import Arrival, Arrivals, ModelShape, WorkloadConfig, plan_arrivals, plan_load
@@ -96,6 +96,7 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     machine = OneMachine(args, args.placement)
     profile = load_profile(args.profile)
+    check_output(args.output)
     workload = WorkloadConfig(
         num_requests=args.requests,
         arrivals=Arrivals.POISSON,
@@ -204,7 +205,7 @@ class _Task:
         return validations
 
     async def _at(self, rate: float, client: LoadClient, shape: ModelShape, salt: int) -> Validation:
-        """One rate, in parts: the speed of a machine that others use changes within seconds, and is measured
+        """One rate, in parts: the speed of a shared machine changes within seconds, and is measured
         between them."""
         plan = plan_load(self.workload, self.records, shape, rate, salt)
         arrivals = self._arrivals(rate)

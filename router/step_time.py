@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple, Protocol
 
+from ..proto.worker_pb2 import StepSample
+
 
 class StepShape(NamedTuple):
     """What a step works on; the fields of a StepSample without its times."""
@@ -20,6 +22,11 @@ class StepShape(NamedTuple):
     decode_batch: int = 0
     decode_context: float = 0.0
     """Sum of the contexts of the decoding sequences, each with the token that it computes."""
+
+    @classmethod
+    def of(cls, sample: StepSample) -> StepShape:
+        """What a worker reports of a step."""
+        return cls(sample.prefill_tokens, sample.prefill_context, sample.decode_batch, sample.decode_context)
 
 
 class Line(NamedTuple):

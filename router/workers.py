@@ -238,11 +238,7 @@ class WorkerPool:
         if step.outputs:
             self.listener.outputs(handle, step.outputs)
         if step.HasField("sample"):
-            sample = step.sample
-            shape = StepShape(
-                sample.prefill_tokens, sample.prefill_context, sample.decode_batch, sample.decode_context
-            )
-            handle.observe_step(shape, sample.duration_s)
+            handle.observe_step(StepShape.of(step.sample), step.sample.duration_s)
         if step.HasField("load"):
             handle.on_load(step.load, now)
 

@@ -7,7 +7,6 @@ import asyncio
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from ..endpoint import open_channel
 from .client import LoadClient, LoopTimer, RequestResult, Timer, fetch_model
 from .report import (
     LoadReport,
+    check_output,
     environment,
     goodput_text,
     run_table,
@@ -189,7 +189,7 @@ async def bench(config: BenchConfig, console: Console, timer: Timer | None = Non
         ConfigError: no gateway answers, a trace is missing, lengths do not fit the model, or the output's
             folder cannot be written.
     """
-    _check_output(config.output)
+    check_output(config.output)
     records = [] if config.trace == FIXED else load_trace(config.trace, data_folder(config.data, os.environ))
     async with open_channel(config.address) as channel:
         stub = InferenceStub(channel)
@@ -199,16 +199,6 @@ async def bench(config: BenchConfig, console: Console, timer: Timer | None = Non
         reports = await (runner.search() if config.search else runner.sweep())
     _conclude(config, console, runner, reports)
     return 0 if all(report.outcomes.get("finished") for report in reports) else 1
-
-
-def _check_output(output: Path) -> None:
-    """Before the load, which may take an hour, rather than after it."""
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=output.parent):
-            pass
-    except OSError as exc:
-        raise ConfigError(f"--output {output} cannot be written: {exc.strerror or exc}") from exc
 
 
 class _Runner:

@@ -6,11 +6,13 @@ Knows nothing of how the load was made."""
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import tempfile
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
@@ -20,6 +22,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
+from ...proto.errors import ConfigError
 from ...proto.slo import Slo, Verdict
 from .client import Outcome, RequestResult
 from .search import Goodput, Point
@@ -202,6 +205,22 @@ def to_json(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def check_output(path: Path) -> None:
+    """That write_json() can write there: before a measurement rather than after it.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as exc:
+        raise ConfigError(f"--output {path} cannot be written: {exc.strerror or exc}") from exc
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

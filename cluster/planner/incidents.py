@@ -12,7 +12,7 @@ from .deployment import Deployment, WorkerSpec
 
 KILLED_NOTICED_S = 0.1
 """Until gateways know of a worker whose process has ended: its streams break
-(`docs/results/recovery.json`: 0.08 s at most)."""
+(`docs/results/recovery.json`: 0.09 s at most)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

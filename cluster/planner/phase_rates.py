@@ -30,7 +30,7 @@ from .sim_workload import Workload
 from .topology import free_topology
 
 WORTH = 0.4
-"""A worker whose bound for each GPU is below this share of the best simulated one is not simulated."""
+"""A worker whose bound for each GPU is below this share of its role's best bound is not simulated."""
 TOLERANCE = 0.12
 """Of a worker's rate, which only says what is simulated together."""
 _NO_LIMIT = 2**31 - 1

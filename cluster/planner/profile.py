@@ -8,10 +8,11 @@ engine/profiler.py and cluster/load) and loads no torch.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -24,6 +25,10 @@ from .regime_step_time import Regimes, RegimeStepTime, kind_of
 SCHEMA = 2
 STEP_KINDS = ("prefill", "decode", "mixed")
 KINDS = ("prefill", "decode")
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,9 +50,10 @@ class ServingCost:
 
     def __post_init__(self) -> None:
         for name in ("first_token_s", "first_token_beside_s", "step_s", "step_per_sequence_s", "handoff_s"):
-            if not 0.0 <= getattr(self, name) < 3600.0:
-                raise ConfigError(f"serving.{name} = {getattr(self, name)} is out of range; use 0 to 3600")
-        if not self.handoff_bytes_per_s > 0.0:
+            seconds = getattr(self, name)
+            if not _is_number(seconds) or not 0.0 <= seconds < 3600.0:
+                raise ConfigError(f"serving.{name} = {seconds} is out of range; use 0 to 3600")
+        if not _is_number(self.handoff_bytes_per_s) or not self.handoff_bytes_per_s > 0.0:
             raise ConfigError(
                 f"serving.handoff_bytes_per_s = {self.handoff_bytes_per_s}; use a number above 0"
             )
@@ -63,8 +69,9 @@ class Slowdown:
     def __post_init__(self) -> None:
         for own in KINDS:
             for beside in KINDS:
-                factor = self.factors.get(own, {}).get(beside)
-                if factor is None or not 1.0 <= factor < 1e3:
+                factors = self.factors.get(own)
+                factor = factors.get(beside) if isinstance(factors, Mapping) else None
+                if not _is_number(factor) or not 1.0 <= factor < 1e3:
                     raise ConfigError(f"slowdown.{own}.{beside} = {factor}; use 1 to 1000")
 
     def of(self, own: str, prefill_busy: float, decode_busy: float) -> float:
@@ -91,6 +98,15 @@ class EngineFacts:
     num_layers: int
     context_length: int
 
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if field.name in ("model", "dtype"):
+                if not isinstance(value, str) or not value:
+                    raise ConfigError(f"engine.{field.name} = {value!r}; use a name")
+            elif type(value) is not int or value < 1:
+                raise ConfigError(f"engine.{field.name} = {value!r}; use a whole number above 0")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepErrors:
@@ -116,6 +132,17 @@ class CellReport:
     hold_out_error: float
     """The same, of a fit that had not seen it."""
 
+    def __post_init__(self) -> None:
+        sizes = self.shape._asdict()
+        for name, value in {**sizes, "median_s": self.median_s, "fastest_s": self.fastest_s}.items():
+            if not _is_number(value) or not 0.0 <= value < math.inf:
+                raise ConfigError(f"cells: {name} = {value!r} of a step; use a number of at least 0")
+        if not any(sizes.values()):
+            raise ConfigError("cells: a step without work; give its prompt tokens or its decode batch")
+        for name in ("error", "hold_out_error"):
+            if not _is_number(value := getattr(self, name)) or not math.isfinite(value):
+                raise ConfigError(f"cells: {name} = {value!r} of a step; use a finite number")
+
     @property
     def kind(self) -> str:
         """prefill, decode or mixed."""
@@ -135,6 +162,16 @@ class Profile:
     cells: tuple[CellReport, ...]
     slowdown: Slowdown = ALONE
     serving: ServingCost = ServingCost()
+
+    def __post_init__(self) -> None:
+        for has, what in (("prefill_tokens", "prompts"), ("decode_batch", "decoding sequences")):
+            if not any(getattr(cell.shape, has) for cell in self.cells):
+                raise ConfigError(f"cells: no step has {what}; make the profile with `diphase profile`")
+        here = self.machine.get("machine", {})
+        if not isinstance(here, Mapping):
+            raise ConfigError(f"machine = {here!r}; use a table, with cpu and cores")
+        if type(here.get("cores", 1)) is not int or here.get("cores", 1) < 1:
+            raise ConfigError(f"machine.cores = {here['cores']!r}; use a whole number above 0")
 
     def errors(self, kind: str) -> StepErrors:
         """Of one kind of step."""
@@ -224,25 +261,49 @@ def load_profile(path: Path) -> Profile:
 
 
 def _from_dict(content: dict[str, Any]) -> Profile:
-    step_time, serving = content["step_time"], dict(content["serving"])
+    step_time, serving = _section(content, "step_time"), dict(_section(content, "serving"))
     if serving["handoff_bytes_per_s"] is None:  # JSON has no infinity
-        serving["handoff_bytes_per_s"] = float("inf")
+        serving["handoff_bytes_per_s"] = math.inf
     known = ("schema", "engine", "step_time", "coefficients", "slowdown", "serving", "errors", "cells")
+    if not isinstance(content["cells"], list):
+        raise ConfigError(f"cells = {content['cells']!r}; use a list of steps")
     return Profile(
-        engine=EngineFacts(**content["engine"]),
+        engine=EngineFacts(**_section(content, "engine")),
         machine={name: value for name, value in content.items() if name not in known},
-        step_time=RegimeStepTime(**{kind: _regimes(step_time[kind]) for kind in STEP_KINDS}),
-        coefficients=Coefficients(**content["coefficients"]),
+        step_time=RegimeStepTime(
+            **{kind: _regimes(_section(step_time, kind, "step_time."), kind) for kind in STEP_KINDS}
+        ),
+        coefficients=_coefficients(content, "coefficients"),
         cells=tuple(_cell(cell) for cell in content["cells"]),
-        slowdown=Slowdown(factors=content["slowdown"]),
+        slowdown=Slowdown(factors=_section(content, "slowdown")),
         serving=ServingCost(**serving),
     )
 
 
-def _regimes(table: dict[str, Any]) -> Regimes:
+def _section(content: Mapping[str, Any], name: str, inside: str = "") -> dict[str, Any]:
+    value = content[name]
+    if not isinstance(value, dict):
+        raise ConfigError(f"{inside}{name} = {value!r}; use a table of its fields")
+    return value
+
+
+def _regimes(table: dict[str, Any], kind: str) -> Regimes:
+    inside = f"step_time.{kind}."
+    if type(table["boundary"]) is not int:
+        raise ConfigError(f"{inside}boundary = {table['boundary']!r}; use a whole number of at least 0")
     return Regimes(
-        small=Coefficients(**table["small"]), large=Coefficients(**table["large"]), boundary=table["boundary"]
+        small=_coefficients(table, "small", inside),
+        large=_coefficients(table, "large", inside),
+        boundary=table["boundary"],
     )
+
+
+def _coefficients(content: Mapping[str, Any], name: str, inside: str = "") -> Coefficients:
+    terms = _section(content, name, inside)
+    for term, value in terms.items():
+        if not _is_number(value):
+            raise ConfigError(f"{inside}{name}.{term} = {value!r}; use a number of seconds")
+    return Coefficients(**terms)
 
 
 def _table(regimes: Regimes) -> dict[str, Any]:
@@ -255,4 +316,4 @@ def _table(regimes: Regimes) -> dict[str, Any]:
 
 def _cell(cell: dict[str, Any]) -> CellReport:
     values = {name: value for name, value in cell.items() if name != "kind"}
-    return CellReport(**{**values, "shape": StepShape(**cell["shape"])})
+    return CellReport(**{**values, "shape": StepShape(**_section(cell, "shape", "cells."))})

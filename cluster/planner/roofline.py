@@ -20,6 +20,8 @@ from .model_shape import ModelShape
 Precision = Literal["bf16", "fp8"]
 BYTES: dict[Precision, int] = {"bf16": 2, "fp8": 1}
 ACTIVATION_BYTES = 2
+KV_BYTES = 2
+"""Of an element, whatever the precision of the weights."""
 
 USABLE_MEMORY = 0.92
 """Share of the memory that weights and KV may take: chosen so that what is left for
@@ -66,7 +68,6 @@ class RooflineStepTime:
         tp: int = 1,
         pp: int = 1,
         precision: Precision = "bf16",
-        kv_precision: Precision = "bf16",
         efficiency: Efficiency | None = None,
     ) -> None:
         """
@@ -103,7 +104,7 @@ class RooflineStepTime:
             4.0 * model.num_q_heads * model.head_dim / tp / (bf16_flops * eff.attention)
         )
         kv_heads = max(1.0, model.num_kv_heads / tp)  # of fewer heads than GPUs, several GPUs have the same
-        self._layer_decode_context_s = 2.0 * kv_heads * model.head_dim * BYTES[kv_precision] / (hbm * eff.kv)
+        self._layer_decode_context_s = 2.0 * kv_heads * model.head_dim * KV_BYTES / (hbm * eff.kv)
         self._vocab_flops_s = 2.0 * model.vocab_parameters / tp * per_flop
         self._vocab_weights_s = model.vocab_parameters * ACTIVATION_BYTES / tp * per_byte
         self._hop_token_s = hidden_bytes / link_bytes_per_s(tp * pp)
@@ -168,7 +169,6 @@ def kv_capacity_tokens(
     tp: int = 1,
     pp: int = 1,
     precision: Precision = "bf16",
-    kv_precision: Precision = "bf16",
     usable_memory: float = USABLE_MEMORY,
 ) -> int:
     """Tokens of KV that a worker holds beside its weights: what its fullest GPU does.
@@ -191,5 +191,5 @@ def kv_capacity_tokens(
                 f"with tp = {tp} and pp = {pp} a GPU of {hardware.name} would hold {weights / 2**30:.1f} GiB "
                 f"of weights and has {usable / 2**30:.1f} GiB for them; use more GPUs or a smaller model"
             )
-        fits.append((usable - weights) / (2.0 * count * kv_heads * model.head_dim * BYTES[kv_precision]))
+        fits.append((usable - weights) / (2.0 * count * kv_heads * model.head_dim * KV_BYTES))
     return int(min(fits))

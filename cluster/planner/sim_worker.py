@@ -292,7 +292,4 @@ class SimWorker:
 
 def shape_of(plan: StepPlan) -> StepShape:
     """The plan as its worker would report it."""
-    sample = describe(plan)
-    return StepShape(
-        sample.prefill_tokens, sample.prefill_context, sample.decode_batch, sample.decode_context
-    )
+    return StepShape.of(describe(plan))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from diphase.cluster import validate_command
 from diphase.cluster.cli import main
+from diphase.cluster.load.report import write_json
 from diphase.cluster.one_machine import OneMachine, placement_settings
 from diphase.cluster.planner.deployment import SimulationConfig
 from diphase.cluster.planner.profile import load_profile
@@ -18,6 +20,7 @@ from diphase.proto.errors import ConfigError
 from diphase.router.config import RouterConfig
 
 from .planner.deployments import CLUSTERS, run
+from .planner.profiles import profile
 
 
 def arguments(*settings: str, model: str | None = None) -> argparse.Namespace:
@@ -89,12 +92,26 @@ def test_an_engine_is_profiled_from_the_command_line(
     assert found.engine.model == "dummy:tiny"
     assert found.errors("decode").cells > 4
     assert max(cell.shape.decode_batch for cell in found.cells) == 8
-    assert "held out median" in capsys.readouterr().out
+    said = " ".join(capsys.readouterr().out.split())
+    assert "held out median" in said
+    assert f"all steps by one set of terms: {found.coefficients.base * 1e3:.2f} ms, " in said
 
 
 def test_a_profile_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["validate", "--profile", "/nowhere/profile.json"]) == 2
     assert "the profile /nowhere/profile.json cannot be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["profile", "validate"])
+def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there, given = tmp_path / "profile.json", ["--model", "dummy:tiny"]
+    write_json(there, profile().to_dict())
+    given += ["--profile", str(there)] if command == "validate" else []
+    for output, why in ((tmp_path, "Is a directory"), (there / "x", "File exists|Not a directory")):
+        assert main([command, *given, "--output", str(output)]) == 2
+        assert re.search(f"--output {output} cannot be written: ({why})", capsys.readouterr().err)
 
 
 def test_one_round_is_no_profile(capsys: pytest.CaptureFixture[str]) -> None:

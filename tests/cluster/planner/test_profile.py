@@ -14,16 +14,19 @@ from diphase.proto.errors import ConfigError
 from .profiles import FACTS, profile
 
 
-def written(tmp_path: Path, **changes: Any) -> Path:
+def written(tmp_path: Path, at: str = "", **changes: Any) -> Path:
+    """`at`: inside which of its tables, with dots between their names."""
     path = tmp_path / "profile.json"
     write_json(path, profile().to_dict())
-    content = json.loads(path.read_text())
+    whole = content = json.loads(path.read_text())
+    for part in at.split(".") if at else ():
+        content = content[int(part) if part.isdigit() else part]
     for name, value in changes.items():
         if value is None:
             del content[name]
         else:
             content[name] = value
-    path.write_text(json.dumps(content))
+    path.write_text(json.dumps(whole))
     return path
 
 
@@ -49,12 +52,37 @@ def test_the_file_shows_errors_by_kind_and_by_cell(tmp_path: Path) -> None:
         ({"slowdown": {"prefill": {"prefill": 0.5}}}, r"slowdown\.prefill\.prefill = 0\.5; use 1 to 1000"),
         ({"serving": {"handoff_bytes_per_s": None, "first_token_s": -1}}, r"serving\.first_token_s = -1"),
         ({"engine": {"model": "m"}}, "is malformed"),
-        ({"cells": 3}, "is malformed"),
+        ({"engine": [1]}, r"engine = \[1\]; use a table"),
+        ({"at": "engine", "block_size": 0}, r"engine\.block_size = 0; use a whole number above 0"),
+        ({"at": "engine", "threads": 0}, r"engine\.threads = 0; use a whole number above 0"),
+        ({"at": "engine", "num_blocks": 1.5}, r"engine\.num_blocks = 1\.5; use a whole number"),
+        ({"at": "engine", "model": ""}, r"engine\.model = ''; use a name"),
+        ({"cells": 3}, "cells = 3; use a list"),
+        ({"cells": []}, "cells: no step has prompts"),
+        ({"at": "cells.0", "median_s": "x"}, "cells: median_s = 'x' of a step; use a number"),
+        ({"at": "cells.0.shape", "prefill_tokens": -1}, "cells: prefill_tokens = -1 of a step"),
+        ({"at": "cells.0.shape", "prefill_tokens": 0, "prefill_context": 0}, "a step without work"),
+        ({"at": "cells.0", "shape": 7}, r"cells\.shape = 7; use a table"),
+        ({"at": "step_time", "decode": 1}, r"step_time\.decode = 1; use a table"),
+        ({"at": "step_time.decode", "boundary": "x"}, r"step_time\.decode\.boundary = 'x'"),
+        ({"at": "step_time.decode.small", "base": "x"}, r"step_time\.decode\.small\.base = 'x'"),
+        ({"at": "coefficients", "base": True}, r"coefficients\.base = True; use a number"),
+        ({"at": "slowdown", "decode": 2}, r"slowdown\.decode\.prefill = None; use 1 to 1000"),
+        ({"at": "serving", "step_s": "x"}, r"serving\.step_s = x is out of range"),
+        ({"machine": [2]}, r"machine = \[2\]; use a table"),
+        ({"machine": {"cores": 0}}, r"machine\.cores = 0; use a whole number above 0"),
     ],
 )
 def test_a_wrong_file_is_refused_by_its_field(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_profile(written(tmp_path, **changes))
+
+
+def test_a_machine_that_is_null_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path)
+    path.write_text(json.dumps({**json.loads(path.read_text()), "machine": None}))
+    with pytest.raises(ConfigError, match=r"machine = None; use a table, with cpu and cores"):
+        load_profile(path)
 
 
 def test_no_file_and_no_json_are_said(tmp_path: Path) -> None:

@@ -105,11 +105,11 @@ def test_layers_that_do_not_divide_go_to_the_first_stages() -> None:
     assert stage_layers(LARGE, 1, 3) == (27, 27, 26)
 
 
-def test_kv_capacity_grows_with_gpus_and_falls_with_precision() -> None:
+def test_kv_capacity_grows_with_gpus_and_with_smaller_weights() -> None:
     one, two, four = (kv_capacity_tokens(SMALL, H100, tp=tp) for tp in (1, 2, 4))
     assert 2 * one < two < 2.5 * one
     assert kv_capacity_tokens(SMALL, H100, tp=2, pp=2) == pytest.approx(four, rel=0.02)
-    assert kv_capacity_tokens(SMALL, H100, kv_precision="fp8") == pytest.approx(2 * one, abs=1)
+    assert 1.05 * one < kv_capacity_tokens(SMALL, H100, precision="fp8") < 1.3 * one
 
 
 @pytest.fixture(scope="module")
