@@ -55,6 +55,8 @@ class Deployment:
     block_bytes: int = 1
     """Of the whole model's KV."""
     num_layers: int = 1
+    layerwise_tokens: int = 0
+    """Prompts of fewer tokens are not pushed layer by layer while they are computed, but whole afterwards."""
     context_length: int = 2**31 - 1
     first_token_s: float = 0.0
     """What lies around a first token, from the client to the worker and back: a part of each TTFT."""

@@ -92,13 +92,12 @@ def deployment_of(config: ClusterConfig, profile: Profile, busy: Sequence[Busy] 
             )
         )
     by_role = {role: [i for i, own in enumerate(roles) if own == role] for role in ("prefill", "decode")}
-    # Prompts shorter than layerwise_tokens go whole when they are computed: as if they had one layer.
-    layers = engine.num_layers if config.kv_transfer.layerwise_tokens == 0 else 1
     return Deployment(
         workers=tuple(workers),
         block_size=engine.block_size,
         block_bytes=engine.block_bytes,
-        num_layers=layers,
+        num_layers=engine.num_layers,
+        layerwise_tokens=config.kv_transfer.layerwise_tokens,
         context_length=engine.context_length,
         first_token_s=_around_first_token_s(serving, roles, busy),
         topology=flat_topology(

@@ -30,6 +30,8 @@ class Handoff:
     target: SimWorker
     sequence: Sequence
     """On the prefill side; its blocks are held until the hand-off is over."""
+    layers: int
+    """That are pushed one by one."""
     block_ids: list[int] = field(default_factory=list)
     granted: bool = False
     num_bytes: float = 0.0
@@ -69,7 +71,8 @@ class Handoffs:
 
     def begin(self, request: SimRequest, source: SimWorker, target: SimWorker, sequence: Sequence) -> None:
         """The first chunk of the prompt begins."""
-        handoff = Handoff(request, source, target, sequence)
+        whole = sequence.num_tokens < self._deployment.layerwise_tokens
+        handoff = Handoff(request, source, target, sequence, 1 if whole else self._deployment.num_layers)
         self._here[request.index] = handoff
         source.handoffs += 1
         target.handoffs += 1
@@ -139,7 +142,7 @@ class Handoffs:
         """All but the last layer may go while the prompt is computed."""
         if handoff.halted:
             return
-        layers = self._deployment.num_layers
+        layers = handoff.layers
         self._send(handoff, handoff.num_bytes * (layers - 1) / layers, self._body_over)
 
     def _body_over(self, handoff: Handoff) -> None:
@@ -148,7 +151,7 @@ class Handoffs:
 
     def _finish(self, handoff: Handoff) -> None:
         if handoff.computed and handoff.body_over and not handoff.halted:
-            self._send(handoff, handoff.num_bytes / self._deployment.num_layers, self._verify)
+            self._send(handoff, handoff.num_bytes / handoff.layers, self._verify)
 
     def _send(self, handoff: Handoff, num_bytes: float, done: Callable[[Handoff], None]) -> None:
         path = self._paths[handoff.source.index, handoff.target.index]

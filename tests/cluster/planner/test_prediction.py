@@ -60,8 +60,7 @@ def test_workers_have_the_configurations_schedulers_and_the_profiles_memory() ->
     assert decode.scheduler == config(*settings).pools.decode.scheduler
     assert {worker.num_blocks for worker in deployment.workers} == {1000}
     assert deployment.topology.paths.keys() == {(0, 1)}
-    assert deployment.num_layers == 1, "short prompts are not pushed layer by layer"
-    assert deployment_of(config("kv_transfer.layerwise_tokens=0"), profile()).num_layers == 30
+    assert (deployment.num_layers, deployment.layerwise_tokens) == (30, 1024)
 
 
 def test_serving_and_busy_neighbours_lengthen_steps() -> None:

@@ -84,6 +84,14 @@ def test_a_slow_link_delays_the_second_token_alone() -> None:
     assert slow.verified == pytest.approx((bytes_s + 1e-3) * 1e9, rel=0.02)
 
 
+def test_short_prompts_are_pushed_whole_when_they_are_computed() -> None:
+    cluster = replace(CLUSTERS["1P1D"], layerwise_tokens=256)
+    layerwise, whole = (run(cluster, [(0, prompt, 8)])[1].requests[0] for prompt in (256, 255))
+    size = 16 * 65536
+    assert layerwise.verified - layerwise.token0 == pytest.approx((size / 8 / 1e9 + 1e-3) * 1e9, rel=1e-6)
+    assert whole.verified - whole.token0 == pytest.approx((size / 1e9 + 1e-3) * 1e9, rel=1e-6)
+
+
 def test_transfers_share_a_link() -> None:
     cluster = deployment(prefill_worker(chunk=64), decode_worker(), bandwidth=5e6)
     config = SimulationConfig(router=RouterConfig(local_prefill_tokens=0))
