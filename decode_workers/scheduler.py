@@ -74,10 +74,7 @@ class DecodeScheduler:
     def plan(self) -> StepPlan | None:
         """The next step; None when nothing can run. The plan's sequences must not change until `complete`.
         An engine of several pipeline stages has several plans on their way; no sequence is in two."""
-        self.take_ready()
-        for sequence in sorted(self._running.values(), key=rank):
-            if sequence.key in self._running and sequence.key not in self._in_step:
-                self._make_room(sequence)
+        self._fill_batch()
         chunks: list[Chunk] = []
         if self._config.prompts_first:
             self._add_prefills(chunks)
@@ -206,6 +203,17 @@ class DecodeScheduler:
 
     def _batch(self) -> Iterable[Sequence]:
         return (*self._running.values(), *self._prefilling.values())
+
+    def _fill_batch(self) -> None:
+        """Hand-offs get the places that are free, and every sequence the block it needs next. Who loses its
+        place for that leaves it to the next hand-off."""
+        while True:
+            self.take_ready()
+            for sequence in sorted(self._running.values(), key=rank):
+                if sequence.key in self._running and sequence.key not in self._in_step:
+                    self._make_room(sequence)
+            if not self._ready or self.num_running >= self._config.max_running:
+                return
 
     def _next_batch(self) -> list[Sequence]:
         """The decoding sequences of the next step; those that must share its context take turns."""

@@ -59,8 +59,8 @@ class WorkloadConfig:
     def __post_init__(self) -> None:
         if self.num_requests is not None and self.num_requests < 1:
             raise ConfigError(f"requests = {self.num_requests}; send at least 1")
-        if not 0.0 < self.cv <= 100.0:
-            raise ConfigError(f"cv = {self.cv} is out of range; use more than 0 and at most 100")
+        if not 0.01 <= self.cv <= 100.0:
+            raise ConfigError(f"cv = {self.cv} is out of range; use 0.01 to 100")
         if not 0.0 < self.speedup < float("inf"):
             raise ConfigError(f"speedup = {self.speedup}; use a number above 0")
         if self.speedup != 1.0 and self.arrivals is not Arrivals.TRACE:

@@ -84,8 +84,6 @@ def fleet_text(plan: FleetPlan) -> Iterator[str]:
     task, found = plan.task, plan.found
     objectives = task.objectives
     asked = f"TTFT ≤ {objectives.ttft_ms:g} ms, TPOT ≤ {objectives.tpot_ms:g} ms for {TARGET:.0%}"
-    if plan.workload:
-        yield f"workload: {plan.workload}"
     if plan.infeasible:
         yield f"infeasible: {asked}: {plan.infeasible}"
         return

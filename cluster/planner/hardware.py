@@ -6,6 +6,8 @@ A file is TOML with the keys of Hardware. Those of this package are named by the
 from __future__ import annotations
 
 import math
+import os
+import reprlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from ...proto.errors import ConfigError
 from ..config_reader import Source, build, read_file
 
 FOLDER = Path(__file__).with_suffix("")
+MOST_MEMORY_GIB = 100_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +58,13 @@ class Hardware(Node):
     fp8_tflops: float | None = None
     """As bf16_tflops, 8-bit floating point; absent where the GPU has none."""
 
+    def __post_init__(self) -> None:
+        Node.__post_init__(self)
+        if self.memory_gib > MOST_MEMORY_GIB:
+            raise ConfigError(
+                f"memory_gib is {self.memory_gib:g}; a GPU has at most {MOST_MEMORY_GIB} GiB here"
+            )
+
 
 def known_hardware() -> list[str]:
     """Names of the files of this package."""
@@ -68,9 +78,9 @@ def load_hardware(name_or_path: str) -> Hardware:
         ConfigError: there is no such file, or it has an unknown, missing or impossible value.
     """
     path = FOLDER / f"{name_or_path}.toml" if name_or_path in known_hardware() else Path(name_or_path)
-    if not path.is_file():
+    if not os.path.isfile(path):  # Path's own raises where a name is too long
         raise ConfigError(
-            f"no hardware is called {name_or_path!r} and no such file exists; "
+            f"no hardware is called {reprlib.repr(name_or_path)} and no such file exists; "
             f"use one of {', '.join(known_hardware())}, or the path of a TOML file with the same keys"
         )
     return build(Hardware, read_file(path), Source(str(path)))

@@ -7,6 +7,7 @@ a plan may be for a model that other engines serve. Knows no hardware.
 from __future__ import annotations
 
 import json
+import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
@@ -65,6 +66,9 @@ class ModelShape:
         return 2 * self.num_layers * self.num_kv_heads * self.head_dim * element_bytes
 
 
+MOST = 10**9
+"""Of any size: a config.json that says more is none of a model."""
+
 KNOWN_MODELS: Mapping[str, ModelShape] = {
     name: ModelShape(
         hidden_size=hidden,
@@ -100,15 +104,15 @@ def load_model_shape(name_or_path: str) -> ModelShape:
     if name_or_path in KNOWN_MODELS:
         return KNOWN_MODELS[name_or_path]
     path = Path(name_or_path)
-    path = path / "config.json" if path.is_dir() else path
-    if not path.is_file():
+    path = path / "config.json" if os.path.isdir(path) else path
+    if not os.path.isfile(path):  # Path's own raises where a name is too long
         raise ConfigError(
-            f"no model is called {name_or_path!r} and there is no such config.json; "
+            f"no model is called {reprlib.repr(name_or_path)} and there is no such config.json; "
             f"use one of {', '.join(sorted(KNOWN_MODELS))}, or the path of a config.json"
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} is not valid JSON: {exc}") from exc
     if not isinstance(config, dict):
         raise ConfigError(f"{path} holds no JSON object")
@@ -151,6 +155,8 @@ def parse_model_shape(config: Mapping[str, object], *, where: str) -> ModelShape
 def _integer(config: Mapping[str, object], key: str, where: str, default: int | None = None) -> int:
     value = config.get(key)
     value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ConfigError(f"{where} has {key} = {reprlib.repr(value)}; it must be a whole number above 0")
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= MOST:
+        raise ConfigError(
+            f"{where} has {key} = {reprlib.repr(value)}; it must be a whole number from 1 to {MOST}"
+        )
     return value

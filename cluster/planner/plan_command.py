@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from .goodput import MOST_REQUESTS, ROUTER, Objectives
 from .log_fit import fit_log, nearest, public_fits, sentence, synthetic
 from .machines import Machine
 from .placement import build
+from .plan_processes import processes_for
 from .plan_report import SHOWN, Plan, as_json, draw, text
 from .plan_toml import plan_toml
 from .search import Task, search
@@ -136,13 +136,11 @@ def run(args: argparse.Namespace) -> int:
     processes = _processes(args.processes)
     said = _sentence(args, task.workload)
     output = None if args.output is None else _folder(Path(args.output))
-    if processes == 1:
-        plan = _planned(task, args, map)
-    else:
-        with ProcessPoolExecutor(processes) as executor:
-            plan = _planned(task, args, executor.map)
-    plan = replace(plan, workload=said)
     console = Console()
+    if said:
+        console.print(f"workload: {said}", markup=False, highlight=False, soft_wrap=True)
+    with processes_for(processes) as mapped:
+        plan = replace(_planned(task, args, mapped), workload=said)
     for line in fleet_text(plan) if isinstance(plan, FleetPlan) else text(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if output is not None:
@@ -214,14 +212,19 @@ def _workload(args: argparse.Namespace, folder: Path, machine: Machine) -> SimWo
         raise ConfigError(
             f"--requests {args.requests} is out of range; use {MIN_REQUESTS} to {MOST_REQUESTS}"
         )
-    context_length = machine.limits.context_length if args.context_length is None else args.context_length
     config, records = _load_from(args, folder)
-    return SimWorkload(
+    context_length = machine.limits.context_length if args.context_length is None else args.context_length
+    workload = SimWorkload(
         config=replace(config, mean_input=args.mean_input, mean_output=args.mean_output),
         records=records,
         context_length=context_length,
         block_size=machine.limits.block_size,
     )
+    if (most := workload.most(MIN_REQUESTS)) < MIN_REQUESTS:
+        raise ConfigError(
+            f"--workload {args.workload} has {most} requests to replay; a goodput needs {MIN_REQUESTS}"
+        )
+    return workload
 
 
 def _load_from(args: argparse.Namespace, folder: Path) -> tuple[WorkloadConfig, Sequence[TraceRecord]]:

@@ -43,8 +43,6 @@ def text(plan: Plan) -> Iterator[str]:
     """Lines for the terminal."""
     objectives = plan.task.objectives
     asked = f"TTFT ≤ {objectives.ttft_ms:g} ms, TPOT ≤ {objectives.tpot_ms:g} ms for {TARGET:.0%}"
-    if plan.workload:
-        yield f"workload: {plan.workload}"
     if plan.infeasible:
         yield f"infeasible: {asked}: {plan.infeasible}"
         return

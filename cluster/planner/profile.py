@@ -254,7 +254,7 @@ def load_profile(path: Path) -> Profile:
         return _from_dict(content)
     except KeyError as exc:
         raise ConfigError(f"the profile {path} lacks {exc}") from exc
-    except (TypeError, ValueError, AttributeError) as exc:
+    except (TypeError, ValueError, AttributeError, OverflowError) as exc:
         raise ConfigError(f"the profile {path} is malformed: {exc}") from exc
     except ConfigError as exc:
         raise ConfigError(f"the profile {path}: {exc.message}") from exc
@@ -303,7 +303,11 @@ def _coefficients(content: Mapping[str, Any], name: str, inside: str = "") -> Co
     for term, value in terms.items():
         if not _is_number(value):
             raise ConfigError(f"{inside}{name}.{term} = {value!r}; use a number of seconds")
-    return Coefficients(**terms)
+    # By name: a term that is not there must not get the default of a router that knows nothing yet.
+    found = Coefficients(**{term: terms[term] for term in Coefficients._fields})
+    if unknown := terms.keys() - set(Coefficients._fields):
+        raise ConfigError(f"{inside}{name} has {', '.join(sorted(unknown))}, which no step's time has")
+    return found
 
 
 def _table(regimes: Regimes) -> dict[str, Any]:

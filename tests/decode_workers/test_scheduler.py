@@ -231,6 +231,19 @@ class TestSeveralPlansOnTheirWay:
         assert bench.scheduler.preemptions == 0
 
 
+def test_who_loses_the_only_place_leaves_it_to_the_next_hand_off() -> None:
+    bench = Bench(num_blocks=4, max_running=1)
+    young = make_sequence("young", 31, max_tokens=20, arrived_at=2.0)
+    old = make_sequence("old", 20, max_tokens=10, arrived_at=1.0)
+    bench.hand_off(young)
+    assert bench.step() == [("young", 1)]
+    bench.hand_off(old)  # the pool is full, and young needs a third block
+    assert bench.step() == [("old", 1)]
+    assert bench.scheduler.preemptions == 1
+    bench.run()
+    assert bench.finished == bench.expected([young, old])
+
+
 def test_prompts_first_leaves_the_batch_waiting() -> None:
     bench = Bench(prompts_first=True, prefill_budget=64)
     bench.hand_off(make_sequence("decoding", 20))

@@ -200,7 +200,7 @@ def test_at_the_deadline_of_a_drain_leases_are_given_up_on_both_sides(pool: str)
             Stage.opened(2, *settings) as stage,
             stage.router(max_attempts=1, **ALWAYS_HANDED_OVER) as router,
         ):
-            messages = [long_request(n, prompt=300, max_tokens=150) for n in range(8)]
+            messages = [long_request(n, prompt=300, max_tokens=150) for n in range(12)]
             calls = []
             for message in messages:
                 calls.append(asyncio.create_task(generate(router, message)))

@@ -2,6 +2,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -286,3 +289,30 @@ def test_a_disaggregated_placement_as_a_configuration(tmp_path: Path) -> None:
         plan_toml(
             Placement(colocated=Pool(count=1, parallel=Parallel(2, 2), budget=512)), machine, objectives, "x"
         )
+
+
+def test_a_log_too_short_to_replay_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = tmp_path / "short.csv"
+    log.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2024-01-01 00:00:00,100,8\n")
+    arguments = [*OWN, "--workload", str(log), "--arrivals", "trace", "--slo", "ttft=200,tpot=20"]
+    assert main(arguments) == 2
+    assert "has 1 requests to replay; a goodput needs 20" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--model", "--hardware"])
+def test_names_of_any_length_are_names(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*COMMAND, "--slo", "ttft=200,tpot=20", option, "x" * 5000]) == 2
+    assert "is called 'xxx" in capsys.readouterr().err
+
+
+def test_a_plan_that_is_told_to_end_leaves_no_processes() -> None:
+    words = ["--model", "llama3.1-70b", "--hardware", "h100-sxm", "--gpus", "16", "--slo", "ttft=400,tpot=40"]
+    load = ["--workload", "fixed", "--mean-input", "1024", "--mean-output", "256", "--processes", "2"]
+    command = [sys.executable, "-P", "-m", "diphase", "plan", *words, *load]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+        while len(started := children.read_text().split()) < 2:
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 128 + signal.SIGTERM
+    assert not [pid for pid in started if Path(f"/proc/{pid}").exists()]
