@@ -32,7 +32,7 @@ from .load.client import LoadClient, LoopTimer
 from .load.report import check_output, environment, write_json
 from .machine_speed import between, small_engine, speed_probe
 from .one_machine import OneMachine, cores, cores_of_worker
-from .planner.profile import ALONE, EngineFacts, Profile, Slowdown, make_profile
+from .planner.profile import ALONE, EngineFacts, Profile, ServingCost, Slowdown, make_profile
 from .planner.profile_fit import StepCell
 from .serving_cost import cost_of, serve_probes
 
@@ -47,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", type=Path, default=Path(OUTPUT), metavar="FILE", help="(%(default)s)")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="over the grid (%(default)s)")
     parser.add_argument(
-        "--engine-only", action="store_true", help="no cluster: leave out what serving and hand-offs add"
+        "--engine-only",
+        action="store_true",
+        help="no cluster: leave out what serving and hand-offs add, which plan and validate need",
     )
 
 
@@ -219,6 +221,9 @@ def show(profile: Profile, console: Console) -> None:
         beside = ", ".join(f"{factor:.2f} beside {kind}" for kind, factor in factors.items())
         console.print(f"{own} takes times {beside}", highlight=False)
     serving = profile.serving
+    if serving == ServingCost():
+        console.print("serving and hand-offs: not measured; plan and validate need them", highlight=False)
+        return
     console.print(
         f"serving adds {serving.first_token_s * 1000.0:.1f} ms to a first token "
         f"({serving.first_token_beside_s * 1000.0:.1f} while another worker computes) and "

@@ -33,7 +33,7 @@ from .load.workload import Arrival, Arrivals, ModelShape, WorkloadConfig, plan_a
 from .machine_speed import Slower, SpeedProbe, between, speed_probe
 from .one_machine import PLACEMENTS, OneMachine
 from .planner.prediction import deployment_of, predict
-from .planner.profile import Profile, load_profile
+from .planner.profile import Profile, ServingCost, load_profile
 from .planner.records import SimResult
 from .planner.validation import (
     GOOD_ERROR,
@@ -96,6 +96,11 @@ def run(args: argparse.Namespace) -> int:
     console = Console()
     machine = OneMachine(args, args.placement)
     profile = load_profile(args.profile)
+    if profile.serving == ServingCost():
+        raise ConfigError(
+            f"the profile {args.profile} does not say what serving and hand-offs cost; make one with "
+            "`diphase profile` and without --engine-only"
+        )
     check_output(args.output)
     workload = WorkloadConfig(
         num_requests=args.requests,

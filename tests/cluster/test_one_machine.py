@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from diphase.cluster.cli import main
 from diphase.cluster.load.report import write_json
 from diphase.cluster.one_machine import OneMachine, placement_settings
 from diphase.cluster.planner.deployment import SimulationConfig
-from diphase.cluster.planner.profile import load_profile
+from diphase.cluster.planner.profile import ServingCost, load_profile
 from diphase.proto.errors import ConfigError
 from diphase.router.config import RouterConfig
 
@@ -95,6 +96,10 @@ def test_an_engine_is_profiled_from_the_command_line(
     said = " ".join(capsys.readouterr().out.split())
     assert "held out median" in said
     assert f"all steps by one set of terms: {found.coefficients.base * 1e3:.2f} ms, " in said
+    assert "serving and hand-offs: not measured" in said
+    result = ("--output", str(tmp_path / "validate.json"))
+    assert main(["validate", "--profile", str(output), "--model", "dummy:tiny", *result]) == 2
+    assert "without --engine-only" in capsys.readouterr().err
 
 
 def test_a_profile_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str]) -> None:
@@ -107,7 +112,7 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     there, given = tmp_path / "profile.json", ["--model", "dummy:tiny"]
-    write_json(there, profile().to_dict())
+    write_json(there, replace(profile(), serving=ServingCost(first_token_s=0.01)).to_dict())
     given += ["--profile", str(there)] if command == "validate" else []
     for output, why in ((tmp_path, "Is a directory"), (there / "x", "File exists|Not a directory")):
         assert main([command, *given, "--output", str(output)]) == 2
