@@ -18,7 +18,8 @@ class ProfileMachine:
 
     parallel = Parallel()
     num_layers = 1
-    """Prompts shorter than kv_transfer.layerwise_tokens go whole, and there are no pipelines."""
+    """There are no pipelines, and hand-offs are planned as if all went whole, which takes prompts of
+    kv_transfer.layerwise_tokens and more for a little slower than they are."""
 
     def __init__(self, profile: Profile, slots: int) -> None:
         """
