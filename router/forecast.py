@@ -125,7 +125,7 @@ class Forecast:
         waits = 0.0
         if batch >= worker.max_running > 0:
             waits = (batch + 1 - worker.max_running) / worker.max_running
-        free = worker.usable_blocks - (num_tokens + output + incoming_tokens) / worker.block_size
+        free = worker.usable_blocks - (num_tokens + output + worker.promised_tokens) / worker.block_size
         if free < 0.0:
             waits -= free / max(1, load.blocks_running + load.blocks_reserved)
         memory = free / load.blocks_total if load.blocks_total else 1.0

@@ -79,7 +79,7 @@ def _memory(worker: WorkerHandle) -> int:
     """Tokens of KV that are taken or promised; a prompt under way counts twice until it is computed, since
     it has its blocks already."""
     taken = (worker.load.blocks_total - worker.usable_blocks) * worker.block_size
-    return taken + worker.waiting_tokens + worker.incoming[1]
+    return taken + worker.waiting_tokens + worker.promised_tokens
 
 
 def _fits(worker: WorkerHandle, demand: Demand) -> bool:

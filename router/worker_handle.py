@@ -245,6 +245,13 @@ class WorkerHandle:
         return own + others, self._incoming_tokens + round(others * mean)
 
     @property
+    def promised_tokens(self) -> int:
+        """Context tokens of sequences on their way here that still need blocks: what is granted to a hand-off
+        has left `usable_blocks` already."""
+        tokens = self.incoming[1]
+        return max(0, tokens - self.load.blocks_reserved * self.block_size) if tokens else 0
+
+    @property
     def _mean_context(self) -> float:
         return self.load.running_context / self.load.running if self.load.running else 0.0
 

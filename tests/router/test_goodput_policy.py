@@ -9,6 +9,7 @@ from diphase.proto import worker_pb2 as wpb
 from diphase.proto.block_hash import block_hashes, root_hash
 from diphase.proto.slo import Slo
 from diphase.router.config import RouterConfig
+from diphase.router.forecast import Predictor
 from diphase.router.goodput_policy import GoodputPolicy
 from diphase.router.placement import Demand, Placement
 from diphase.router.prefix_index import PrefixIndex
@@ -66,6 +67,17 @@ def test_blocks_of_hand_offs_on_their_way_come_back_as_those_of_running_sequence
         )
     )
     assert reserved.tpot_ms == running.tpot_ms
+
+
+def test_blocks_that_a_hand_off_has_are_not_taken_from_the_free_ones_again() -> None:
+    def memory(free: int, reserved: int, tokens: int) -> float:
+        handle = worker("d0", "decode", blocks_free=free, blocks_reserved=reserved)
+        handle.expect_sequence("a", tokens)
+        forecast = Predictor(PrefixIndex(MAX_PREFIX_BLOCKS), 64).forecast(demand())
+        return forecast.decode_side(handle).memory
+
+    assert memory(1000, 0, 800) == memory(950, 50, 800)
+    assert memory(950, 50, 1600) == pytest.approx(memory(950, 50, 800) - 0.05)
 
 
 def test_cached_blocks_count_as_free() -> None:

@@ -45,6 +45,13 @@ def test_the_tokens_go_where_the_least_memory_is_taken_or_promised() -> None:
     assert place(workers) == ("p0", "d1")
 
 
+def test_what_a_hand_off_has_been_granted_is_taken_once() -> None:
+    granted, promised = worker("d0", "decode", blocks_free=800, blocks_reserved=200), worker("d1", "decode")
+    for handle, tokens in ((granted, 3200), (promised, 3216)):
+        handle.expect_sequence("a", tokens)
+    assert place([worker("p0", "prefill"), promised, granted]) == ("p0", "d0")
+
+
 def test_a_crowded_prompt_pool_sends_both_phases_to_a_colocated_worker() -> None:
     pools = [worker("p0", "prefill", **CROWD), worker("d0", "decode")]
     mixed = worker("c0", "colocated", running=6, running_context=3000, blocks_free=700)
