@@ -38,6 +38,8 @@ from .serving_cost import cost_of, serve_probes
 
 OUTPUT = "diphase-profile.json"
 SLOWDOWN_ROUNDS = 4
+MOST_ROUNDS = 100
+"""A median of more runs is no better; each round takes the engine through all kinds of steps."""
 REQUEST_S = 300.0
 
 
@@ -60,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: an option is wrong, or the pool is too small.
         InternalError: the second engine or the cluster failed.
     """
-    if args.rounds < 2:
-        raise ConfigError(f"--rounds {args.rounds}; use 2 or more")
+    if not 2 <= args.rounds <= MOST_ROUNDS:
+        raise ConfigError(f"--rounds {args.rounds} is out of range; use 2 to {MOST_ROUNDS}")
     check_output(args.output)
     console = Console()
     machine = OneMachine(args, "1p1d", "router.local_prefill_tokens=0")

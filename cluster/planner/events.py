@@ -8,6 +8,8 @@ from typing import Any
 
 NS = 1_000_000_000
 """Nanoseconds in a second."""
+LAST = 2**62
+"""Nanoseconds: what would happen after 146 years does not happen, and who waits for it is not served."""
 
 STEP_ENDS, HAPPENS = 0, 1
 """Of what is due at one moment, the ends of steps come first: who looks at a worker then sees them done."""
@@ -40,8 +42,8 @@ class EventQueue:
         self._heap.clear()
 
     def run(self) -> None:
-        """Until nothing is left to happen."""
+        """Until nothing is left to happen, or LAST."""
         heap = self._heap
-        while heap:
+        while heap and heap[0][0] <= LAST:
             self.now, _, _, action, args = heapq.heappop(heap)
             action(*args)

@@ -5,7 +5,6 @@ A file is TOML with the keys of Hardware. Those of this package are named by the
 
 from __future__ import annotations
 
-import math
 import os
 import reprlib
 from dataclasses import dataclass, fields
@@ -16,6 +15,11 @@ from ..config_reader import Source, build, read_file
 
 FOLDER = Path(__file__).with_suffix("")
 MOST_MEMORY_GIB = 100_000
+LEAST, MOST = 1e-3, 1e9
+"""Of every number, in its unit: beyond them a step or a hand-off takes an age, or no time."""
+MOST_HANDOFF_S = 60.0
+MOST_PRICE = 1e6
+"""Dollars an hour."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,8 +43,16 @@ class Node:
             raise ConfigError("name is empty; it must say what the hardware is")
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name != "name" and value is not None and not 0.0 < value < math.inf:
+            if item.name in ("name", "handoff_s") or value is None:
+                continue
+            if not value > 0.0:
                 raise ConfigError(f"{item.name} is {value}; it must be above 0")
+            if not LEAST <= value <= MOST:
+                raise ConfigError(f"{item.name} is {value:g} and out of range; use {LEAST:g} to {MOST:g}")
+        if not 0.0 < self.handoff_s <= MOST_HANDOFF_S:
+            raise ConfigError(f"handoff_s is {self.handoff_s}; use more than 0, and at most {MOST_HANDOFF_S:g} s")
+        if self.link_share > 1.0:
+            raise ConfigError(f"link_share is {self.link_share:g}; it is a share of the link, at most 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +76,17 @@ class Hardware(Node):
             raise ConfigError(
                 f"memory_gib is {self.memory_gib:g}; a GPU has at most {MOST_MEMORY_GIB} GiB here"
             )
+        if self.price_per_hour is not None:
+            check_price("price_per_hour", self.price_per_hour)
+
+
+def check_price(what: str, dollars: float) -> None:
+    """
+    Raises:
+        ConfigError: nobody pays so much, or so little, for an hour of a GPU.
+    """
+    if not LEAST <= dollars <= MOST_PRICE:
+        raise ConfigError(f"{what} is {dollars:g}; use {LEAST:g} to {MOST_PRICE:,.0f} dollars an hour")
 
 
 def known_hardware() -> list[str]:

@@ -64,6 +64,8 @@ class LogFit:
     num_requests: int
     arrivals: ArrivalFit | None
     """None where the log has no times, or all at one moment."""
+    timed: bool
+    """Whether it has times."""
     inputs: LengthFit
     outputs: LengthFit
     correlation: float
@@ -101,6 +103,7 @@ def fit_log(records: Sequence[TraceRecord]) -> LogFit:
     return LogFit(
         num_requests=len(records),
         arrivals=_fit_arrivals(records),
+        timed=records[0].arrival_s is not None,
         inputs=_fit_lengths(inputs),
         outputs=_fit_lengths(outputs),
         correlation=_correlation(np.log(inputs), np.log(outputs)),
@@ -155,9 +158,10 @@ def synthetic(
         ConfigError: the log has no times; a number is out of range.
     """
     if fit.arrivals is None:
-        raise ConfigError(
-            "the log has no times to take the variation of its arrivals from; use poisson or gamma arrivals"
-        )
+        why = "all requests of the log arrive at one time, which does not say how their gaps vary"
+        if not fit.timed:
+            why = "the log has no times to take the variation of its arrivals from"
+        raise ConfigError(f"{why}; use poisson or gamma arrivals")
     cv = min(max(fit.arrivals.cv, LEAST_CV), MOST_CV)
     config = WorkloadConfig(num_requests=num_requests, arrivals=Arrivals.GAMMA, cv=cv, seed=seed)
     return config, [replace(record, hash_ids=()) for record in records]
@@ -166,7 +170,9 @@ def synthetic(
 def sentence(fit: LogFit, near: Sequence[tuple[str, Likeness]] = ()) -> str:
     """The fit for people; `near` is what nearest() says."""
     arrivals = fit.arrivals
-    when = f" at {arrivals.rate:.3g}/s, gaps vary by {arrivals.cv:.2f}" if arrivals else " without times"
+    when = " at one time" if fit.timed else " without times"
+    if arrivals:
+        when = f" at {arrivals.rate:.3g}/s, gaps vary by {arrivals.cv:.2f}"
     parts = [f"{fit.num_requests:,} requests{when}"]
     for name, lengths in (("prompts", fit.inputs), ("completions", fit.outputs)):
         marks = ", ".join(f"P{p} {lengths.percentile(p):,.0f}" for p in (50, 90, 99))

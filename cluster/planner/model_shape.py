@@ -112,6 +112,8 @@ def load_model_shape(name_or_path: str) -> ModelShape:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be read: {exc.strerror or exc}") from exc
     except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} is not valid JSON: {exc}") from exc
     if not isinstance(config, dict):
@@ -123,7 +125,7 @@ def parse_model_shape(config: Mapping[str, object], *, where: str) -> ModelShape
     """Of the object in a config.json of transformers; `where` names it in errors.
 
     Raises:
-        ConfigError: another architecture, or a value that lacks or has the wrong type.
+        ConfigError: another architecture, experts, or a value that lacks or has the wrong type.
     """
     architectures = config.get("architectures")
     named = (
@@ -134,6 +136,12 @@ def parse_model_shape(config: Mapping[str, object], *, where: str) -> ModelShape
             f"{where} names the architectures {reprlib.repr(architectures)}; "
             f"only {', '.join(ARCHITECTURES)} are known"
         )
+    for key, value in config.items():
+        if "expert" in key and value and value != 1:
+            raise ConfigError(
+                f"{where} has {key} = {reprlib.repr(value)}: a model with experts, which is not modelled; "
+                "plan a dense one"
+            )
     opt = named[0] == "OPTForCausalLM"
     hidden_size = _integer(config, "hidden_size", where)
     num_q_heads = _integer(config, "num_attention_heads", where)
@@ -148,7 +156,7 @@ def parse_model_shape(config: Mapping[str, object], *, where: str) -> ModelShape
         head_dim=_integer(config, "head_dim", where, hidden_size // num_q_heads),
         vocab_size=_integer(config, "vocab_size", where),
         gated=not opt,
-        tied=config.get("tie_word_embeddings", opt) is True,
+        tied=_truth(config, "tie_word_embeddings", where, opt),
     )
 
 
@@ -159,4 +167,12 @@ def _integer(config: Mapping[str, object], key: str, where: str, default: int | 
         raise ConfigError(
             f"{where} has {key} = {reprlib.repr(value)}; it must be a whole number from 1 to {MOST}"
         )
+    return value
+
+
+def _truth(config: Mapping[str, object], key: str, where: str, default: bool) -> bool:
+    value = config.get(key)
+    value = default if value is None else value
+    if not isinstance(value, bool):
+        raise ConfigError(f"{where} has {key} = {reprlib.repr(value)}; it must be true or false")
     return value

@@ -246,7 +246,7 @@ def load_profile(path: Path) -> Profile:
         content = json.loads(path.read_text(encoding="utf-8"))
     except OSError as exc:
         raise ConfigError(f"the profile {path} cannot be read: {exc.strerror or exc}") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"the profile {path} is no JSON: {exc}") from exc
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ConfigError(f"{path} is no profile of schema {SCHEMA}; make one with `diphase profile`")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ...proto.errors import ConfigError
 from ...router.step_time import StepTime
-from .hardware import Node
+from .hardware import MOST, Node
 from .machines import Limits, Parallel
 from .profile import KINDS, Profile, ServingCost
 
@@ -38,7 +38,7 @@ class ProfileMachine:
         self.profile = profile
         here = profile.machine.get("machine", {})
         on_one = max(1, here.get("cores", slots * engine.threads) // engine.threads)
-        link = serving.handoff_bytes_per_s / 1e9
+        link = min(serving.handoff_bytes_per_s / 1e9, MOST)  # infinite where bytes took no time
         self.hardware = Node(
             name=f"{here.get('cpu', 'unnamed CPU')}, a slot is {engine.threads} of its cores",
             intra_node_gb_per_s=link,

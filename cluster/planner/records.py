@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .deployment import Deployment
+from .events import LAST
 from .sim_request import SimRequest
 from .sim_worker import SimWorker
 
@@ -55,7 +56,7 @@ class SimResult:
     ) -> SimResult:
         served = np.array([request.last_token >= 0 and not request.truncated for request in requests])
         arrival, token0, last, count = (
-            np.array([getattr(request, name) for request in requests], dtype=np.int64)
+            np.array([min(getattr(request, name), LAST) for request in requests], dtype=np.int64)
             for name in ("arrival", "token0", "last_token", "output_tokens")
         )
         ttft = np.where(served, (token0 - arrival) / 1e6 + deployment.first_token_s * 1e3, np.inf)

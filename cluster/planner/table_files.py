@@ -6,6 +6,7 @@ Knows no table's meaning.
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -39,14 +40,19 @@ def read_rows(path: Path, convert: Callable[[Mapping[str, str]], T]) -> Iterator
         ConfigError: a row lacks a column (`convert` raises KeyError) or has a value that is none (TypeError,
             ValueError).
     """
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        for row in reader:
-            try:
-                yield convert(row)
-            except (KeyError, TypeError, ValueError) as exc:
-                what = f"lacks the column {exc}" if isinstance(exc, KeyError) else f"is malformed: {exc}"
-                raise ConfigError(f"{path}, line {reader.line_num} {what}") from exc
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path} cannot be read: {getattr(exc, 'strerror', None) or exc}") from exc
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    while True:
+        try:
+            yield convert(next(reader))
+        except StopIteration:
+            return
+        except (KeyError, TypeError, ValueError, csv.Error) as exc:
+            what = f"lacks the column {exc}" if isinstance(exc, KeyError) else f"is malformed: {exc}"
+            raise ConfigError(f"{path}, line {reader.line_num} {what}") from exc
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -57,7 +63,9 @@ def read_object(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as exc:
+    except OSError as exc:
+        raise ConfigError(f"{path} cannot be read: {exc.strerror or exc}") from exc
+    except (ValueError, RecursionError) as exc:
         raise ConfigError(f"{path} is not valid JSON: {exc}") from exc
     if not isinstance(value, dict):
         raise ConfigError(f"{path} holds no JSON object")

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from ...proto.errors import ConfigError
-from .events import NS, EventQueue
+from .events import LAST, NS, EventQueue
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +112,7 @@ class Links:
                 transfer.left = max(0.0, transfer.left - transfer.rate * (now - transfer.since))
             transfer.since, transfer.rate = now, rate
             transfer.version += 1
-            takes = 0 if math.isinf(rate) else math.ceil(transfer.left / rate)
+            takes = 0 if math.isinf(rate) else math.ceil(min(transfer.left / rate, LAST))
             self._events.at(now + takes, self._end, transfer, transfer.version)
 
     def _end(self, transfer: Transfer, version: int) -> None:

@@ -70,11 +70,12 @@ def test_a_log_that_never_varies_has_a_fit_and_a_likeness() -> None:
 
 def test_a_log_without_times_or_of_one_moment_has_no_arrivals() -> None:
     at_once = [TraceRecord(arrival_s=0.0, input_tokens=5, output_tokens=5)] * 3
-    for records in (without_times(log(50)), at_once):
+    for records, why in ((without_times(log(50)), "has no times"), (at_once, "arrive at one time")):
         fit = fit_log(records)
         assert fit.arrivals is None
-        with pytest.raises(ConfigError, match="no times to take the variation"):
+        with pytest.raises(ConfigError, match=why):
             synthetic(fit, records, num_requests=5)
+    assert sentence(fit_log(at_once)).startswith("3 requests at one time; prompts")
 
 
 def test_a_fit_is_said_in_one_line() -> None:

@@ -84,6 +84,12 @@ def test_kv_of_a_token() -> None:
         ({"num_key_value_heads": 5}, "32 query heads cannot be shared among 5"),
         ({"use_sliding_window": True}, "sliding window"),
         ({"word_embed_proj_dim": 512}, "projected embedding"),
+        ({"num_local_experts": 8}, "num_local_experts = 8: a model with experts"),
+        ({"num_experts": 128}, "num_experts = 128: a model with experts"),
+        ({"n_routed_experts": 160}, "n_routed_experts = 160: a model with experts"),
+        ({"num_experts_per_tok": 2}, "num_experts_per_tok = 2: a model with experts"),
+        ({"tie_word_embeddings": "false"}, "tie_word_embeddings = 'false'; it must be true or false"),
+        ({"tie_word_embeddings": 1}, "tie_word_embeddings = 1; it must be true or false"),
     ],
 )
 def test_what_cannot_be_modelled_is_named(change: dict[str, Any], said: str) -> None:

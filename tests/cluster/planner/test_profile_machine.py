@@ -11,6 +11,7 @@ import pytest
 from diphase.cluster.cli import main
 from diphase.cluster.config import load
 from diphase.cluster.load.report import write_json
+from diphase.cluster.planner.hardware import MOST
 from diphase.cluster.planner.machines import Parallel, feasible_parallels
 from diphase.cluster.planner.placement import Placement, Pool, build
 from diphase.cluster.planner.prediction import deployment_of
@@ -90,6 +91,11 @@ def test_a_worker_takes_one_slot() -> None:
     assert feasible_parallels(machine, 8, max_pp=4) == [Parallel()]
     with pytest.raises(ConfigError, match="tp 2"):
         machine.kv_tokens(Parallel(2))
+
+
+def test_bytes_that_took_no_time_go_over_the_quickest_link() -> None:
+    quick = ProfileMachine(profiled(serving=replace(SERVING, handoff_bytes_per_s=float("inf"))), slots=2)
+    assert quick.hardware.inter_node_gb_per_s == MOST
 
 
 def test_a_profile_without_serving_is_refused() -> None:

@@ -13,6 +13,7 @@ from diphase.decode_workers.config import DecodeSchedulerConfig
 from diphase.proto.errors import ConfigError
 from diphase.proto.slo import Slo
 from diphase.router.config import RouterConfig
+from diphase.router.latency_model import Coefficients
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -200,6 +201,16 @@ def test_a_run_ends_early_when_too_many_are_cut() -> None:
     config = SimulationConfig(most_missed=1)
     simulation = run(cluster, [(900 * MS, 300, 400)] * 5, config)[1]
     assert [request.truncated for request in simulation.requests] == [True, True, False, False, False]
+
+
+@pytest.mark.parametrize("bandwidth", [1e-12, 1e-308])
+def test_what_would_take_an_age_is_not_served(bandwidth: float) -> None:
+    slow = deployment(prefill_worker(), decode_worker(), bandwidth=bandwidth)
+    result, _ = run(slow, [(0, 100, 1), (0, 100, 5), (2**63, 100, 1)])
+    assert np.isfinite(result.ttft_ms).tolist() == [True, False, False]
+    age = deployment(colocated_worker(steps=Coefficients(1e10, 0.0, 0.0, 0.0, 0.0)))
+    result, _ = run(age, [(0, 100, 5)])
+    assert np.isinf(result.ttft_ms).all()
 
 
 def test_deployments_that_cannot_serve_are_refused_by_name() -> None:

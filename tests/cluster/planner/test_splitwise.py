@@ -77,6 +77,12 @@ def test_too_few_runs_missing_files_and_bad_rows_are_named(tmp_path: Path) -> No
     write(tmp_path, HEADER + run(512, 1).replace(",512,", ",-5,"))
     with pytest.raises(ConfigError, match="line 2 is malformed: -5"):
         read_splitwise(tmp_path)
+    (tmp_path / FILE).write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ConfigError, match=r"perf_model\.csv cannot be read: 'utf-8' codec"):
+        read_splitwise(tmp_path)
+    write(tmp_path, HEADER + "m," + "x" * 200_000)
+    with pytest.raises(ConfigError, match="is malformed: field larger than"):
+        read_splitwise(tmp_path)
 
 
 def test_published_runs_keep_the_laws(data: Path) -> None:
