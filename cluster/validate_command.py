@@ -22,6 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from ..checkpoints.lookup import resolve
 from ..proto.errors import ConfigError, InternalError
 from ..proto.slo import Slo
 from ..proto.slo import Verdict as SloVerdict
@@ -55,6 +56,7 @@ ALL_AT_ONCE = 1e4
 WARM_UP = 5
 PART = 20
 """Requests between two looks at the machine's speed."""
+MOST_REQUESTS = 10_000
 REQUEST_S = 900.0
 """Longest life of one request."""
 
@@ -91,17 +93,15 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         ConfigError: an option is wrong, or the profile does not hold for this configuration.
+        CheckpointError: there is no such model.
         InternalError: the cluster failed.
     """
     console = Console()
     machine = OneMachine(args, args.placement)
-    profile = load_profile(args.profile)
-    if profile.serving == ServingCost():
-        raise ConfigError(
-            f"the profile {args.profile} does not say what serving and hand-offs cost; make one with "
-            "`diphase profile` and without --engine-only"
-        )
+    profile = _profile(args.profile, machine.config.model.name)
     check_output(args.output)
+    if not 1 <= args.requests <= MOST_REQUESTS:
+        raise ConfigError(f"--requests {args.requests} is out of range; use 1 to {MOST_REQUESTS}")
     workload = WorkloadConfig(
         num_requests=args.requests,
         arrivals=Arrivals.POISSON,
@@ -110,13 +110,12 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     records = load_trace(args.trace, data_folder(args.data, os.environ))
-    default = machine.config.slo.slo()
-    slo = replace(
-        default,
-        ttft_ms=default.ttft_ms if args.ttft_ms is None else args.ttft_ms,
-        tpot_ms=default.tpot_ms if args.tpot_ms is None else args.tpot_ms,
-    )
+    slo = _slo(args, machine.config.slo.slo())
     asked = rates_from(args.rates)
+    # What does not fit is said before anything is started.
+    deployment_of(machine.config, profile)
+    plan_arrivals(workload, records, profile.engine.context_length, 1.0)
+    resolve(machine.config.model.name)
     with speed_probe(machine.config) as probe:
         task = _Task(
             machine=machine, profile=profile, workload=workload, records=records, slo=slo, probe=probe
@@ -147,6 +146,29 @@ def run(args: argparse.Namespace) -> int:
     return 0 if verdict.inside else 1
 
 
+def _profile(path: Path, model: str) -> Profile:
+    profile = load_profile(path)
+    if profile.serving == ServingCost():
+        raise ConfigError(
+            f"the profile {path} does not say what serving and hand-offs cost; make one with "
+            "`diphase profile` and without --engine-only"
+        )
+    if profile.engine.model != model:
+        raise ConfigError(
+            f"the profile {path} is of the model {profile.engine.model}, not of {model}; "
+            f"make one with `diphase profile --model {model}`"
+        )
+    return profile
+
+
+def _slo(args: argparse.Namespace, default: Slo) -> Slo:
+    return replace(
+        default,
+        ttft_ms=default.ttft_ms if args.ttft_ms is None else args.ttft_ms,
+        tpot_ms=default.tpot_ms if args.tpot_ms is None else args.tpot_ms,
+    )
+
+
 def rates_of(result: SimResult) -> list[float]:
     """Shares of what was served of a queue that never empties; what it had no room for was not.
 
@@ -169,7 +191,7 @@ def rates_from(text: str) -> list[float]:
     except ValueError:
         raise ConfigError(f"--rates {text!r} is no list of numbers such as 0.5,1,2") from None
     if any(not 0.0 < rate < 1e6 for rate in rates):
-        raise ConfigError(f"--rates {text}: use requests a second above 0")
+        raise ConfigError(f"--rates {text}: use requests a second above 0 and below a million")
     return rates
 
 
@@ -191,7 +213,6 @@ class _Task:
 
     async def validate(self, rates: Sequence[float], console: Console) -> list[Validation]:
         """One cluster, one run a rate."""
-        deployment_of(self.machine.config, self.profile)  # one that does not fit is said before the start
         validations = []
         with tempfile.TemporaryDirectory(prefix="diphase-validate-") as folder:
             async with self.machine.serving(Path(folder) / "serve.log") as (stub, shape):

@@ -52,7 +52,13 @@ TRACES: Mapping[str, TraceFile] = {
 
 
 def data_folder(option: str | None, environ: Mapping[str, str]) -> Path:
-    """Where traces lie: the option, else DIPHASE_DATA, else `../shared/data` beside the repository."""
+    """Where traces lie: the option, else DIPHASE_DATA, else `../shared/data` beside the repository.
+
+    Raises:
+        ConfigError: the option is empty.
+    """
+    if option == "":
+        raise ConfigError("--data is empty; name the folder of the traces, or leave it out")
     given = option or environ.get(DATA_VARIABLE)
     if given:
         return Path(given)

@@ -50,7 +50,9 @@ class Node:
             if not LEAST <= value <= MOST:
                 raise ConfigError(f"{item.name} is {value:g} and out of range; use {LEAST:g} to {MOST:g}")
         if not 0.0 < self.handoff_s <= MOST_HANDOFF_S:
-            raise ConfigError(f"handoff_s is {self.handoff_s}; use more than 0, and at most {MOST_HANDOFF_S:g} s")
+            raise ConfigError(
+                f"handoff_s is {self.handoff_s}; use more than 0, and at most {MOST_HANDOFF_S:g} s"
+            )
         if self.link_share > 1.0:
             raise ConfigError(f"link_share is {self.link_share:g}; it is a share of the link, at most 1")
 

@@ -111,7 +111,7 @@ def test_a_profile_that_is_not_there_is_said(capsys: pytest.CaptureFixture[str])
 def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    there, given = tmp_path / "profile.json", ["--model", "dummy:tiny"]
+    there, given = tmp_path / "profile.json", ["--model", "test"]
     write_json(there, replace(profile(), serving=ServingCost(first_token_s=0.01)).to_dict())
     given += ["--profile", str(there)] if command == "validate" else []
     for output, why in ((tmp_path, "Is a directory"), (there / "x", "File exists|Not a directory")):
@@ -119,9 +119,40 @@ def test_where_nothing_can_be_written_is_said_before_anything_is_measured(
         assert re.search(f"--output {output} cannot be written: ({why})", capsys.readouterr().err)
 
 
-def test_one_round_is_no_profile(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["profile", "--rounds", "1"]) == 2
-    assert "--rounds 1; use 2 or more" in capsys.readouterr().err
+@pytest.mark.parametrize("rounds", ["1", "1000000000"])
+def test_one_round_is_no_profile_and_a_billion_are_none_either(
+    rounds: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profile", "--rounds", rounds]) == 2
+    assert f"--rounds {rounds} is out of range; use 2 to 100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ((), "there is no model 'test'"),
+        (("--model", "dummy:tiny"), "is of the model test, not of dummy:tiny"),
+        (("--requests", "1000000000"), "--requests 1000000000 is out of range; use 1 to 10000"),
+        (("--mean-input", "100000000"), "a mean of 1e+08 tokens cannot fit"),
+        (("--rates", "1e9"), "above 0 and below a million"),
+        (("--ttft-ms", "nan"), "slo.ttft_ms = nan"),
+        (("--data", ""), "--data is empty"),
+    ],
+)
+def test_what_cannot_be_validated_is_said_before_an_engine_is_started(
+    more: tuple[str, ...],
+    message: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(validate_command, "speed_probe", pytest.fail)
+    there, log = tmp_path / "profile.json", tmp_path / "log.csv"
+    write_json(there, replace(profile(), serving=ServingCost(first_token_s=0.01)).to_dict())
+    log.write_text("prompt_tokens,output_tokens\n" + "100,10\n" * 20)
+    given = ["--model", "test", "--profile", str(there), "--output", str(tmp_path / "out.json")]
+    assert main(["validate", *given, "--trace", str(log), *more]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_the_command_line_loads_no_torch() -> None:

@@ -40,7 +40,11 @@ def test_one_of_ones_own_is_read_by_its_path(tmp_path: Path) -> None:
         ("hbm_gb_per_s = 3350.0", "hbm_gb_per_s = 1e-300", "hbm_gb_per_s is 1e-300 and out of range"),
         ("power_w = 700.0", "power_w = 700.0\nlink_share = 1.5", "link_share is 1.5; it is a share"),
         ("power_w = 700.0", "power_w = 700.0\nhandoff_s = 1e9", "handoff_s is 1000000000.0; use more than 0"),
-        ("price_per_hour = 4.75", "price_per_hour = 1e8", r"price_per_hour is 1e\+08; use 0.001 to 1,000,000"),
+        (
+            "price_per_hour = 4.75",
+            "price_per_hour = 1e8",
+            r"price_per_hour is 1e\+08; use 0.001 to 1,000,000",
+        ),
         ("power_w = 700.0", 'power_w = "700"', "power_w"),
         ('name = "H100-SXM"', 'name = ""', "name is empty"),
         ("power_w = 700.0", "power_w = ", "not valid TOML"),
