@@ -16,7 +16,8 @@ from ..load.search import TARGET
 from .bounds import MOST_BATCH, chunk_times, lone_prefill_s, lone_token_s, saturating_tokens
 from .fleet import GpuType
 from .goodput import Objectives
-from .phase_rates import Kind, PhaseRates
+from .phase_rates import PhaseRates
+from .placement import Kind
 from .sim_workload import Lengths
 
 USUAL_SHARE = 0.5

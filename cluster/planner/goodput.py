@@ -97,6 +97,8 @@ class Question:
     definitions: tuple[Definition, ...] = (Definition.BOTH,)
     policy: str = ROUTER.policy
     """Of the router: who chooses the workers of a request."""
+    incidents: tuple[Incident, ...] = ()
+    """Of each run."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.guess < math.inf or not self.ceiling > 0.0:
@@ -244,6 +246,7 @@ def _search(
                 rate,
                 pattern,
                 whole=False,
+                incidents=question.incidents,
                 policy=question.policy,
             )
         return served(runs[rate], question.objectives, definition)

@@ -20,8 +20,8 @@ from ...router.step_time import StepTime
 from .deployment import Deployment, WorkerSpec
 from .goodput import PUBLISHED_HIGH, PUBLISHED_STEP, Objectives, published_goodput
 from .machines import Machine, Parallel, divisors, feasible_parallels
-from .phase_rates import FirstTokens, FreeStepTime, Kind, PhaseRates, measure_phases
-from .placement import Placement, Pool
+from .phase_rates import FreeStepTime, PhaseRates, alone, measure_phases
+from .placement import Kind, Placement, Pool
 from .search import Candidate, Found, Task, best_of, ranked, simulated
 from .sim_workload import Workload
 from .topology import free_topology
@@ -48,16 +48,13 @@ class Published:
     """Whether there are as many decode workers as prefill workers."""
 
     def placement(self, prefills: int, decodes: int) -> Placement:
-        return Placement(
-            prefill=Pool(count=prefills, parallel=self.prefill),
-            decode=Pool(count=decodes, parallel=self.decode),
-        )
+        pools = Pool(Kind("prefill", self.prefill), prefills), Pool(Kind("decode", self.decode), decodes)
+        return Placement(pools)
 
     def rate(self, placement: Placement) -> float:
         """Requests/s of the placement by its workers alone."""
-        assert placement.prefill is not None  # both are there
-        assert placement.decode is not None
-        return min(placement.prefill.count * self.prefill_rate, placement.decode.count * self.decode_rate)
+        each = {"prefill": self.prefill_rate, "decode": self.decode_rate}
+        return min(pool.count * each[pool.worker.role] for pool in placement.pools)
 
     def serving(self, rate: float) -> Placement:
         """As many workers as the rate needs."""
@@ -200,13 +197,9 @@ def _best_phase(
     parallels = task.parallels()
     most = task.nodes * task.gpus_per_node - min(parallel.gpus for parallel in parallels)
     parallels = [parallel for parallel in parallels if parallel.gpus <= most]
-    alone = Objectives(
-        ttft_ms=task.objectives.ttft_ms if role == "prefill" else math.inf,
-        tpot_ms=task.objectives.tpot_ms if role == "decode" else math.inf,
-    )
-    workload = FirstTokens(task.workload) if role == "prefill" else task.workload
+    workload, objectives = alone(task.workload, task.objectives, role)
     bisections = [
-        _bisection(task, _alone(task.machine, parallel, role), (Kind(role, parallel),), workload, alone)
+        _bisection(task, _alone(task.machine, parallel, role), (Kind(role, parallel),), workload, objectives)
         for parallel in parallels
     ]
     rates: list[float] = list(mapped(_bisect, bisections))  # type: ignore[call-overload]
@@ -237,27 +230,26 @@ def search_published(task: Task, algorithm: str, mapped: Callable[..., object] =
         task.machine, task.workload, task.objectives, asked.parallels(), mapped, roles=("colocated",)
     )
     asked = replace(asked, phases=phases)
-    chosen, said = _chosen(task, algorithm, asked, mapped)
-    candidates = simulated(task, phases, chosen, mapped)
+    chosen, said = _chosen(task, algorithm, asked, phases, mapped)
+    candidates = simulated(task, chosen, mapped)
     if chosen and candidates[0].rate <= 0.0:
         candidates, said = [], f"{said}; without them it serves none"
     beside = best_of(task, phases, mapped).candidates[:1]
     if not candidates and not beside:
-        return Found(candidates=(), others=(), phases=phases, sentence=said)
+        return Found(candidates=(), phases={"": phases}, sentence=said)
     best = ranked([*candidates, *beside], task.rate)
     if best[0] not in candidates:
         said += "; colocated workers serve no less, and are planned instead"
     return Found(
         candidates=tuple(best),
-        others=(),
-        phases=phases,
+        phases={"": phases},
         sentence=said,
         reached=task.rate is None or best[0].rate >= task.rate,
     )
 
 
 def _chosen(
-    task: Task, algorithm: str, asked: PublishedTask, mapped: Callable[..., object]
+    task: Task, algorithm: str, asked: PublishedTask, phases: PhaseRates, mapped: Callable[..., object]
 ) -> tuple[list[Candidate], str]:
     """(the algorithm's choice, if it has one, replicated; what is said of it)."""
     found = ALGORITHMS[algorithm](asked, mapped)
@@ -270,7 +262,7 @@ def _chosen(
         return [], f"a pair that {algorithm} chose does not fit {task.gpus} GPUs"
     expected = found.rate(placement)
     said = f"{algorithm} chose {placement} for {expected:.3g} requests/s with DistServe's simplifications"
-    return [Candidate(placement=placement, expected=expected)], said
+    return [Candidate(placement=placement, expected=expected, bound=phases.bound(placement))], said
 
 
 def _alone(machine: Machine, parallel: Parallel, role: str) -> Deployment:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from diphase.cluster.load.workload import WorkloadConfig
-from diphase.cluster.planner.explain import MOST_GAIN, Part, Relaxation, relaxations, strongest
+from diphase.cluster.planner.explain import MOST_GAIN, Relaxation, relaxations, strongest
 from diphase.cluster.planner.goodput import Answer, Definition, Estimate, Objectives
 from diphase.cluster.planner.hardware import load_hardware
 from diphase.cluster.planner.machines import Parallel, RooflineMachine
 from diphase.cluster.planner.model_shape import load_model_shape
-from diphase.cluster.planner.placement import Placement, Pool, build
-from diphase.cluster.planner.search import Task
+from diphase.cluster.planner.placement import Kind, Placement, Pool
+from diphase.cluster.planner.search import Candidate, Task
 from diphase.cluster.planner.sim_workload import SimWorkload
 
 TASK = Task(
@@ -19,13 +19,13 @@ TASK = Task(
     gpus=1,
     seeds=(0,),
 )
-ONE = build(Placement(colocated=Pool(count=1, parallel=Parallel(), budget=512)), TASK.machine)
+ONE = Placement((Pool(Kind("colocated", Parallel(), 512), 1),))
 
 
 def test_a_gain_that_was_tried_no_further_is_a_lower_bound() -> None:
     # Far below what the worker serves: everything seems to double it.
     answer = Answer(estimates={Definition.BOTH: Estimate(rates=(0.5,))}, count=60)
-    gains = relaxations(TASK, Part(deployment=ONE, times=1, count=60), answer)
+    gains = relaxations(TASK, Candidate(placement=ONE, expected=0.5, answer=answer))
     assert {gain.gain for gain in gains} == {MOST_GAIN}
     assert {gain.said for gain in gains} == {"≥ +100%"}
     assert strongest(gains).sentence == "25% more compute of prefill would serve ≥ +100% requests"

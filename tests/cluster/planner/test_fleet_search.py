@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.workload import WorkloadConfig
-from diphase.cluster.planner.fleet import Budget, Fleet, FleetPool, GpuType, build_fleet
+from diphase.cluster.planner.fleet import Budget, GpuType
 from diphase.cluster.planner.fleet_loads import buckets, load_kinds, rate_bound
 from diphase.cluster.planner.fleet_search import FleetTask, Shape, fleet_search
 from diphase.cluster.planner.goodput import Objectives
@@ -14,7 +14,7 @@ from diphase.cluster.planner.hardware import load_hardware
 from diphase.cluster.planner.machines import Parallel, RooflineMachine
 from diphase.cluster.planner.model_shape import load_model_shape
 from diphase.cluster.planner.phase_rates import PhaseRates, measure_phases
-from diphase.cluster.planner.placement import Placement, Pool, build
+from diphase.cluster.planner.placement import Kind, Placement, Pool, build
 from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.proto.errors import ConfigError
 
@@ -49,17 +49,19 @@ TASK = FleetTask(
 ONE = Parallel()
 
 
-def pool(role: str, of: GpuType, count: int = 1, budget: int = 0) -> FleetPool:
-    return FleetPool(role=role, gpu=of, pool=Pool(count=count, parallel=ONE, budget=budget))
+def pair(prefills: int, decodes: int) -> Placement:
+    """On the faster GPUs and on the slower ones."""
+    prefill, decode = Kind("prefill", ONE), Kind("decode", ONE)
+    return Placement((Pool(prefill, prefills, H100.name), Pool(decode, decodes, A100.name)))
 
 
-PAIR = Fleet(pools=(pool("prefill", H100, 2), pool("decode", A100)))
+PAIR = pair(2, 1)
 
 
 def test_a_fleet_costs_what_its_gpus_do() -> None:
-    assert PAIR.takes("cost") == pytest.approx(2 * 4.75 + 2.20)
-    assert PAIR.takes("power") == 2 * 700.0 + 400.0
-    assert (PAIR.gpus, PAIR.workers, PAIR.kind, PAIR.types) == (
+    assert TASK.takes(PAIR) == pytest.approx(2 * 4.75 + 2.20)
+    assert TASK.takes(PAIR, "power") == 2 * 700.0 + 400.0
+    assert (PAIR.gpus, PAIR.workers, PAIR.kind, PAIR.hardware) == (
         3,
         3,
         "disaggregated",
@@ -68,7 +70,7 @@ def test_a_fleet_costs_what_its_gpus_do() -> None:
 
 
 def test_each_worker_has_its_types_step_time_and_link() -> None:
-    deployment = build_fleet(PAIR)
+    deployment = build(PAIR, TASK.machines)
     first, _, third = deployment.workers
     assert first.step_time is H100.machine.step_time(ONE)
     assert third.step_time is A100.machine.step_time(ONE)
@@ -80,18 +82,16 @@ def test_each_worker_has_its_types_step_time_and_link() -> None:
 
 
 def test_a_fleet_of_one_type_is_the_placement() -> None:
-    placement = Placement(prefill=Pool(count=2, parallel=Parallel(2)), decode=Pool(count=1, parallel=ONE))
-    plain = build(placement, H100.machine)
-    assert build_fleet(Fleet.of(placement, H100)) == plain
+    placement = Placement((Pool(Kind("prefill", Parallel(2)), 2), Pool(Kind("decode", ONE), 1)))
+    plain = build(placement, {"": H100.machine})
+    assert build(placement.on(H100.name), TASK.machines) == plain
     prefill, _, decode = plain.topology.bandwidths
     assert prefill == 2 * decode == 2 * 450e9 * H100.hardware.link_share  # its own GPUs together
     assert set(plain.topology.paths) == {(0, 2), (1, 2)}
 
 
 def test_equal_parts_of_a_fleet_are_simulated_once() -> None:
-    fleet = Fleet(pools=(pool("prefill", H100, 4), pool("decode", A100, 8)))
-    part, times = fleet.part()
-    assert (part.workers, times) == (6, 2)
+    assert pair(4, 8).part() == (pair(2, 4), 2)
     assert PAIR.part() == (PAIR, 1)
 
 
@@ -143,7 +143,7 @@ def test_a_packing_stays_within_budget_and_numbers(phases: dict[str, PhaseRates]
     task = replace(TASK, budget=Budget(measure="power"))
     packing = shape.packed(task, 10.0)
     assert packing is not None
-    assert packing.cost == shape.fleet(packing).takes("power")
+    assert packing.cost == task.takes(shape.placement(packing))
     assert shape.packed(replace(task, budget=Budget(measure="power", most=packing.cost - 1.0)), 10.0) is None
     assert shape.packed(task, 1e5) is None  # more than the GPUs that there are
 
@@ -151,13 +151,13 @@ def test_a_packing_stays_within_budget_and_numbers(phases: dict[str, PhaseRates]
 def test_a_budget_buys_the_fleet_that_serves_most() -> None:
     found = fleet_search(TASK)
     best = found.candidates[0]
-    assert best.takes <= 7.0
+    assert TASK.takes(best.placement) <= 7.0
     assert set(found.alone) == {"h100-sxm", "a100-sxm-80gb"}
     for other in found.candidates:
-        assert other.takes <= 7.0
+        assert TASK.takes(other.placement) <= 7.0
         assert best.rate >= 0.97 * other.rate
     # Seven dollars are one H100, three A100, which are too slow for long prompts, or one of each.
-    assert set(best.fleet.types) == {"h100-sxm", "a100-sxm-80gb"}
+    assert set(best.placement.hardware) == {"h100-sxm", "a100-sxm-80gb"}
     alone = found.alone["h100-sxm"]
     assert alone is not None
     assert best.rate > 1.2 * alone.rate
@@ -171,10 +171,11 @@ def test_a_rate_is_served_for_the_least() -> None:
     assert found.reached
     best = found.candidates[0]
     assert best.rate >= 15.0
-    assert best.takes == min(c.takes for c in found.candidates if c.rate >= 15.0) == 4.75
+    takes = [task.takes(c.placement) for c in found.candidates if c.rate >= 15.0]
+    assert task.takes(best.placement) == min(takes) == 4.75
     both = fleet_search(replace(task, rate=27.0))  # more than either GPU serves alone
     assert both.reached
-    assert len(both.candidates[0].fleet.types) == 2
+    assert len(both.candidates[0].placement.hardware) == 2
     beyond = fleet_search(replace(task, rate=1e3))
     assert not beyond.reached
     assert beyond.candidates[0].rate >= 27.0

@@ -12,7 +12,7 @@ from diphase.cluster.cli import main
 from diphase.cluster.config import load
 from diphase.cluster.load.report import write_json
 from diphase.cluster.planner.machines import Parallel, feasible_parallels
-from diphase.cluster.planner.placement import Placement, Pool, build
+from diphase.cluster.planner.placement import Kind, Placement, Pool, build
 from diphase.cluster.planner.prediction import deployment_of
 from diphase.cluster.planner.profile import Profile, ServingCost, Slowdown, load_profile
 from diphase.cluster.planner.profile_machine import ProfileMachine
@@ -61,8 +61,9 @@ def test_a_plan_from_a_profile_is_a_configuration_that_the_profile_holds_for(
 
 
 def test_what_is_simulated_is_what_the_validation_simulates() -> None:
-    machine, pool = ProfileMachine(profiled(cores=1), slots=2), Pool(count=1, parallel=Parallel())
-    ours = build(Placement(prefill=pool, decode=pool), machine)
+    machine = ProfileMachine(profiled(cores=1), slots=2)
+    pools = tuple(Pool(Kind(role, Parallel()), 1) for role in ("prefill", "decode"))
+    ours = build(Placement(pools), {"": machine})
     config = load(None, ["pools.prefill.workers=1"], random.Random(0))
     theirs = deployment_of(config, profiled())
     # Plans hand every prompt over whole.
