@@ -5,27 +5,24 @@ from __future__ import annotations
 from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.explain import MOST_GAIN, Relaxation, relaxations, strongest
 from diphase.cluster.planner.goodput import Answer, Definition, Estimate, Objectives
-from diphase.cluster.planner.hardware import load_hardware
-from diphase.cluster.planner.machines import Parallel, RooflineMachine
-from diphase.cluster.planner.model_shape import load_model_shape
-from diphase.cluster.planner.placement import Kind, Placement, Pool
 from diphase.cluster.planner.search import Candidate, Task
 from diphase.cluster.planner.sim_workload import SimWorkload
 
+from .placements import colocated, roofline
+
 TASK = Task(
-    machine=RooflineMachine(load_model_shape("llama3.1-8b"), load_hardware("h100-sxm")),
+    machine=roofline(),
     workload=SimWorkload(config=WorkloadConfig(num_requests=60, mean_input=512, mean_output=4)),
     objectives=Objectives(ttft_ms=200.0, tpot_ms=20.0),
     gpus=1,
     seeds=(0,),
 )
-ONE = Placement((Pool(Kind("colocated", Parallel(), 512), 1),))
 
 
 def test_a_gain_that_was_tried_no_further_is_a_lower_bound() -> None:
     # Far below what the worker serves: everything seems to double it.
     answer = Answer(estimates={Definition.BOTH: Estimate(rates=(0.5,))}, count=60)
-    gains = relaxations(TASK, Candidate(placement=ONE, expected=0.5, answer=answer))
+    gains = relaxations(TASK, Candidate(placement=colocated(1), expected=0.5, answer=answer))
     assert {gain.gain for gain in gains} == {MOST_GAIN}
     assert {gain.said for gain in gains} == {"≥ +100%"}
     assert strongest(gains).sentence == "25% more compute of prefill would serve ≥ +100% requests"

@@ -10,14 +10,12 @@ from diphase.cluster.load.workload import Arrivals, WorkloadConfig
 from diphase.cluster.planner import failure_study
 from diphase.cluster.planner.failure_study import WINDOW, OutageQuestion, outage, outages, recovery
 from diphase.cluster.planner.goodput import Objectives
-from diphase.cluster.planner.hardware import load_hardware
-from diphase.cluster.planner.machines import Parallel, RooflineMachine
-from diphase.cluster.planner.model_shape import load_model_shape
-from diphase.cluster.planner.placement import Kind, Placement, Pool, build
+from diphase.cluster.planner.placement import build
 from diphase.cluster.planner.search import Task
 from diphase.cluster.planner.sim_workload import SimWorkload
 
 from .deployments import colocated_worker, decode_worker, deployment, prefill_worker
+from .placements import pair, roofline
 
 WORKLOAD = SimWorkload(
     config=WorkloadConfig(num_requests=100, arrivals=Arrivals.POISSON, mean_input=100, mean_output=20, seed=3)
@@ -97,11 +95,9 @@ def test_well_again_is_when_no_window_is_bad_any_more() -> None:
 
 
 def test_each_pool_loses_a_worker_at_the_rate_that_was_asked_for() -> None:
-    machine = RooflineMachine(load_model_shape("llama3.1-8b"), load_hardware("h100-sxm"))
-    pools = tuple(Pool(Kind(role, Parallel()), 1) for role in ("prefill", "decode"))
     task = Task(
-        machine=machine, workload=WORKLOAD, objectives=Objectives(ttft_ms=500.0, tpot_ms=30.0), gpus=2
+        machine=roofline(), workload=WORKLOAD, objectives=Objectives(ttft_ms=500.0, tpot_ms=30.0), gpus=2
     )
-    served = build(Placement(pools), task.machines)
+    served = build(pair(1, 1), task.machines)
     assert [(o.role, o.rate) for o in outages(task, served, 10.0, 1.0)] == [("prefill", 8.0), ("decode", 8.0)]
     assert {o.rate for o in outages(replace(task, rate=5.0), served, 10.0, 1.0)} == {5.0}

@@ -10,25 +10,19 @@ from diphase.cluster.planner.fleet import Budget, GpuType
 from diphase.cluster.planner.fleet_loads import buckets, load_kinds, rate_bound
 from diphase.cluster.planner.fleet_search import FleetTask, Shape, fleet_search
 from diphase.cluster.planner.goodput import Objectives
-from diphase.cluster.planner.hardware import load_hardware
-from diphase.cluster.planner.machines import Parallel, RooflineMachine
-from diphase.cluster.planner.model_shape import load_model_shape
+from diphase.cluster.planner.machines import Parallel
 from diphase.cluster.planner.phase_rates import PhaseRates, measure_phases
-from diphase.cluster.planner.placement import Kind, Placement, Pool, build
+from diphase.cluster.planner.placement import build
 from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.proto.errors import ConfigError
 
-MODEL = load_model_shape("llama3.1-8b")
+from .placements import pair, roofline
 
 
 def gpu(name: str, available: int = 4, model: str = "llama3.1-8b") -> GpuType:
-    hardware = load_hardware(name)
-    return GpuType(
-        name=name,
-        machine=RooflineMachine(load_model_shape(model), hardware),
-        available=available,
-        price_per_hour=hardware.price_per_hour,
-    )
+    machine = roofline(model, name)
+    price = machine.hardware.price_per_hour
+    return GpuType(name=name, machine=machine, available=available, price_per_hour=price)
 
 
 H100, A100 = gpu("h100-sxm"), gpu("a100-sxm-80gb")
@@ -47,15 +41,8 @@ TASK = FleetTask(
     seeds=(0,),
 )
 ONE = Parallel()
-
-
-def pair(prefills: int, decodes: int) -> Placement:
-    """On the faster GPUs and on the slower ones."""
-    prefill, decode = Kind("prefill", ONE), Kind("decode", ONE)
-    return Placement((Pool(prefill, prefills, H100.name), Pool(decode, decodes, A100.name)))
-
-
-PAIR = pair(2, 1)
+BOTH = (H100.name, A100.name)
+PAIR = pair(2, 1, on=BOTH)
 
 
 def test_a_fleet_costs_what_its_gpus_do() -> None:
@@ -82,7 +69,7 @@ def test_each_worker_has_its_types_step_time_and_link() -> None:
 
 
 def test_a_fleet_of_one_type_is_the_placement() -> None:
-    placement = Placement((Pool(Kind("prefill", Parallel(2)), 2), Pool(Kind("decode", ONE), 1)))
+    placement = pair(2, 1, tp=(2, 1))
     plain = build(placement, {"": H100.machine})
     assert build(placement.on(H100.name), TASK.machines) == plain
     prefill, _, decode = plain.topology.bandwidths
@@ -91,7 +78,7 @@ def test_a_fleet_of_one_type_is_the_placement() -> None:
 
 
 def test_equal_parts_of_a_fleet_are_simulated_once() -> None:
-    assert pair(4, 8).part() == (pair(2, 4), 2)
+    assert pair(4, 8, on=BOTH).part() == (pair(2, 4, on=BOTH), 2)
     assert PAIR.part() == (PAIR, 1)
 
 

@@ -7,17 +7,16 @@ import pytest
 from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.goodput import Answer, Definition, Estimate, Objectives
-from diphase.cluster.planner.hardware import load_hardware
-from diphase.cluster.planner.machines import Parallel, RooflineMachine, check_parallel, feasible_parallels
-from diphase.cluster.planner.model_shape import load_model_shape
+from diphase.cluster.planner.machines import Parallel, check_parallel, feasible_parallels
 from diphase.cluster.planner.phase_rates import PhaseRates, measure_phases
-from diphase.cluster.planner.placement import Kind, Placement, Pool, build
+from diphase.cluster.planner.placement import Kind, Placement, build
 from diphase.cluster.planner.search import Candidate, Task, proposals, ranked, search
 from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.proto.errors import ConfigError
 
-SMALL = RooflineMachine(load_model_shape("llama3.1-8b"), load_hardware("h100-sxm"))
-LARGE = RooflineMachine(load_model_shape("llama3.1-70b"), load_hardware("h100-sxm"))
+from .placements import colocated, pair, roofline
+
+SMALL, LARGE = roofline("llama3.1-8b"), roofline("llama3.1-70b")
 WORKLOAD = SimWorkload(config=WorkloadConfig(num_requests=60, mean_input=1024, mean_output=4))
 TASK = Task(
     machine=SMALL,
@@ -29,10 +28,6 @@ TASK = Task(
 PREFILL, DECODE = Kind("prefill", Parallel()), Kind("decode", Parallel())
 COLOCATED = Kind("colocated", Parallel(), 512)
 PHASES = PhaseRates(rates={PREFILL: 2.0, DECODE: 6.0, COLOCATED: 1.0})
-
-
-def pair(prefills: int, decodes: int) -> Placement:
-    return Placement((Pool(PREFILL, prefills), Pool(DECODE, decodes)))
 
 
 def test_colocated_wins_where_its_own_simulation_says_so() -> None:
@@ -95,8 +90,7 @@ def _candidate(placement: Placement, rate: float) -> Candidate:
 
 
 def test_ties_go_to_fewer_gpus_then_to_no_hand_off() -> None:
-    three, two = (Placement((Pool(COLOCATED, count),)) for count in (3, 2))
-    one_each = pair(1, 1)
+    three, two, one_each = colocated(3), colocated(2), pair(1, 1)
     order = ranked([_candidate(three, 10.1), _candidate(one_each, 10.0), _candidate(two, 10.0)], None)
     assert [candidate.placement for candidate in order] == [two, one_each, three]
     assert ranked([_candidate(three, 11.0), _candidate(one_each, 10.0)], None)[0].placement == three
@@ -134,8 +128,7 @@ def test_too_few_gpus_are_named() -> None:
 
 
 def test_every_pool_has_the_room_of_its_own_workers() -> None:
-    pools = Pool(Kind("prefill", Parallel(4)), 1), Pool(Kind("decode", Parallel(2)), 1)
-    first, second = build(Placement(pools), {"": LARGE}).workers
+    first, second = build(pair(1, 1, tp=(4, 2)), {"": LARGE}).workers
     assert first.num_blocks == LARGE.kv_tokens(Parallel(4)) // 16
     assert second.num_blocks == LARGE.kv_tokens(Parallel(2)) // 16
     assert first.num_blocks > 2 * second.num_blocks

@@ -12,7 +12,6 @@ from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.goodput import Objectives
 from diphase.cluster.planner.machines import Parallel
-from diphase.cluster.planner.placement import Kind, Placement, Pool
 from diphase.cluster.planner.plan_report import Plan, text
 from diphase.cluster.planner.search import Task
 from diphase.cluster.planner.search_distserve import (
@@ -24,6 +23,8 @@ from diphase.cluster.planner.search_distserve import (
 )
 from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.proto.errors import ConfigError
+
+from .placements import pair
 
 ONE, TWO = Parallel(1), Parallel(2)
 
@@ -89,7 +90,7 @@ def test_the_choice_is_judged_without_the_simplifications(data: Path, algorithm:
     found = search_published(plan(data), algorithm)
     chosen, colocated = found.candidates
     assert colocated.placement.kind == "colocated"
-    assert chosen.placement == Placement((Pool(Kind("prefill", ONE), 1), Pool(Kind("decode", ONE), 1)))
+    assert chosen.placement == pair(1, 1)
     assert chosen.answer is not None
     assert 0.6 * chosen.expected < chosen.rate < 1.2 * chosen.expected
     assert f"{algorithm} chose" in found.sentence
