@@ -6,14 +6,14 @@ What binds is found by relaxing one thing at a time and searching the goodput an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...router.step_time import Line, StepShape, StepTime
 from ..load.search import TARGET, Goodput, Point, goodput
 from .bounds import Floor
 from .deployment import Deployment
-from .goodput import Objectives, Pattern, Question, answer_all, point, run_length, simulate
+from .goodput import Mapped, Objectives, Pattern, Question, answer_all, point, run_length, simulate
 from .machines import Parallel
 from .phase_rates import PhaseRates
 from .placement import Kind, Placement, Pool, build, colocated_budgets
@@ -156,9 +156,7 @@ def _quickest(floors: dict[Parallel, Floor]) -> tuple[Parallel, Floor]:
     return min(floors.items(), key=lambda item: (item[1].quantile_ms, item[0]))
 
 
-def binding(
-    asked: Asked, phases: PhaseRates | None, best: Candidate, mapped: Callable[..., object] = map
-) -> Binding:
+def binding(asked: Asked, phases: PhaseRates | None, best: Candidate, mapped: Mapped = map) -> Binding:
     """What binds the goodput of the chosen placement; with phases, which are of one type of GPU, it may be a
     floor."""
     gains = relaxations(asked, best, mapped)
@@ -166,9 +164,7 @@ def binding(
     return near or strongest(gains)
 
 
-def relaxations(
-    asked: Asked, candidate: Candidate, mapped: Callable[..., object] = map
-) -> tuple[Relaxation, ...]:
+def relaxations(asked: Asked, candidate: Candidate, mapped: Mapped = map) -> tuple[Relaxation, ...]:
     """What each thing relaxed alone would bring to a simulated candidate."""
     assert candidate.answer is not None  # it was simulated
     part, times = candidate.placement.part()
@@ -279,7 +275,7 @@ def _run_curve(run: _CurveRun) -> list[Point]:
     return [point(rate, result, run.objectives.scaled(factor, factor)) for factor in SLO_FACTORS]
 
 
-def curves(asked: Asked, candidates: Sequence[Candidate], mapped: Callable[..., object] = map) -> list[Curve]:
+def curves(asked: Asked, candidates: Sequence[Candidate], mapped: Mapped = map) -> list[Curve]:
     """Attainment over rate, and goodput over objectives, of each simulated candidate, at the same rates."""
     top = max(candidate.rate for candidate in candidates)
     runs: list[_CurveRun] = []
@@ -299,7 +295,7 @@ def curves(asked: Asked, candidates: Sequence[Candidate], mapped: Callable[..., 
             )
             for factor in RATE_FACTORS
         ]
-    judged: list[list[Point]] = list(mapped(_run_curve, runs))  # type: ignore[call-overload]
+    judged = list(mapped(_run_curve, runs))
     found: list[Curve] = []
     for i in range(0, len(judged), len(RATE_FACTORS)):
         columns = list(zip(*judged[i : i + len(RATE_FACTORS)], strict=True))

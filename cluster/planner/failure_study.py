@@ -7,7 +7,7 @@ The whole placement is simulated, not a part of it: the load of a lost worker is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from ...proto.errors import ConfigError
 from ..load.search import TARGET
 from .deployment import Deployment
 from .events import NS
-from .goodput import Objectives, Pattern, Question, answer, run_length, simulate
+from .goodput import Mapped, Objectives, Pattern, Question, answer, run_length, simulate
 from .incidents import Crash
 from .records import SimResult
 from .search import COARSE, Asked
@@ -113,7 +113,7 @@ def check_away(away_s: float) -> None:
 
 
 def outages(
-    asked: Asked, deployment: Deployment, goodput: float, away_s: float, mapped: Callable[..., object] = map
+    asked: Asked, deployment: Deployment, goodput: float, away_s: float, mapped: Mapped = map
 ) -> tuple[Outage, ...]:
     """Of one worker of each role of the deployment, which serves `goodput` requests/s."""
     rate = HEADROOM * goodput if asked.rate is None or asked.rate > goodput else asked.rate
@@ -132,7 +132,7 @@ def outages(
         )
         for role in dict.fromkeys(roles)
     ]
-    return tuple(mapped(outage, questions))  # type: ignore[arg-type]
+    return tuple(mapped(outage, questions))
 
 
 def outage(question: OutageQuestion) -> Outage:

@@ -8,7 +8,7 @@ of it. Deterministic. Knows no files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
@@ -16,11 +16,12 @@ from ...proto.errors import ConfigError
 from .bin_packing import Bin, Packing, pack
 from .fleet import Budget, GpuType
 from .fleet_loads import LoadedKind, load_kinds, rate_bound
-from .goodput import largest_rate
+from .goodput import Mapped, largest_rate
 from .machines import Machine, feasible_parallels
 from .phase_rates import PhaseRates
 from .placement import KINDS, Placement, Pool
 from .search import HOPELESS, TIE, Asked, Candidate, Found, Task, search, simulated
+from .sim_workload import usual_lengths
 
 BALANCES = ((1.0, 1.0), (1.25, 1.0), (1.0, 1.25))
 """Margins of prefill and of decode that are tried: a pool shares its load better or worse than one worker."""
@@ -81,7 +82,7 @@ class FleetTask(Asked):
         return takes <= self.budget.most * (1.0 + 1e-9)
 
 
-def fleet_search(task: FleetTask, mapped: Callable[..., object] = map) -> Found:
+def fleet_search(task: FleetTask, mapped: Mapped = map) -> Found:
     """
     Raises:
         ConfigError: the model fits no type, or the budget no worker.
@@ -183,7 +184,7 @@ class Shape:
         """Requests/s that the placement cannot exceed."""
         if task.workload.shares:
             return math.inf  # what is cached takes no time
-        lengths = task.workload.lengths(0, task.workload.most(task.workload.least))
+        lengths = usual_lengths(task.workload)
         counts = {(pool.hardware, pool.worker): pool.count for pool in placement.pools}
         bounds = []
         for kinds in self.phases:
@@ -213,7 +214,7 @@ def _found(wanted: _Wanted) -> tuple[float, Packing | None]:
 
 def shapes(task: FleetTask, phases: Mapping[str, PhaseRates]) -> list[Shape]:
     """Pairs of pools with every balance, and colocated workers."""
-    lengths = task.workload.lengths(0, task.workload.most(task.workload.least))
+    lengths = usual_lengths(task.workload)
     kinds = {
         role: tuple(load_kinds(task.by_name, phases, lengths, task.objectives, role))
         for role in ("prefill", "decode", "colocated")
@@ -228,7 +229,7 @@ def shapes(task: FleetTask, phases: Mapping[str, PhaseRates]) -> list[Shape]:
 
 
 def _several_types(
-    task: FleetTask, phases: Mapping[str, PhaseRates], best: float, mapped: Callable[..., object]
+    task: FleetTask, phases: Mapping[str, PhaseRates], best: float, mapped: Mapped
 ) -> list[Candidate]:
     """The best fleets of more than one type, with all seeds.
 
@@ -240,7 +241,7 @@ def _several_types(
     seen: dict[Placement, Candidate] = {}
     for _ in range(1 if task.rate is None else ROUNDS):
         asked = [_Wanted(task, shape, rate, best or task.rate or 1.0) for shape, rate in targets]
-        packed: list[tuple[float, Packing | None]] = list(mapped(_found, asked))  # type: ignore[call-overload]
+        packed = list(mapped(_found, asked))
         fleets = [
             (shape, rate, shape.placement(packing))
             for (shape, _), (rate, packing) in zip(targets, packed, strict=True)

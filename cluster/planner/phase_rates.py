@@ -6,7 +6,7 @@ The other phase costs nothing while one is judged alone. Knows no pools.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...decode_workers.config import DecodeSchedulerConfig
@@ -15,11 +15,11 @@ from ...router.step_time import Line, StepShape
 from ..load.search import TARGET
 from .bounds import Floor, decode_rate, prefill_rate, tpot_floor, ttft_floor
 from .deployment import ROLES, Deployment, WorkerSpec
-from .goodput import Answer, Objectives, Question, answer_all
+from .goodput import Answer, Mapped, Objectives, Question, answer_all
 from .machines import Limits, Machine, Parallel
 from .placement import Kind, Placement, Pool, build, colocated_budgets, worker_spec
 from .sim_request import SimRequest
-from .sim_workload import Workload
+from .sim_workload import Workload, usual_lengths
 from .topology import free_topology
 
 WORTH = 0.4
@@ -109,7 +109,7 @@ def bound_phases(
 ) -> PhaseRates:
     """Floors and bounds of all kinds; nothing is simulated."""
     found, chunk = PhaseRates(), machine.limits.chunk_budget
-    lengths = workload.lengths(0, workload.most(workload.least))
+    lengths = usual_lengths(workload)
     for parallel in parallels:
         step_time = machine.step_time(parallel)
         if not workload.shares:
@@ -128,7 +128,7 @@ def measure_phases(
     workload: Workload,
     objectives: Objectives,
     parallels: Sequence[Parallel],
-    mapped: Callable[..., object] = map,
+    mapped: Mapped = map,
     *,
     roles: Collection[str] = ROLES,
 ) -> PhaseRates:
@@ -183,12 +183,11 @@ def _question(
         deployment = build(Placement((Pool(kind, 1),)), {"": machine})
     else:
         own, limits = worker_spec(kind, machine), machine.limits
-        workers = (own, _free("decode", own.num_blocks, limits))
-        if kind.role == "decode":
-            workers = (_free("prefill", own.num_blocks, limits), own)
+        workers = {role: _free(role, own.num_blocks, limits) for role in ("prefill", "decode")}
+        workers[kind.role] = own
         workload, objectives = alone(workload, objectives, kind.role)
         deployment = Deployment(
-            workers=workers,
+            workers=tuple(workers.values()),
             block_size=limits.block_size,
             topology=free_topology([0], [1]),
             context_length=limits.context_length,

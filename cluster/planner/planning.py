@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from .explain import binding, curves, infeasible
 from .failure_study import outages
 from .fleet_search import FleetTask, fleet_search
+from .goodput import Mapped
 from .placement import build
 from .plan_report import SHOWN, Plan
 from .search import Found, Task, search
@@ -19,7 +18,7 @@ SEARCH = "search"
 def make_plan(
     task: Task | FleetTask,
     algorithm: str = SEARCH,
-    mapped: Callable[..., object] = map,
+    mapped: Mapped = map,
     *,
     away_s: float = 0.0,
 ) -> Plan:

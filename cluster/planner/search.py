@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from ...proto.errors import ConfigError
-from .goodput import ROUTER, Answer, Definition, Objectives, Question, answer_all
+from .goodput import ROUTER, Answer, Definition, Mapped, Objectives, Question, answer_all
 from .machines import Machine, feasible_parallels
 from .phase_rates import PhaseRates, measure_phases
 from .placement import KINDS, Kind, Placement, Pool, build
@@ -120,7 +120,7 @@ class Found:
         return (*self.candidates, *self.others)
 
 
-def search(task: Task, mapped: Callable[..., object] = map) -> Found:
+def search(task: Task, mapped: Mapped = map) -> Found:
     """
     Args:
         mapped: how questions are answered beside each other, such as an executor's map.
@@ -133,18 +133,16 @@ def search(task: Task, mapped: Callable[..., object] = map) -> Found:
     return best_of(task, phases, mapped)
 
 
-def best_of(task: Task, phases: PhaseRates, mapped: Callable[..., object] = map) -> Found:
+def best_of(task: Task, phases: PhaseRates, mapped: Mapped = map) -> Found:
     """The best placements of workers whose rates are known."""
     pool = list(proposals(phases, task.gpus, task.rate))
     found = _judge(task, phases, pool, mapped)
-    if task.rate is None:
-        return found
-    if any(candidate.rate >= task.rate for candidate in found.candidates):
+    if task.rate is None or any(candidate.rate >= task.rate for candidate in found.candidates):
         return found
     return replace(_judge(task, phases, list(proposals(phases, task.gpus, None)), mapped), reached=False)
 
 
-def _judge(task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Callable[..., object]) -> Found:
+def _judge(task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Mapped) -> Found:
     order = _order(task.rate)
     chosen: list[Candidate] = []
     for kind, count in JOINT.items():
@@ -155,11 +153,11 @@ def _judge(task: Task, phases: PhaseRates, pool: Sequence[Candidate], mapped: Ca
     joint = [candidate for candidate in joint if candidate.rate > 0.0]
     if not joint:
         return Found(candidates=(), phases={"": phases})
-    finalists = [next((c for c in joint if c.placement.kind == kind), None) for kind in JOINT]
+    best = {kind: next((c for c in joint if c.placement.kind == kind), None) for kind in JOINT}
     finalists = [
-        c for c in finalists if c and (c.placement.kind == "colocated" or c.rate >= FINAL * joint[0].rate)
+        c for kind, c in best.items() if c and (kind == "colocated" or c.rate >= FINAL * joint[0].rate)
     ]
-    final = simulated(task, [c for c in finalists if c], mapped)
+    final = simulated(task, finalists, mapped)
     others = tuple(candidate for candidate in joint if candidate not in finalists)
     return Found(candidates=tuple(ranked(final, task.rate)), others=others, phases={"": phases})
 
@@ -240,7 +238,7 @@ def ranked(candidates: Iterable[Candidate], rate: float | None) -> list[Candidat
 def simulated(
     asked: Asked,
     candidates: Sequence[Candidate],
-    mapped: Callable[..., object],
+    mapped: Mapped,
     floor: float | None = None,
 ) -> list[Candidate]:
     """The candidates with their goodputs: with a floor, coarsely and of one seed; else of all seeds and by
