@@ -159,8 +159,8 @@ class Shape:
             [
                 Bin(
                     hardware=kind.gpu.name,
-                    gpus=kind.kind.parallel.gpus,
-                    cost=kind.kind.parallel.gpus * kind.gpu.each(task.budget.measure),
+                    gpus=kind.worker.parallel.gpus,
+                    cost=kind.worker.parallel.gpus * kind.gpu.each(task.budget.measure),
                     loads=tuple(load * margin * rate for load in kind.loads),
                 )
                 for kind in kinds
@@ -173,7 +173,7 @@ class Shape:
     def placement(self, packing: Packing) -> Placement:
         """What was packed."""
         pools = (
-            Pool(kind.kind, count, kind.gpu.name)
+            Pool(kind.worker, count, kind.gpu.name)
             for kinds, counts in zip(self.phases, packing.counts, strict=True)
             for kind, count in zip(kinds, counts, strict=True)
             if count
@@ -188,7 +188,7 @@ class Shape:
         counts = {(pool.hardware, pool.worker): pool.count for pool in placement.pools}
         bounds = []
         for kinds in self.phases:
-            own = [(k, counts[key]) for k in kinds if (key := (k.gpu.name, k.kind)) in counts]
+            own = [(k, counts[key]) for k in kinds if (key := (k.gpu.name, k.worker)) in counts]
             bounds.append(rate_bound(own, lengths))
         return min(bounds)
 

@@ -48,6 +48,9 @@ PAIR = pair(2, 1, on=BOTH)
 def test_a_fleet_costs_what_its_gpus_do() -> None:
     assert TASK.takes(PAIR) == pytest.approx(2 * 4.75 + 2.20)
     assert TASK.takes(PAIR, "power") == 2 * 700.0 + 400.0
+    assert TASK.cost(PAIR) == TASK.takes(PAIR)
+    unpriced = replace(TASK, types=(*TASK.types, gpu("h200-sxm")), budget=Budget(measure="power"))
+    assert unpriced.cost(pair(1, 1, on=("h100-sxm", "h200-sxm"))) is None
     assert (PAIR.gpus, PAIR.workers, PAIR.kind, PAIR.hardware) == (
         3,
         3,
@@ -98,7 +101,7 @@ def test_loads_sum_to_what_the_worker_alone_serves(phases: dict[str, PhaseRates]
     kinds = load_kinds(TASK.by_name, phases, WORKLOAD.lengths(0, 50), TIGHT, "prefill")
     fast = next(kind for kind in kinds if kind.gpu is H100)
     slow = next(kind for kind in kinds if kind.gpu is A100)
-    assert sum(fast.loads) == pytest.approx(1.0 / phases["h100-sxm"].rates[fast.kind])
+    assert sum(fast.loads) == pytest.approx(1.0 / phases["h100-sxm"].rates[fast.worker])
     assert math.isinf(slow.loads[-1])  # the long prompts
     assert not math.isinf(slow.loads[0])
     assert slow.loads[0] > fast.loads[0]

@@ -166,6 +166,7 @@ def test_a_plan_for_several_types_and_its_files_the_same_again(
     assert plan["budget"] == {"of": "cost", "most": 7.0}
     assert plan["policy"] == "splitwise"
     assert plan["candidates"][0]["cost_per_hour"] <= 7.0
+    assert f"fleet: {plan['candidates'][0]['placement']}; " in printed
     assert set(plan["alone"]) == {"h100-sxm", "a100-sxm-80gb"}
     assert (tmp_path / "a" / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert main([*arguments, "--output", str(tmp_path / "b")]) == 0

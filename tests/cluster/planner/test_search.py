@@ -10,7 +10,7 @@ from diphase.cluster.planner.goodput import Answer, Definition, Estimate, Object
 from diphase.cluster.planner.machines import Parallel, check_parallel, feasible_parallels
 from diphase.cluster.planner.phase_rates import PhaseRates, measure_phases
 from diphase.cluster.planner.placement import Kind, Placement, build
-from diphase.cluster.planner.search import Candidate, Task, proposals, ranked, search
+from diphase.cluster.planner.search import Candidate, Task, proposals, ranked, search, simulated
 from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.proto.errors import ConfigError
 
@@ -103,6 +103,14 @@ def test_equal_parts_are_simulated_once() -> None:
     assert pair(8, 8).part() == (pair(2, 2), 4)
     assert pair(4, 8).part() == (pair(2, 4), 2)
     assert pair(3, 8).part() == (pair(3, 8), 1)
+
+
+def test_equal_parts_serve_together_what_each_does_up_to_their_bound() -> None:
+    alone, eight = (
+        Candidate(placement=colocated(count), expected=0.5 * count, bound=1.0 * count) for count in (1, 8)
+    )
+    one, all_of_them = simulated(TASK, [alone, eight], map)
+    assert (one.rate, all_of_them.rate) == (1.0, 8.0)  # far below what they could serve
 
 
 def test_parallelism_that_fits() -> None:
