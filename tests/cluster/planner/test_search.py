@@ -27,7 +27,9 @@ TASK = Task(
 )
 PREFILL, DECODE = Kind("prefill", Parallel()), Kind("decode", Parallel())
 COLOCATED = Kind("colocated", Parallel(), 512)
-PHASES = PhaseRates(rates={PREFILL: 2.0, DECODE: 6.0, COLOCATED: 1.0})
+PHASES = PhaseRates(
+    rates={PREFILL: 2.0, DECODE: 6.0, COLOCATED: 1.0}, bounds={PREFILL: 3.0, DECODE: 7.0, COLOCATED: 2.0}
+)
 
 
 def test_colocated_wins_where_its_own_simulation_says_so() -> None:
@@ -62,7 +64,7 @@ def test_splitwises_three_pools_are_planned() -> None:
 def test_pools_are_matched_by_their_rates() -> None:
     best = max(proposals(PHASES, 8, None), key=lambda c: (c.expected, -c.placement.gpus))
     assert best.placement == pair(6, 2)
-    assert best.expected == 12.0
+    assert (best.expected, best.bound) == (12.0, 14.0)
 
 
 def test_shared_prompts_that_come_at_once_do_not_make_a_rate_infinite() -> None:

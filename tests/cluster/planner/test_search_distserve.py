@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diphase.benchmarks.distserve_reference import machine, workload
@@ -66,6 +67,18 @@ def test_what_is_found_is_replicated_for_a_rate_or_to_fill_the_cluster() -> None
     low = Published(prefill=TWO, decode=ONE, prefill_rate=2.0, decode_rate=2.0, paired=True)
     assert low.filling(8) == low.placement(2, 2)
     assert low.serving(4.5) == low.placement(3, 3)
+
+
+def test_of_equals_a_gpu_the_fewest_gpus_are_chosen(data: Path) -> None:
+    def all_alike(_: object, asked: Iterable[object]) -> Any:
+        return [2.5 for _ in asked]
+
+    task = published(data, "512/64", 400.0, 40.0)
+    for algorithm, rate in ((low_affinity, 5.0), (high_affinity, 2.5)):
+        found = algorithm(task, all_alike)
+        assert found is not None
+        assert (found.prefill, found.decode) == (ONE, ONE)
+        assert (found.prefill_rate, found.decode_rate) == (rate, rate)
 
 
 def test_nothing_is_found_where_nothing_serves(data: Path) -> None:
