@@ -84,7 +84,7 @@ class Candidate:
 
     placement: Placement
     expected: float
-    """Requests/s by the rates of its workers alone."""
+    """Requests/s by the rates of its workers alone, or those that a fleet was packed for."""
     bound: float = math.inf
     """Requests/s that it cannot exceed."""
     answer: Answer | None = None
@@ -122,9 +122,6 @@ class Found:
 
 def search(task: Task, mapped: Mapped = map) -> Found:
     """
-    Args:
-        mapped: how questions are answered beside each other, such as an executor's map.
-
     Raises:
         ConfigError: the model does not fit the GPUs.
     """
