@@ -12,12 +12,14 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from types import FrameType
 
+from .goodput import Mapped
+
 TOLD_TO_END = 128 + signal.SIGTERM
 """Exit status."""
 
 
 @contextmanager
-def processes_for(count: int) -> Iterator[Callable[..., object]]:
+def processes_for(count: int) -> Iterator[Mapped]:
     """Yields a map() over so many processes; over none for one. When the block is left by an error, by Ctrl-C
     or by SIGTERM, which ends the command with status 143, they do not finish what they compute."""
     if count == 1:
