@@ -68,6 +68,11 @@ def tpot_floor(step_time: StepTime, lengths: Lengths, tpot_ms: float) -> Floor:
     )
 
 
+def fitting(lengths: Lengths, kv_tokens: int) -> float:
+    """Share of the requests that a worker with room for so many tokens can hold to their end."""
+    return sum(prompt + output <= kv_tokens for prompt, output in lengths) / len(lengths)
+
+
 def _floor(times: Sequence[tuple[float, int]], objective_ms: float) -> Floor:
     ordered = sorted(times)
     quantile_ms, tokens = ordered[max(0, math.ceil(TARGET * len(ordered)) - 1)]

@@ -110,8 +110,8 @@ class FasterStepTime:
 
 
 def infeasible(asked: Asked, hardware: str, phases: PhaseRates) -> str:
-    """Why no placement on the hardware serves any rate: the floor above its objective, or what lone requests
-    take."""
+    """Why no placement on the hardware serves any rate: the floor above its objective, too little room, or
+    what lone requests take."""
     reasons = []
     if floors := phases.ttft_floors:
         at, floor = _quickest(floors)
@@ -127,6 +127,14 @@ def infeasible(asked: Asked, hardware: str, phases: PhaseRates) -> str:
             f"a lone decode step with a context of {floor.tokens:,} tokens takes {_ms(floor.quantile_ms)} "
             f"at best ({at}), the objective is {asked.objectives.tpot_ms:g}; of the workload's requests "
             f"{floor.feasible:.0%} can meet it, {TARGET:.0%} are to"
+        )
+    machine = asked.machines[hardware]
+    roomiest = max(phases.fitting, key=machine.kv_tokens)
+    if phases.fitting[roomiest] < TARGET:
+        reasons.append(
+            f"of the workload's requests {phases.fitting[roomiest]:.0%} fit the "
+            f"{machine.kv_tokens(roomiest):,} tokens of KV of the roomiest worker ({roomiest}), "
+            f"{TARGET:.0%} are to"
         )
     return "; ".join(reasons) or _when_alone(asked, hardware, list(phases.tpot_floors))
 

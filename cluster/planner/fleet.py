@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...proto.errors import ConfigError
-from .hardware import Hardware
+from .hardware import Hardware, check_price
 from .machines import Machine
 
 MEASURES: Mapping[str, str] = {"cost": "$/h", "power": "W"}
@@ -31,8 +31,8 @@ class GpuType:
             )
         if self.available < 1:
             raise ConfigError(f"gpus: {self.name} = {self.available}; plan for at least 1 GPU of each type")
-        if self.price_per_hour is not None and not 0.0 < self.price_per_hour < math.inf:
-            raise ConfigError(f"the price of {self.name} is {self.price_per_hour:g}; use dollars above 0")
+        if self.price_per_hour is not None:
+            check_price(f"the price of {self.name}", self.price_per_hour)
 
     @property
     def hardware(self) -> Hardware:

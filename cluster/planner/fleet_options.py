@@ -10,6 +10,9 @@ from .fleet import MEASURES, Budget, GpuType
 from .hardware import Hardware
 from .machines import Machine
 
+MOST_GPUS = 1024
+"""Of a type."""
+
 
 def add_fleet_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares them on a (sub)parser."""
@@ -39,9 +42,11 @@ def total_gpus(args: argparse.Namespace) -> int:
     if args.prices is not None:
         raise ConfigError("--prices is for plans with a --budget; give one, or leave it out")
     try:
-        return int(args.gpus)
+        gpus = int(args.gpus)
     except ValueError:
         raise ConfigError(f"--gpus {args.gpus}: for one type of hardware give a whole number") from None
+    _check_gpus(args.gpus, gpus)
+    return gpus
 
 
 def gpu_types(args: argparse.Namespace, machine_of: Callable[[str], Machine]) -> tuple[GpuType, ...]:
@@ -61,7 +66,8 @@ def gpu_types(args: argparse.Namespace, machine_of: Callable[[str], Machine]) ->
             raise ConfigError(f"--gpus {args.gpus} has none of {name}; write {name}=NUMBER")
         if not available[name].is_integer():
             raise ConfigError(f"--gpus {args.gpus}: {name} = {available[name]:g} is no whole number")
-    prices = _numbers("--prices", args.prices, names, False) if args.prices else {}
+        _check_gpus(args.gpus, available[name])
+    prices = {} if args.prices is None else _numbers("--prices", args.prices, names, False)
     types = []
     for name in names:
         machine = machine_of(name)
@@ -75,6 +81,11 @@ def gpu_types(args: argparse.Namespace, machine_of: Callable[[str], Machine]) ->
             )
         )
     return tuple(types)
+
+
+def _check_gpus(given: str, gpus: float) -> None:
+    if gpus > MOST_GPUS:
+        raise ConfigError(f"--gpus {given}: plan for at most {MOST_GPUS}; what is larger is several of it")
 
 
 def budget_of(given: str | None) -> Budget:

@@ -13,7 +13,7 @@ from ...decode_workers.config import DecodeSchedulerConfig
 from ...prefill_workers.config import PrefillSchedulerConfig
 from ...router.step_time import Line, StepShape
 from ..load.search import TARGET
-from .bounds import Floor, decode_rate, prefill_rate, tpot_floor, ttft_floor
+from .bounds import Floor, decode_rate, fitting, prefill_rate, tpot_floor, ttft_floor
 from .deployment import ROLES, Deployment, WorkerSpec
 from .goodput import Answer, Mapped, Objectives, Question, answer_all
 from .machines import Limits, Machine, Parallel
@@ -84,8 +84,10 @@ class PhaseRates:
     """Of all kinds of workers of one machine."""
 
     ttft_floors: dict[Parallel, Floor] = field(default_factory=dict)
-    """Empty where prompts share blocks: a cached prompt has no floor."""
+    """Empty where prompts share blocks: a cached prompt has no floor; nor has one that does not fit."""
     tpot_floors: dict[Parallel, Floor] = field(default_factory=dict)
+    fitting: dict[Parallel, float] = field(default_factory=dict)
+    """Share of the requests that a worker has room for to their end."""
     bounds: dict[Kind, float] = field(default_factory=dict)
     """Requests/s of one worker that cannot be exceeded in the long run."""
     rates: dict[Kind, float] = field(default_factory=dict)
@@ -110,16 +112,20 @@ def bound_phases(
     """Floors and bounds of all kinds; nothing is simulated."""
     found, chunk = PhaseRates(), machine.limits.chunk_budget
     lengths = usual_lengths(workload)
+    prompts = [(prompt, 1) for prompt, _ in lengths]
     for parallel in parallels:
-        step_time = machine.step_time(parallel)
-        if not workload.shares:
+        step_time, kv_tokens = machine.step_time(parallel), machine.kv_tokens(parallel)
+        found.fitting[parallel] = fitting(lengths, kv_tokens)
+        fits = {"prefill": fitting(prompts, kv_tokens) >= TARGET}
+        if fits["prefill"] and not workload.shares:
             found.ttft_floors[parallel] = ttft_floor(step_time, lengths, chunk, objectives.ttft_ms)
         found.tpot_floors[parallel] = tpot_floor(step_time, lengths, objectives.tpot_ms)
         prefill = math.inf if workload.shares else prefill_rate(step_time, lengths, chunk)
-        decode = decode_rate(step_time, lengths, objectives.tpot_ms, machine.kv_tokens(parallel))
+        decode = decode_rate(step_time, lengths, objectives.tpot_ms, kv_tokens)
         for kind in _kinds(machine, parallel, objectives.tpot_ms):
             bound = {"prefill": prefill, "decode": decode}.get(kind.role, min(prefill, decode))
-            found.bounds[kind] = bound if _feasible(found, kind) else 0.0
+            served = fits.get(kind.role, found.fitting[parallel] >= TARGET) and _feasible(found, kind)
+            found.bounds[kind] = bound if served else 0.0
     return found
 
 

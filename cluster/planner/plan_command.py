@@ -12,7 +12,7 @@ from rich.console import Console
 
 from ...proto.errors import ConfigError
 from ...router.config import POLICIES
-from ..load.report import write_json
+from ..load.report import check_output, write_json
 from ..load.trace_formats import TraceRecord
 from ..load.traces import TRACES, data_folder, load_trace
 from ..load.workload import Arrivals, WorkloadConfig
@@ -23,6 +23,7 @@ from .goodput import MOST_REQUESTS, ROUTER, Objectives
 from .log_fit import fit_log, nearest, public_fits, sentence, synthetic
 from .machines import Machine
 from .plan_processes import processes_for
+from .plan_progress import watched
 from .plan_report import Plan, as_json, draw, text
 from .plan_toml import plan_toml
 from .planning import SEARCH, make_plan
@@ -35,6 +36,9 @@ FIXED = "fixed"
 MOST_SEEDS = 10
 MIN_REQUESTS = 20
 MOST_PROCESSES = 16
+MOST_TTFT_MS, MOST_TPOT_MS = 6e5, 1e4
+"""Longer objectives are none of a service that anybody waits for, and runs would last as long as they do."""
+FILES = ("plan.json", "plan.png", "cluster.toml")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -131,12 +135,12 @@ def run(args: argparse.Namespace) -> int:
     task = fleet_task_from(args) if wants_fleet(args) else task_from(args)
     processes = _processes(args.processes)
     said = _sentence(args, task.workload)
-    output = None if args.output is None else _folder(Path(args.output))
+    output = None if args.output is None else _folder(args.output)
     console = Console()
     if said:
         console.print(f"workload: {said}", markup=False, highlight=False, soft_wrap=True)
-    with processes_for(processes) as mapped:
-        plan = replace(make_plan(task, args.algorithm, mapped, away_s=args.outage), workload=said)
+    with processes_for(processes) as mapped, watched(mapped, Console(stderr=True)) as shown:
+        plan = replace(make_plan(task, args.algorithm, shown, away_s=args.outage), workload=said)
     for line in text(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if output is not None:
@@ -201,7 +205,13 @@ def _workload(args: argparse.Namespace, folder: Path, machine: Machine) -> SimWo
             f"--requests {args.requests} is out of range; use {MIN_REQUESTS} to {MOST_REQUESTS}"
         )
     config, records = _load_from(args, folder)
-    context_length = machine.limits.context_length if args.context_length is None else args.context_length
+    context_length = machine.limits.context_length
+    if args.context_length is not None:
+        if args.context_length > context_length:
+            raise ConfigError(
+                f"--context-length {args.context_length} is more than the {context_length} tokens of a worker"
+            )
+        context_length = args.context_length
     workload = SimWorkload(
         config=replace(config, mean_input=args.mean_input, mean_output=args.mean_output),
         records=records,
@@ -228,6 +238,8 @@ def _load_from(args: argparse.Namespace, folder: Path) -> tuple[WorkloadConfig, 
                 f"leave out --arrivals and --cv, and name a log instead of {FIXED}"
             )
         return synthetic(fit_log(records), records, num_requests=args.requests, seed=args.seed)
+    if args.cv is not None and args.arrivals != Arrivals.GAMMA:
+        raise ConfigError(f"--cv {args.cv:g} is for gamma arrivals; add --arrivals gamma, or leave it out")
     config = WorkloadConfig(
         num_requests=args.requests,
         arrivals=Arrivals(args.arrivals or Arrivals.POISSON),
@@ -268,40 +280,43 @@ def parse_slo(given: str) -> Objectives:
             raise ConfigError(f"--slo {given}: {name} = {value!r} is no number of milliseconds") from None
     if len(values) < 2:
         raise ConfigError(f"--slo {given}: give both, as in ttft=400,tpot=40")
-    if not all(0.0 < value < 3.6e6 for value in values.values()):
-        raise ConfigError(f"--slo {given}: objectives are above 0 and below an hour, in milliseconds")
+    for name, most in (("ttft", MOST_TTFT_MS), ("tpot", MOST_TPOT_MS)):
+        if not 0.0 < values[name] <= most:
+            raise ConfigError(f"--slo {given}: {name} is above 0 and at most {most:g}, in milliseconds")
     return Objectives(ttft_ms=values["ttft"], tpot_ms=values["tpot"])
 
 
 def _processes(given: int | None) -> int:
+    cores = os.cpu_count() or 1
     if given is None:
-        return min(MOST_PROCESSES, os.cpu_count() or 1)
-    if not 1 <= given <= 1024:
-        raise ConfigError(f"--processes {given} is out of range; use 1 to 1024")
+        return min(MOST_PROCESSES, cores)
+    most = max(MOST_PROCESSES, cores)
+    if not 1 <= given <= most:
+        raise ConfigError(f"--processes {given} is out of range; use 1 to {most} on {cores} cores")
     return given
 
 
-def _folder(path: Path) -> Path:
+def _folder(given: str) -> Path:
     """Before the search, which may take minutes, rather than after it."""
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as exc:
-        raise ConfigError(f"--output {path} cannot be made: {exc.strerror or exc}") from exc
-    return path
+    if not given:
+        raise ConfigError("--output is empty; name a folder, or leave it out")
+    for name in FILES:
+        check_output(Path(given) / name)
+    return Path(given)
 
 
 def _write(plan: Plan, folder: Path, args: argparse.Namespace) -> list[str]:
     """The files, and what is said of those that cannot be."""
-    written = [str(folder / "plan.json")]
-    write_json(folder / "plan.json", source_json(args) | as_json(plan))
+    content, picture, configuration = (folder / name for name in FILES)
+    write_json(content, source_json(args) | as_json(plan))
     if plan.infeasible:
-        return written
-    draw(folder / "plan.png", plan)
-    written.append(str(folder / "plan.png"))
+        return [str(content)]
+    draw(picture, plan)
+    written = [str(content), str(picture)]
     task = plan.task
     try:
         toml = plan_toml(plan.best.placement, task.machines, task.objectives, args.model, task.policy)
     except ConfigError as exc:
         return [*written, f"no cluster.toml: {exc.message}"]
-    (folder / "cluster.toml").write_text(toml, encoding="utf-8")
-    return [*written, str(folder / "cluster.toml")]
+    configuration.write_text(toml, encoding="utf-8")
+    return [*written, str(configuration)]

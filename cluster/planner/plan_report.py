@@ -10,6 +10,7 @@ from typing import Any
 
 from ..load.plot import COLOURS, draw_attainment
 from ..load.search import TARGET
+from .asked_rate import Attainment
 from .explain import Binding, Curve
 from .failure_study import Outage
 from .fleet_search import FleetTask
@@ -32,6 +33,8 @@ class Plan:
     """What its log or trace is like."""
     infeasible: str = ""
     """Why nothing serves any rate; then all of the rest is empty."""
+    at_rate: Attainment | None = None
+    """Of the best, at the rate that was asked for."""
     binding: Binding | None = None
     curves: tuple[Curve, ...] = ()
     """Of the best candidates, in their order."""
@@ -59,6 +62,8 @@ def text(plan: Plan) -> Iterator[str]:
         yield from _fleets(plan.task, plan.found, asked)
     else:
         yield from _placements(plan.task, plan.found, asked)
+    if plan.at_rate is not None:
+        yield plan.at_rate.sentence()
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
         gains = ", ".join(f"{gain.what} {gain.said}" for gain in plan.binding.relaxations)
@@ -177,6 +182,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
     else:
         content["alone"] = {name: c and _candidate(task, c) for name, c in found.alone.items()}
         content["left_out"] = dict(found.left_out)
+    if plan.at_rate is not None:
+        content["at_rate"] = {
+            "rate": plan.at_rate.rate,
+            "attainment": plan.at_rate.mean,
+            "interval": list(plan.at_rate.interval),
+            "by_seed": list(plan.at_rate.by_seed),
+        }
     if plan.binding is not None:
         content["binds"] = _binding(plan.binding)
     content["outages"] = [asdict(outage) for outage in plan.outages]

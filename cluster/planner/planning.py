@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .asked_rate import attainment_at
 from .explain import binding, curves, infeasible
 from .failure_study import outages
 from .fleet_search import FleetTask, fleet_search
@@ -36,12 +37,14 @@ def make_plan(
     else:
         found = search(task, mapped) if algorithm == SEARCH else search_published(task, algorithm, mapped)
     if not found.candidates:
-        return Plan(task=task, found=found, infeasible=found.sentence or _why_not(task, found))
+        said = (found.sentence, _why_not(task, found))
+        return Plan(task=task, found=found, infeasible="; ".join(filter(None, said)))
     best = found.candidates[0]
     deployment = build(best.placement, task.machines)
     return Plan(
         task=task,
         found=found,
+        at_rate=None if task.rate is None else attainment_at(task, task.rate, best, mapped),
         binding=binding(task, found.phases.get(""), best, mapped),
         curves=tuple(curves(task, found.known[:SHOWN], mapped)),
         outages=outages(task, deployment, best.rate, away_s, mapped) if away_s else (),

@@ -28,6 +28,8 @@ TIE = 0.02
 HOPELESS = 0.5
 """Placements that serve less than this share of what the best colocated workers are expected to, or of the
 wanted rate, are dropped."""
+LEAST_RATE, MOST_RATE = 1e-3, 1e6
+"""Requests/s that may be asked for."""
 COARSE, FINE = 0.08, 0.03
 """Tolerances of the joint search and of the final estimate."""
 
@@ -46,8 +48,10 @@ class Asked:
     """Of the router, in every joint simulation."""
 
     def __post_init__(self) -> None:
-        if self.rate is not None and not 0.0 < self.rate < math.inf:
-            raise ConfigError(f"rate = {self.rate} requests/s; use a number above 0")
+        if self.rate is not None and not LEAST_RATE <= self.rate <= MOST_RATE:
+            raise ConfigError(
+                f"rate = {self.rate:g} requests/s is out of range; use {LEAST_RATE:g} to {MOST_RATE:,.0f}"
+            )
         if self.max_pp < 1:
             raise ConfigError(f"max_pp = {self.max_pp}; a worker has at least 1 pipeline stage")
         if not self.seeds:

@@ -219,8 +219,14 @@ def search_published(task: Task, algorithm: str, mapped: Mapped = map) -> Found:
         gpus_per_node=per_node,
         max_pp=task.max_pp,
     )
+    parallels = asked.parallels()
+    if task.gpus < (least := 2 * parallels[0].gpus):
+        raise ConfigError(
+            f"gpus = {task.gpus}: {algorithm} plans prefill workers and decode workers, which take at least "
+            f"{least} GPUs; give as many, or use --algorithm search"
+        )
     phases = measure_phases(
-        task.machine, task.workload, task.objectives, asked.parallels(), mapped, roles=("colocated",)
+        task.machine, task.workload, task.objectives, parallels, mapped, roles=("colocated",)
     )
     asked = replace(asked, phases=phases)
     chosen, said = _chosen(task, algorithm, asked, phases, mapped)
@@ -245,7 +251,8 @@ def _chosen(
     task: Task, algorithm: str, asked: PublishedTask, phases: PhaseRates, mapped: Mapped
 ) -> tuple[list[Candidate], str]:
     """(the algorithm's choice, if it has one, replicated; what is said of it)."""
-    found = ALGORITHMS[algorithm](asked, mapped)
+    served = {kind.role for kind, bound in phases.bounds.items() if bound > 0.0}
+    found = ALGORITHMS[algorithm](asked, mapped) if {"prefill", "decode"} <= served else None
     if found is None:
         return [], f"{algorithm} finds nothing that serves any rate"
     placement = None if task.rate is None else found.serving(task.rate)

@@ -2,9 +2,11 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 from diphase.cluster.planner.bounds import (
     decode_rate,
+    fitting,
     lone_prefill_s,
     prefill_rate,
     saturating_tokens,
@@ -12,6 +14,8 @@ from diphase.cluster.planner.bounds import (
     ttft_floor,
 )
 from diphase.router.two_regime_step_time import DecodeTerms, PrefillTerms, TwoRegimeStepTime
+
+from .deployments import colocated_worker, deployment, run
 
 
 def linear(stages: int = 1) -> TwoRegimeStepTime:
@@ -55,6 +59,13 @@ def test_memory_bounds_the_batch() -> None:
     roomy, tight = (decode_rate(linear(), [(1000, 11)] * 10, 20.0, tokens) for tokens in (10**6, 5_000))
     assert tight < roomy / 5
     assert decode_rate(linear(), [(1000, 11)] * 10, 5.0, 10**6) == 0.0  # no step is so quick
+
+
+@pytest.mark.parametrize(("prompt", "output"), [(100, 60), (100, 61), (159, 1), (160, 1), (158, 2), (159, 2)])
+def test_a_request_fits_that_a_pool_serves(prompt: int, output: int) -> None:
+    result, _ = run(deployment(colocated_worker(10)), [(0, prompt, output)])
+    assert fitting([(prompt, output)], 160) == np.isfinite(result.ttft_ms).all()
+    assert fitting([(prompt, output), (1, 1)], 160) >= 0.5
 
 
 def test_saturation_is_where_most_of_the_speed_is() -> None:
