@@ -25,6 +25,9 @@ from .regime_step_time import Regimes, RegimeStepTime, kind_of
 SCHEMA = 2
 STEP_KINDS = ("prefill", "decode", "mixed")
 KINDS = ("prefill", "decode")
+MOST_S = 3600.0
+"""Of a step or one of its terms."""
+MOST_SIZE = 2**31 - 1
 
 
 def _is_number(value: object) -> TypeGuard[float]:
@@ -104,8 +107,10 @@ class EngineFacts:
             if field.name in ("model", "dtype"):
                 if not isinstance(value, str) or not value:
                     raise ConfigError(f"engine.{field.name} = {value!r}; use a name")
-            elif type(value) is not int or value < 1:
-                raise ConfigError(f"engine.{field.name} = {value!r}; use a whole number above 0")
+            elif type(value) is not int or not 1 <= value <= MOST_SIZE:
+                raise ConfigError(
+                    f"engine.{field.name} = {value!r}; use a whole number above 0, at most {MOST_SIZE}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +142,11 @@ class CellReport:
         for name, value in {**sizes, "median_s": self.median_s, "fastest_s": self.fastest_s}.items():
             if not _is_number(value) or not 0.0 <= value < math.inf:
                 raise ConfigError(f"cells: {name} = {value!r} of a step; use a number of at least 0")
+        for name in ("prefill_tokens", "decode_batch"):
+            if type(sizes[name]) is not int or sizes[name] > MOST_SIZE:
+                raise ConfigError(
+                    f"cells: {name} = {sizes[name]!r} of a step; use a whole number, at most {MOST_SIZE}"
+                )
         if not any(sizes.values()):
             raise ConfigError("cells: a step without work; give its prompt tokens or its decode batch")
         for name in ("error", "hold_out_error"):
@@ -301,8 +311,10 @@ def _regimes(table: dict[str, Any], kind: str) -> Regimes:
 def _coefficients(content: Mapping[str, Any], name: str, inside: str = "") -> Coefficients:
     terms = _section(content, name, inside)
     for term, value in terms.items():
-        if not _is_number(value):
-            raise ConfigError(f"{inside}{name}.{term} = {value!r}; use a number of seconds")
+        if not _is_number(value) or not abs(value) <= MOST_S:
+            raise ConfigError(
+                f"{inside}{name}.{term} = {value!r}; use a number of seconds, at most {MOST_S:g}"
+            )
     # By name: a term that is not there must not get the default of a router that knows nothing yet.
     found = Coefficients(**{term: terms[term] for term in Coefficients._fields})
     if unknown := terms.keys() - set(Coefficients._fields):

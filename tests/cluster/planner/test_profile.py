@@ -67,6 +67,11 @@ def test_the_file_shows_errors_by_kind_and_by_cell(tmp_path: Path) -> None:
         ({"at": "step_time.decode", "boundary": "x"}, r"step_time\.decode\.boundary = 'x'"),
         ({"at": "step_time.decode.small", "base": "x"}, r"step_time\.decode\.small\.base = 'x'"),
         ({"at": "coefficients", "base": True}, r"coefficients\.base = True; use a number"),
+        (
+            {"at": "coefficients", "base": 1e308},
+            r"coefficients\.base = 1e\+308; use a number of seconds, at most",
+        ),
+        ({"at": "engine", "num_blocks": 10**30}, r"whole number above 0, at most 2147483647"),
         ({"at": "slowdown", "decode": 2}, r"slowdown\.decode\.prefill = None; use 1 to 1000"),
         ({"at": "serving", "step_s": "x"}, r"serving\.step_s = x is out of range"),
         ({"machine": [2]}, r"machine = \[2\]; use a table"),
