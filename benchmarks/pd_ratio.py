@@ -60,13 +60,13 @@ def study(trace: str, objectives: Objectives, folder: Path) -> dict[str, Any]:
         row[role] = {"worker": str(best), "requests_s_a_gpu": rates[best]}
     row["matched_ratio"] = per_gpu["decode"] / per_gpu["prefill"]
     pool = sorted(proposals(phases, GPUS, None), key=lambda c: (-c.expected, c.placement.gpus))
-    joint = simulated(task, phases, pool[:JOINT], map, floor=0.0)
+    joint = simulated(task, pool[:JOINT], map, floor=0.0)
     best_of_all = max(joint, key=lambda c: (c.rate, -c.placement.gpus))
-    prefill, decode = best_of_all.placement.prefill, best_of_all.placement.decode
-    if best_of_all.rate > 0.0 and prefill is not None and decode is not None:
+    gpus = {pool.worker.role: pool.gpus for pool in best_of_all.placement.pools}
+    if best_of_all.rate > 0.0:
         row["placement"] = str(best_of_all.placement)
         row["requests_s"] = best_of_all.rate
-        row["ratio"] = prefill.gpus / decode.gpus
+        row["ratio"] = gpus["prefill"] / gpus["decode"]
     return row
 
 

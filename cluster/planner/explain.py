@@ -6,19 +6,18 @@ What binds is found by relaxing one thing at a time and searching the goodput an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from ...router.step_time import Line, StepShape, StepTime
 from ..load.search import TARGET, Goodput, Point, goodput
 from .bounds import Floor
 from .deployment import Deployment
-from .goodput import Answer, Objectives, Pattern, Question, answer_all, point, run_length, simulate
+from .goodput import Mapped, Objectives, Pattern, Question, answer_all, point, run_length, simulate
 from .machines import Parallel
 from .phase_rates import PhaseRates
-from .placement import Placement, Pool, build, colocated_budgets
-from .search import FINE, Candidate, Task, part_of
+from .placement import Kind, Placement, Pool, build, colocated_budgets
+from .search import FINE, Asked, Candidate
 from .sim_workload import Workload
 from .topology import Topology
 
@@ -36,36 +35,6 @@ RATE_FACTORS = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0, 1.1, 1.25, 1.5, 2.0)
 """Of the goodput: rates of the attainment curve."""
 SLO_FACTORS = (0.5, 0.7, 0.85, 1.0, 1.2, 1.5, 2.0)
 """Of both objectives: points of goodput over SLO."""
-
-
-class Asked(Protocol):
-    """What a plan is asked for, of whatever hardware."""
-
-    @property
-    def workload(self) -> Workload: ...
-
-    @property
-    def objectives(self) -> Objectives: ...
-
-    @property
-    def seeds(self) -> tuple[int, ...]: ...
-
-    @property
-    def policy(self) -> str: ...
-
-    @property
-    def rate(self) -> float | None: ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Part:
-    """What is simulated of a placement."""
-
-    deployment: Deployment
-    times: int
-    """How many of it the placement is."""
-    count: int
-    """Requests of a run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,44 +109,46 @@ class FasterStepTime:
         return Line(line.intercept_s * self.decode, line.slope_s * self.decode, line.until)
 
 
-def infeasible(task: Task, phases: PhaseRates) -> str:
-    """Why no placement serves any rate: the floor above its objective, or what lone requests take."""
+def infeasible(asked: Asked, hardware: str, phases: PhaseRates) -> str:
+    """Why no placement on the hardware serves any rate: the floor above its objective, or what lone requests
+    take."""
     reasons = []
     if floors := phases.ttft_floors:
         at, floor = _quickest(floors)
         if floor.feasible < TARGET:
             reasons.append(
                 f"a lone prefill of {floor.tokens:,} tokens takes {_ms(floor.quantile_ms)} at best ({at}), "
-                f"the objective is {task.objectives.ttft_ms:g}; of the workload's prompts "
+                f"the objective is {asked.objectives.ttft_ms:g}; of the workload's prompts "
                 f"{floor.feasible:.0%} can meet it, {TARGET:.0%} are to"
             )
     at, floor = _quickest(phases.tpot_floors)
     if floor.feasible < TARGET:
         reasons.append(
             f"a lone decode step with a context of {floor.tokens:,} tokens takes {_ms(floor.quantile_ms)} "
-            f"at best ({at}), the objective is {task.objectives.tpot_ms:g}; of the workload's requests "
+            f"at best ({at}), the objective is {asked.objectives.tpot_ms:g}; of the workload's requests "
             f"{floor.feasible:.0%} can meet it, {TARGET:.0%} are to"
         )
-    return "; ".join(reasons) or _when_alone(task, list(phases.tpot_floors))
+    return "; ".join(reasons) or _when_alone(asked, hardware, list(phases.tpot_floors))
 
 
-def _when_alone(task: Task, parallels: Sequence[Parallel]) -> str:
+def _when_alone(asked: Asked, hardware: str, parallels: Sequence[Parallel]) -> str:
     """No floor is above its objective, and yet nothing is served: what the quickest worker gives to requests
     that hardly meet each other."""
+    machine, objectives = asked.machines[hardware], asked.objectives
     parallel = max(parallels, key=lambda parallel: (parallel.tp, -parallel.pp))
-    budget = max(colocated_budgets(task.machine, parallel, task.objectives.tpot_ms))
-    placement = Placement(colocated=Pool(count=1, parallel=parallel, budget=budget))
-    count = run_length(task.workload, task.objectives, LOWEST_RATE)
-    deployment, pattern = build(placement, task.machine), Pattern(task.seeds[0], count)
-    result = simulate(deployment, task.workload, task.objectives, LOWEST_RATE, pattern, policy=task.policy)
-    met = result.attainment(task.objectives.ttft_ms, task.objectives.tpot_ms)
-    late = float((result.ttft_ms > task.objectives.ttft_ms).mean())
-    slow = float((result.tpot_ms > task.objectives.tpot_ms).mean())
+    budget = max(colocated_budgets(machine, parallel, objectives.tpot_ms))
+    placement = Placement((Pool(Kind("colocated", parallel, budget), 1, hardware),))
+    count = run_length(asked.workload, objectives, LOWEST_RATE)
+    deployment, pattern = build(placement, asked.machines), Pattern(asked.seeds[0], count)
+    result = simulate(deployment, asked.workload, objectives, LOWEST_RATE, pattern, policy=asked.policy)
+    met = result.attainment(objectives.ttft_ms, objectives.tpot_ms)
+    late = float((result.ttft_ms > objectives.ttft_ms).mean())
+    slow = float((result.tpot_ms > objectives.tpot_ms).mean())
     unfit = result.rejected + result.truncated
     return (
         f"of requests that hardly meet each other on one worker ({parallel}) only {met:.0%} meet both "
         f"objectives: {late:.0%} miss TTFT, {slow:.0%} miss TPOT, {unfit} of {count} do not fit "
-        f"its {task.machine.kv_tokens(parallel):,} tokens of KV"
+        f"its {machine.kv_tokens(parallel):,} tokens of KV"
     )
 
 
@@ -185,20 +156,20 @@ def _quickest(floors: dict[Parallel, Floor]) -> tuple[Parallel, Floor]:
     return min(floors.items(), key=lambda item: (item[1].quantile_ms, item[0]))
 
 
-def binding(task: Task, phases: PhaseRates, best: Candidate, mapped: Callable[..., object] = map) -> Binding:
-    """What binds the goodput of the chosen placement."""
-    assert best.answer is not None  # it was simulated
-    placement, times = part_of(best.placement)
-    part = Part(deployment=build(placement, task.machine), times=times, count=best.answer.count)
-    return _judged(task, phases, best.placement, relaxations(task, part, best.answer, mapped))
+def binding(asked: Asked, phases: PhaseRates | None, best: Candidate, mapped: Mapped = map) -> Binding:
+    """What binds the goodput of the chosen placement; with phases, which are of one type of GPU, it may be a
+    floor."""
+    gains = relaxations(asked, best, mapped)
+    near = None if phases is None else _near_floor(asked.objectives, phases, best.placement, gains)
+    return near or strongest(gains)
 
 
-def relaxations(
-    asked: Asked, part: Part, answer: Answer, mapped: Callable[..., object] = map
-) -> tuple[Relaxation, ...]:
-    """What each thing relaxed alone would bring; `answer` is what the whole serves."""
-    base = next(iter(answer.estimates.values())).rates[0] / part.times
-    deployment, objectives = part.deployment, asked.objectives
+def relaxations(asked: Asked, candidate: Candidate, mapped: Mapped = map) -> tuple[Relaxation, ...]:
+    """What each thing relaxed alone would bring to a simulated candidate."""
+    assert candidate.answer is not None  # it was simulated
+    part, times = candidate.placement.part()
+    base = next(iter(candidate.answer.estimates.values())).rates[0] / times
+    deployment, objectives = build(part, asked.machines), asked.objectives
     relaxed: dict[str, tuple[Deployment, Objectives]] = {
         "compute of prefill": (_faster(deployment, prefill=1.0 / RELAXED), objectives),
         "compute of decode": (_faster(deployment, decode=1.0 / RELAXED), objectives),
@@ -216,7 +187,7 @@ def relaxations(
             objectives=loosened,
             guess=base,
             ceiling=ceiling,
-            count=part.count,
+            count=candidate.answer.count,
             seeds=asked.seeds[:1],
             tolerance=FINE,
             policy=asked.policy,
@@ -229,30 +200,27 @@ def relaxations(
     )
 
 
-def _judged(task: Task, phases: PhaseRates, placement: Placement, gains: tuple[Relaxation, ...]) -> Binding:
-    first = placement.prefill or placement.colocated
-    second = placement.decode or placement.colocated
-    assert first is not None  # a placement has both or does both
-    assert second is not None
-    objectives = task.objectives
-    ttft = phases.ttft_floors.get(first.parallel)
-    tpot = phases.tpot_floors[second.parallel]
-    shares = {"TPOT floor": tpot.quantile_ms / objectives.tpot_ms}
-    if ttft is not None:
-        shares["TTFT floor"] = ttft.quantile_ms / objectives.ttft_ms
+def _near_floor(
+    objectives: Objectives, phases: PhaseRates, placement: Placement, gains: tuple[Relaxation, ...]
+) -> Binding | None:
+    """The floor of a phase that leaves little of its objective."""
+    workers = [pool.worker for pool in placement.pools]
+    first = next(worker.parallel for worker in workers if worker.role != "decode")
+    second = next(worker.parallel for worker in workers if worker.role != "prefill")
     by_what = {gain.what: gain.gain for gain in gains}
-    for name, objective in (("TTFT floor", "TTFT objective"), ("TPOT floor", "TPOT objective")):
-        if shares.get(name, 0.0) >= NEAR_FLOOR and by_what[objective] > LEAST_GAIN:
-            floor = ttft if name == "TTFT floor" else tpot
-            assert floor is not None  # it has a share
-            phase = "prefill" if name == "TTFT floor" else "decode step"
+    for name, phase, floor, objective_ms in (
+        ("TTFT", "prefill", phases.ttft_floors.get(first), objectives.ttft_ms),
+        ("TPOT", "decode step", phases.tpot_floors[second], objectives.tpot_ms),
+    ):
+        share = 0.0 if floor is None else floor.quantile_ms / objective_ms
+        if floor is not None and share >= NEAR_FLOOR and by_what[f"{name} objective"] > LEAST_GAIN:
             return Binding(
-                what=name,
+                what=f"{name} floor",
                 sentence=f"a lone {phase} ({floor.tokens:,} tokens) takes {_ms(floor.quantile_ms)}, "
-                f"{shares[name]:.0%} of the objective: little is left for waiting",
+                f"{share:.0%} of the objective: little is left for waiting",
                 relaxations=gains,
             )
-    return strongest(gains)
+    return None
 
 
 def strongest(gains: tuple[Relaxation, ...]) -> Binding:
@@ -290,54 +258,49 @@ def _unlinked(deployment: Deployment) -> Deployment:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _CurveRun:
     deployment: Deployment
+    times: int
+    """How many of it the placement is."""
     workload: Workload
     objectives: Objectives
     rate: float
+    """Of the deployment."""
     pattern: Pattern
     policy: str
 
 
 def _run_curve(run: _CurveRun) -> list[Point]:
-    """The run judged by every multiple of the objectives."""
+    """The run, as one of the placement, judged by every multiple of the objectives."""
     result = simulate(run.deployment, run.workload, run.objectives, run.rate, run.pattern, policy=run.policy)
-    return [point(run.rate, result, run.objectives.scaled(factor, factor)) for factor in SLO_FACTORS]
+    rate = run.rate * run.times
+    return [point(rate, result, run.objectives.scaled(factor, factor)) for factor in SLO_FACTORS]
 
 
-def curves(task: Task, candidates: Sequence[Candidate], mapped: Callable[..., object] = map) -> list[Curve]:
-    """Attainment over rate, and goodput over objectives, of each candidate, at the same rates."""
+def curves(asked: Asked, candidates: Sequence[Candidate], mapped: Mapped = map) -> list[Curve]:
+    """Attainment over rate, and goodput over objectives, of each simulated candidate, at the same rates."""
     top = max(candidate.rate for candidate in candidates)
-    parts: list[Part] = []
+    runs: list[_CurveRun] = []
     for candidate in candidates:
-        placement, times = part_of(candidate.placement)
-        known = candidate.answer
-        count = known.count if known else run_length(task.workload, task.objectives, top / times)
-        parts.append(Part(deployment=build(placement, task.machine), times=times, count=count))
-    return curves_of(task, parts, top, mapped)
-
-
-def curves_of(
-    asked: Asked, parts: Sequence[Part], top: float, mapped: Callable[..., object] = map
-) -> list[Curve]:
-    """Of each deployment, at the same shares of the rate `top`."""
-    runs = [
-        _CurveRun(
-            deployment=part.deployment,
-            workload=asked.workload,
-            objectives=asked.objectives,
-            rate=factor * top / part.times,
-            pattern=Pattern(asked.seeds[0], part.count),
-            policy=asked.policy,
-        )
-        for part in parts
-        for factor in RATE_FACTORS
-    ]
-    judged: list[list[Point]] = list(mapped(_run_curve, runs))  # type: ignore[call-overload]
+        assert candidate.answer is not None  # it was simulated
+        part, times = candidate.placement.part()
+        deployment, pattern = build(part, asked.machines), Pattern(asked.seeds[0], candidate.answer.count)
+        runs += [
+            _CurveRun(
+                deployment=deployment,
+                times=times,
+                workload=asked.workload,
+                objectives=asked.objectives,
+                rate=factor * top / times,
+                pattern=pattern,
+                policy=asked.policy,
+            )
+            for factor in RATE_FACTORS
+        ]
+    judged = list(mapped(_run_curve, runs))
     found: list[Curve] = []
-    for i, times in enumerate(part.times for part in parts):
-        rows = judged[i * len(RATE_FACTORS) : (i + 1) * len(RATE_FACTORS)]
-        columns = [[replace(p, rate=p.rate * times) for p in column] for column in zip(*rows, strict=True)]
+    for i in range(0, len(judged), len(RATE_FACTORS)):
+        columns = list(zip(*judged[i : i + len(RATE_FACTORS)], strict=True))
         by_slo = {factor: goodput(column) for factor, column in zip(SLO_FACTORS, columns, strict=True)}
-        found.append(Curve(points=tuple(columns[SLO_FACTORS.index(1.0)]), by_slo=by_slo))
+        found.append(Curve(points=columns[SLO_FACTORS.index(1.0)], by_slo=by_slo))
     return found
 
 

@@ -7,7 +7,7 @@ The whole placement is simulated, not a part of it: the load of a lost worker is
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,11 +17,10 @@ from ...proto.errors import ConfigError
 from ..load.search import TARGET
 from .deployment import Deployment
 from .events import NS
-from .explain import Asked
-from .goodput import Objectives, Pattern, largest_rate, run_length, simulate
+from .goodput import Mapped, Objectives, Pattern, Question, answer, run_length, simulate
 from .incidents import Crash
 from .records import SimResult
-from .search import COARSE
+from .search import COARSE, Asked
 from .sim_workload import Workload
 
 DEFAULT_AWAY_S = 30.0
@@ -96,8 +95,8 @@ class OutageQuestion:
     rate: float
     goodput: float
     """Of the whole deployment."""
-    role: str
     worker: int
+    """Its place in the deployment."""
     away_s: float
     seed: int
 
@@ -114,7 +113,7 @@ def check_away(away_s: float) -> None:
 
 
 def outages(
-    asked: Asked, deployment: Deployment, goodput: float, away_s: float, mapped: Callable[..., object] = map
+    asked: Asked, deployment: Deployment, goodput: float, away_s: float, mapped: Mapped = map
 ) -> tuple[Outage, ...]:
     """Of one worker of each role of the deployment, which serves `goodput` requests/s."""
     rate = HEADROOM * goodput if asked.rate is None or asked.rate > goodput else asked.rate
@@ -127,14 +126,13 @@ def outages(
             policy=asked.policy,
             rate=rate,
             goodput=goodput,
-            role=role,
             worker=roles.index(role),
             away_s=away_s,
             seed=asked.seeds[0],
         )
         for role in dict.fromkeys(roles)
     ]
-    return tuple(mapped(outage, questions))  # type: ignore[arg-type]
+    return tuple(mapped(outage, questions))
 
 
 def outage(question: OutageQuestion) -> Outage:
@@ -154,7 +152,7 @@ def outage(question: OutageQuestion) -> Outage:
     run_s = float(arrivals[-1]) - at_s
     met, met_calm = _met(hit, objectives), _met(calm, objectives)
     return Outage(
-        role=question.role,
+        role=question.deployment.workers[question.worker].role,
         rate=rate,
         away_s=question.away_s,
         undisturbed=float(met_calm[away].mean()),
@@ -199,20 +197,16 @@ def _met(result: SimResult, objectives: Objectives) -> Seen:
 
 
 def _goodput_without(question: OutageQuestion) -> float:
-    crash = Crash(at_s=0.0, worker=question.worker, noticed_after_s=0.0)
-    pattern = Pattern(question.seed, run_length(question.workload, question.objectives, question.goodput))
-
-    def good(rate: float) -> bool:
-        result = simulate(
-            question.deployment,
-            question.workload,
-            question.objectives,
-            rate,
-            pattern,
-            whole=False,
-            incidents=(crash,),
-            policy=question.policy,
-        )
-        return result.attainment(question.objectives.ttft_ms, question.objectives.tpot_ms) >= TARGET
-
-    return largest_rate(good, question.goodput, question.goodput, COARSE)
+    gone = Crash(at_s=0.0, worker=question.worker, noticed_after_s=0.0)
+    asked = Question(
+        deployment=question.deployment,
+        workload=question.workload,
+        objectives=question.objectives,
+        guess=question.goodput,
+        ceiling=question.goodput,
+        seeds=(question.seed,),
+        tolerance=COARSE,
+        policy=question.policy,
+        incidents=(gone,),
+    )
+    return answer(asked).rate

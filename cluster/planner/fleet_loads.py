@@ -16,7 +16,8 @@ from ..load.search import TARGET
 from .bounds import MOST_BATCH, chunk_times, lone_prefill_s, lone_token_s, saturating_tokens
 from .fleet import GpuType
 from .goodput import Objectives
-from .phase_rates import Kind, PhaseRates
+from .phase_rates import PhaseRates
+from .placement import Kind
 from .sim_workload import Lengths
 
 USUAL_SHARE = 0.5
@@ -41,7 +42,7 @@ class LoadedKind:
     """A kind of worker on one type, and what the buckets of its role are to it."""
 
     gpu: GpuType
-    kind: Kind
+    worker: Kind
     loads: tuple[float, ...]
     """Workers that each bucket keeps busy at one request/s of all; infinite where it misses the objective."""
     times: tuple[float, ...]
@@ -51,7 +52,7 @@ class LoadedKind:
 
     def stands_for(self, other: LoadedKind) -> bool:
         """Whether as many GPUs of this kind carry whatever the other does."""
-        times, rest = divmod(other.kind.parallel.gpus, self.kind.parallel.gpus)
+        times, rest = divmod(other.worker.parallel.gpus, self.worker.parallel.gpus)
         return not rest and all(
             mine <= times * its for mine, its in zip(self.loads, other.loads, strict=True)
         )
@@ -111,7 +112,7 @@ def load_kinds(
             for bucket, time, can, other in zip(parts, times, able, anyone, strict=True)
         )
         bound = known.bounds[kind] or BETTER_BATCHES / busy
-        kinds.append(LoadedKind(gpu=gpu, kind=kind, loads=loads, times=tuple(times), bound=bound))
+        kinds.append(LoadedKind(gpu=gpu, worker=kind, loads=loads, times=tuple(times), bound=bound))
     return list(_worth_having(kinds))
 
 
@@ -129,7 +130,7 @@ def _shares(
 def _worth_having(kinds: Sequence[LoadedKind]) -> Iterator[LoadedKind]:
     """Without those that others of the same type stand for: the packing cannot get worse by it."""
     kept: list[LoadedKind] = []
-    for kind in sorted(kinds, key=lambda k: (k.gpu.name, k.kind.parallel.gpus, sum(k.loads))):
+    for kind in sorted(kinds, key=lambda k: (k.gpu.name, k.worker.parallel.gpus, sum(k.loads))):
         if not any(k.gpu is kind.gpu and k.stands_for(kind) for k in kept):
             kept.append(kind)
             yield kind
@@ -142,7 +143,7 @@ def rate_bound(kinds: Sequence[tuple[LoadedKind, int]], lengths: Lengths) -> flo
     For any prices of the buckets, a second of a worker earns at most its dearest bucket's price over its time
     there, and a request/s has to earn the mean price; the prices tried are each kind's own times.
     """
-    parts = buckets(lengths, kinds[0][0].kind.role)
+    parts = buckets(lengths, kinds[0][0].worker.role)
     best = math.inf
     for reference, _ in kinds:
         prices = reference.times

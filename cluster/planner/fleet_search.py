@@ -8,20 +8,20 @@ of it. Deterministic. Knows no files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 
 from ...proto.errors import ConfigError
 from .bin_packing import Bin, Packing, pack
-from .fleet import Budget, Fleet, FleetPool, GpuType, build_fleet
+from .fleet import Budget, GpuType
 from .fleet_loads import LoadedKind, load_kinds, rate_bound
-from .goodput import ROUTER, Answer, Definition, Objectives, Question, answer_all, largest_rate
-from .machines import feasible_parallels
+from .goodput import Mapped, largest_rate
+from .machines import Machine, feasible_parallels
 from .phase_rates import PhaseRates
-from .placement import Pool
-from .search import COARSE, FINE, HOPELESS, TIE, Task, search
-from .sim_workload import Workload
+from .placement import KINDS, Placement, Pool
+from .search import HOPELESS, TIE, Asked, Candidate, Found, Task, search, simulated
+from .sim_workload import usual_lengths
 
 BALANCES = ((1.0, 1.0), (1.25, 1.0), (1.0, 1.25))
 """Margins of prefill and of decode that are tried: a pool shares its load better or worse than one worker."""
@@ -31,22 +31,14 @@ GAP, STEP = 0.01, 0.02
 """How far a packing may be from the cheapest, and the rate that it is packed for from the most."""
 FINALISTS = 2
 """Fleets of several types that all seeds are simulated of."""
-_KINDS = ("colocated", "disaggregated", "mixed")
 
 
 @dataclass(frozen=True, kw_only=True)
-class FleetTask:
-    """What is to be planned."""
+class FleetTask(Asked):
+    """What is to be planned on GPUs of several types, or within a budget."""
 
     types: tuple[GpuType, ...]
-    workload: Workload
-    objectives: Objectives
     budget: Budget
-    rate: float | None = None
-    """Requests/s that are to be served with the least of the budget; None: as many as it serves."""
-    max_pp: int = 1
-    seeds: tuple[int, ...] = (0, 1, 2)
-    policy: str = ROUTER.policy
 
     def __post_init__(self) -> None:
         if not self.types:
@@ -57,15 +49,28 @@ class FleetTask:
                 raise ConfigError(f"hardware {name} is named {names.count(name)} times; name each type once")
         for gpu in self.types:
             gpu.each(self.budget.measure)
-        if self.rate is not None and not 0.0 < self.rate < math.inf:
-            raise ConfigError(f"rate = {self.rate} requests/s; use a number above 0")
-        if self.max_pp < 1:
-            raise ConfigError(f"max_pp = {self.max_pp}; a worker has at least 1 pipeline stage")
+        super().__post_init__()
 
     @cached_property
     def by_name(self) -> Mapping[str, GpuType]:
         """The types."""
         return {gpu.name: gpu for gpu in self.types}
+
+    @cached_property
+    def machines(self) -> Mapping[str, Machine]:
+        """Of the types."""
+        return {gpu.name: gpu.machine for gpu in self.types}
+
+    def takes(self, placement: Placement, measure: str = "") -> float:
+        """Dollars an hour, or watts at the GPUs' limit, by default what the budget is of; hosts and network
+        are not in it."""
+        measure = measure or self.budget.measure
+        return math.fsum(pool.gpus * self.by_name[pool.hardware].each(measure) for pool in placement.pools)
+
+    def cost(self, placement: Placement) -> float | None:
+        """Dollars an hour; None: a price is not known."""
+        priced = all(self.by_name[name].price_per_hour is not None for name in placement.hardware)
+        return self.takes(placement, "cost") if priced else None
 
     def affordable(self, gpu: GpuType) -> int:
         """GPUs of the type alone."""
@@ -77,45 +82,15 @@ class FleetTask:
         return takes <= self.budget.most * (1.0 + 1e-9)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetCandidate:
-    """A fleet and what is known of it."""
-
-    fleet: Fleet
-    answer: Answer
-    takes: float
-    """Of the budget."""
-
-    @property
-    def rate(self) -> float:
-        """Simulated goodput."""
-        return self.answer.rate
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FleetFound:
-    """What a search came to."""
-
-    candidates: tuple[FleetCandidate, ...]
-    """Best first, simulated with all seeds; empty when nothing serves any rate."""
-    alone: Mapping[str, FleetCandidate | None]
-    """The best of each type by itself; None: it serves nothing within the objectives."""
-    left_out: Mapping[str, str]
-    """Types that cannot be had or used alone, and why."""
-    phases: Mapping[str, PhaseRates]
-    reached: bool = True
-    """False: nothing within budget and numbers serves the wanted rate; the candidates serve most."""
-
-
-def fleet_search(task: FleetTask, mapped: Callable[..., object] = map) -> FleetFound:
+def fleet_search(task: FleetTask, mapped: Mapped = map) -> Found:
     """
     Raises:
         ConfigError: the model fits no type, or the budget no worker.
     """
     phases: dict[str, PhaseRates] = {}
-    alone: dict[str, FleetCandidate | None] = {}
+    alone: dict[str, Candidate | None] = {}
     left_out: dict[str, str] = {}
-    homogeneous: list[FleetCandidate] = []
+    candidates: list[Candidate] = []
     _check_budget(task)
     for gpu in task.types:
         try:
@@ -123,28 +98,20 @@ def fleet_search(task: FleetTask, mapped: Callable[..., object] = map) -> FleetF
         except ConfigError as exc:
             left_out[gpu.name] = exc.message
             continue
-        phases[gpu.name] = found.phases
-        own = [
-            FleetCandidate(fleet=fleet, answer=c.answer, takes=fleet.takes(task.budget.measure))
-            for c in found.candidates
-            for fleet in [Fleet.of(c.placement, gpu)]
-            if c.answer is not None
-        ]
-        homogeneous += own
+        phases[gpu.name] = found.phases[""]
+        own = [replace(c, placement=c.placement.on(gpu.name)) for c in found.candidates]
+        candidates += own
         alone[gpu.name] = own[0] if own else None
     if not phases:
         raise ConfigError("the model fits no type: " + "; ".join(left_out.values()))
-    candidates = homogeneous
     if len(phases) > 1:
-        candidates = candidates + _several_types(task, phases, homogeneous, mapped)
+        best = max((c.rate for c in candidates), default=0.0)
+        candidates += _several_types(task, phases, best, mapped)
         if task.rate is not None and max((c.rate for c in candidates), default=0.0) < task.rate:
-            most = replace(task, rate=None)
-            candidates = candidates + _several_types(most, phases, homogeneous, mapped)
+            candidates += _several_types(replace(task, rate=None), phases, best, mapped)
     ranked = _ranked(task, candidates)
     reached = task.rate is None or bool(ranked and ranked[0].rate >= task.rate)
-    return FleetFound(
-        candidates=tuple(ranked), alone=alone, left_out=left_out, phases=phases, reached=reached
-    )
+    return Found(candidates=tuple(ranked), alone=alone, left_out=left_out, phases=phases, reached=reached)
 
 
 def _alone(task: FleetTask, gpu: GpuType) -> Task:
@@ -152,16 +119,8 @@ def _alone(task: FleetTask, gpu: GpuType) -> Task:
     if gpus < 1:
         each = task.budget.text(gpu.each(task.budget.measure))
         raise ConfigError(f"the budget has no GPU of {gpu.name}, which takes {each}")
-    return Task(
-        machine=gpu.machine,
-        workload=task.workload,
-        objectives=task.objectives,
-        gpus=gpus,
-        rate=task.rate,
-        max_pp=task.max_pp,
-        seeds=task.seeds,
-        policy=task.policy,
-    )
+    shared = {item.name: getattr(task, item.name) for item in fields(Asked)}
+    return Task(machine=gpu.machine, gpus=gpus, **shared)
 
 
 def _check_budget(task: FleetTask) -> None:
@@ -200,8 +159,8 @@ class Shape:
             [
                 Bin(
                     hardware=kind.gpu.name,
-                    gpus=kind.kind.parallel.gpus,
-                    cost=kind.kind.parallel.gpus * kind.gpu.each(task.budget.measure),
+                    gpus=kind.worker.parallel.gpus,
+                    cost=kind.worker.parallel.gpus * kind.gpu.each(task.budget.measure),
                     loads=tuple(load * margin * rate for load in kind.loads),
                 )
                 for kind in kinds
@@ -211,33 +170,25 @@ class Shape:
         packing = pack(phases, {gpu.name: gpu.available for gpu in task.types}, gap=GAP)
         return packing if packing is not None and task.within(packing.cost) else None
 
-    def fleet(self, packing: Packing) -> Fleet:
+    def placement(self, packing: Packing) -> Placement:
         """What was packed."""
-        pools = [
-            FleetPool(
-                role=kind.kind.role,
-                gpu=kind.gpu,
-                pool=Pool(count=count, parallel=kind.kind.parallel, budget=kind.kind.budget),
-            )
+        pools = (
+            Pool(kind.worker, count, kind.gpu.name)
             for kinds, counts in zip(self.phases, packing.counts, strict=True)
             for kind, count in zip(kinds, counts, strict=True)
             if count
-        ]
-        return Fleet(pools=tuple(pools))
+        )
+        return Placement(tuple(pools))
 
-    def bound(self, fleet: Fleet, task: FleetTask) -> float:
-        """Requests/s that the fleet cannot exceed."""
+    def bound(self, placement: Placement, task: FleetTask) -> float:
+        """Requests/s that the placement cannot exceed."""
         if task.workload.shares:
             return math.inf  # what is cached takes no time
-        lengths = task.workload.lengths(0, task.workload.most(task.workload.least))
-        counts = {(p.role, p.gpu.name, p.pool.parallel, p.pool.budget): p.pool.count for p in fleet.pools}
+        lengths = usual_lengths(task.workload)
+        counts = {(pool.hardware, pool.worker): pool.count for pool in placement.pools}
         bounds = []
         for kinds in self.phases:
-            own = [
-                (kind, counts[key])
-                for kind in kinds
-                if (key := (kind.kind.role, kind.gpu.name, kind.kind.parallel, kind.kind.budget)) in counts
-            ]
+            own = [(k, counts[key]) for k in kinds if (key := (k.gpu.name, k.worker)) in counts]
             bounds.append(rate_bound(own, lengths))
         return min(bounds)
 
@@ -263,7 +214,7 @@ def _found(wanted: _Wanted) -> tuple[float, Packing | None]:
 
 def shapes(task: FleetTask, phases: Mapping[str, PhaseRates]) -> list[Shape]:
     """Pairs of pools with every balance, and colocated workers."""
-    lengths = task.workload.lengths(0, task.workload.most(task.workload.least))
+    lengths = usual_lengths(task.workload)
     kinds = {
         role: tuple(load_kinds(task.by_name, phases, lengths, task.objectives, role))
         for role in ("prefill", "decode", "colocated")
@@ -278,84 +229,52 @@ def shapes(task: FleetTask, phases: Mapping[str, PhaseRates]) -> list[Shape]:
 
 
 def _several_types(
-    task: FleetTask,
-    phases: Mapping[str, PhaseRates],
-    known: Sequence[FleetCandidate],
-    mapped: Callable[..., object],
-) -> list[FleetCandidate]:
-    """The best fleets of more than one type, with all seeds."""
-    best = max((candidate.rate for candidate in known), default=0.0)
+    task: FleetTask, phases: Mapping[str, PhaseRates], best: float, mapped: Mapped
+) -> list[Candidate]:
+    """The best fleets of more than one type, with all seeds.
+
+    Args:
+        best: requests/s that one type serves.
+    """
     floor = HOPELESS * (best if task.rate is None else min(best, task.rate))
     targets = [(shape, task.rate) for shape in shapes(task, phases)]
-    seen: dict[str, FleetCandidate] = {}
-    bounds: dict[str, float] = {}
+    seen: dict[Placement, Candidate] = {}
     for _ in range(1 if task.rate is None else ROUNDS):
         asked = [_Wanted(task, shape, rate, best or task.rate or 1.0) for shape, rate in targets]
-        packed: list[tuple[float, Packing | None]] = list(mapped(_found, asked))  # type: ignore[call-overload]
+        packed = list(mapped(_found, asked))
         fleets = [
-            (shape, rate, shape.fleet(packing))
+            (shape, rate, shape.placement(packing))
             for (shape, _), (rate, packing) in zip(targets, packed, strict=True)
             if packing is not None
         ]
         new = {
-            str(fleet): (fleet, rate, shape.bound(fleet, task))
-            for shape, rate, fleet in fleets
-            if len(fleet.types) > 1 and str(fleet) not in seen
+            placement: Candidate(placement=placement, expected=rate, bound=shape.bound(placement, task))
+            for shape, rate, placement in fleets
+            if len(placement.hardware) > 1 and placement not in seen
         }
-        bounds |= {name: bound for name, (_, _, bound) in new.items()}
-        seen |= zip(new, _simulated(task, list(new.values()), mapped, floor=floor), strict=True)
+        seen |= zip(new, simulated(task, list(new.values()), mapped, floor=floor), strict=True)
         # What served more than was wanted, or less, is packed anew for as much less or more.
         targets = [
-            (shape, rate * task.rate / seen[str(fleet)].rate)
-            for shape, rate, fleet in fleets
-            if task.rate is not None and str(fleet) in new and seen[str(fleet)].rate > 0.0
+            (shape, rate * task.rate / seen[placement].rate)
+            for shape, rate, placement in fleets
+            if task.rate is not None and placement in new and seen[placement].rate > 0.0
         ]
     order = _ranked(task, [candidate for candidate in seen.values() if candidate.rate > 0.0])
-    final = [(c.fleet, c.rate, bounds[str(c.fleet)]) for c in order[:FINALISTS]]
-    return [candidate for candidate in _simulated(task, final, mapped) if candidate.rate > 0.0]
+    return [candidate for candidate in simulated(task, order[:FINALISTS], mapped) if candidate.rate > 0.0]
 
 
-def _simulated(
-    task: FleetTask,
-    fleets: Sequence[tuple[Fleet, float, float]],
-    mapped: Callable[..., object],
-    floor: float | None = None,
-) -> list[FleetCandidate]:
-    """Of each (fleet, guess, bound) the goodput: with a floor, coarsely and of one seed; else of all
-    seeds and by both definitions."""
-    parts = [fleet.part() for fleet, _, _ in fleets]
-    questions = [
-        Question(
-            deployment=build_fleet(part),
-            workload=task.workload,
-            objectives=task.objectives,
-            guess=guess / times,
-            ceiling=max(bound, guess) / times,
-            floor=(floor or 0.0) / times,
-            seeds=task.seeds if floor is None else task.seeds[:1],
-            tolerance=FINE if floor is None else COARSE,
-            definitions=(Definition.BOTH, Definition.EACH) if floor is None else (Definition.BOTH,),
-            policy=task.policy,
-        )
-        for (part, times), (_, guess, bound) in zip(parts, fleets, strict=True)
-    ]
-    return [
-        FleetCandidate(fleet=fleet, answer=reply.times(times), takes=fleet.takes(task.budget.measure))
-        for (fleet, _, _), (_, times), reply in zip(fleets, parts, answer_all(questions, mapped), strict=True)
-    ]
-
-
-def _ranked(task: FleetTask, candidates: Sequence[FleetCandidate]) -> list[FleetCandidate]:
+def _ranked(task: FleetTask, candidates: Sequence[Candidate]) -> list[Candidate]:
     """Best first. Goodputs within TIE of each other are equal: then less of the budget, fewer GPUs and no
     hand-off go first."""
     if not candidates:
         return []
     wanted = task.rate if task.rate is not None else (1.0 - TIE) * max(c.rate for c in candidates)
 
-    def key(candidate: FleetCandidate) -> tuple[float, ...]:
-        fleet = candidate.fleet
+    def key(candidate: Candidate) -> tuple[float, ...]:
+        placement = candidate.placement
         if candidate.rate < wanted:
             return (1.0, -candidate.rate, 0.0, 0.0, 0.0)
-        return (0.0, candidate.takes, fleet.gpus, _KINDS.index(fleet.kind), -candidate.rate)
+        takes, kind = task.takes(placement), KINDS.index(placement.kind)
+        return (0.0, takes, placement.gpus, kind, -candidate.rate)
 
     return sorted(candidates, key=key)

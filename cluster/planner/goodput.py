@@ -8,10 +8,10 @@ Knows how to search a rate, not where deployments come from.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, TypeVar
 
 from ...proto.errors import ConfigError
 from ...router.config import RouterConfig
@@ -19,7 +19,7 @@ from ..load.search import TARGET, Point
 from .deployment import Deployment, SimulationConfig
 from .incidents import Incident
 from .records import SimResult
-from .sim_workload import Workload
+from .sim_workload import Workload, usual_lengths
 from .simulator import Simulation
 
 ROUTER = RouterConfig(max_queued_requests=10**9, max_queued_tokens=10**9, local_prefill_tokens=0)
@@ -38,6 +38,18 @@ PUBLISHED_HIGH, PUBLISHED_STEP, PUBLISHED_REQUESTS = 32.0, 0.25, 300
 
 _T95 = (math.inf, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Student's t, two-sided 95 %, by degrees of freedom."""
+
+
+_Asked = TypeVar("_Asked")
+_Found = TypeVar("_Found")
+
+
+class Mapped(Protocol):
+    """How questions are answered beside each other: map, or that of an executor."""
+
+    def __call__(self, function: Callable[[_Asked], _Found], asked: Iterable[_Asked], /) -> Iterable[_Found]:
+        """In the order of the questions."""
+        ...
 
 
 class Definition(StrEnum):
@@ -97,6 +109,8 @@ class Question:
     definitions: tuple[Definition, ...] = (Definition.BOTH,)
     policy: str = ROUTER.policy
     """Of the router: who chooses the workers of a request."""
+    incidents: tuple[Incident, ...] = ()
+    """Of each run."""
 
     def __post_init__(self) -> None:
         if not 0.0 < self.guess < math.inf or not self.ceiling > 0.0:
@@ -163,7 +177,7 @@ def run_length(workload: Workload, objectives: Objectives, rate: float) -> int:
 
 def _life_s(workload: Workload, objectives: Objectives) -> float:
     """How long a request may take, by the objectives that are finite."""
-    lengths = workload.lengths(0, workload.most(workload.least))
+    lengths = usual_lengths(workload)
     outputs = sum(output for _, output in lengths) / len(lengths)
     return sum(ms for ms in (objectives.ttft_ms, objectives.tpot_ms * outputs) if math.isfinite(ms)) / 1e3
 
@@ -244,6 +258,7 @@ def _search(
                 rate,
                 pattern,
                 whole=False,
+                incidents=question.incidents,
                 policy=question.policy,
             )
         return served(runs[rate], question.objectives, definition)
@@ -305,6 +320,6 @@ def published_goodput(
     return low
 
 
-def answer_all(questions: Sequence[Question], mapped: Callable[..., object] = map) -> list[Answer]:
-    """In the order of the questions, whatever `mapped` (an executor's, for example) does in parallel."""
-    return list(mapped(answer, questions))  # type: ignore[call-overload, no-any-return]
+def answer_all(questions: Sequence[Question], mapped: Mapped = map) -> list[Answer]:
+    """In the order of the questions."""
+    return list(mapped(answer, questions))

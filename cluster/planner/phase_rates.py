@@ -6,9 +6,8 @@ The other phase costs nothing while one is judged alone. Knows no pools.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 
 from ...decode_workers.config import DecodeSchedulerConfig
 from ...prefill_workers.config import PrefillSchedulerConfig
@@ -16,17 +15,11 @@ from ...router.step_time import Line, StepShape
 from ..load.search import TARGET
 from .bounds import Floor, decode_rate, prefill_rate, tpot_floor, ttft_floor
 from .deployment import ROLES, Deployment, WorkerSpec
-from .goodput import Answer, Objectives, Question, answer_all
+from .goodput import Answer, Mapped, Objectives, Question, answer_all
 from .machines import Limits, Machine, Parallel
-from .placement import (
-    Placement,
-    Pool,
-    build,
-    colocated_budgets,
-    scheduler_of,
-)
+from .placement import Kind, Placement, Pool, build, colocated_budgets, worker_spec
 from .sim_request import SimRequest
-from .sim_workload import Workload
+from .sim_workload import Workload, usual_lengths
 from .topology import free_topology
 
 WORTH = 0.4
@@ -34,14 +27,6 @@ WORTH = 0.4
 TOLERANCE = 0.12
 """Of a worker's rate, which only says what is simulated together."""
 _NO_LIMIT = 2**31 - 1
-
-
-class Kind(NamedTuple):
-    """A worker that pools may be made of."""
-
-    role: str
-    parallel: Parallel
-    budget: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +98,7 @@ class PhaseRates:
     def bound(self, placement: Placement) -> float:
         """Requests/s that the placement cannot exceed."""
         by_role = {
-            role: pool.count * self.bounds.get(Kind(role, pool.parallel, pool.budget), math.inf)
-            for role, pool in placement.pools()
+            pool.worker.role: pool.count * self.bounds.get(pool.worker, math.inf) for pool in placement.pools
         }
         pair = min(by_role.get("prefill", 0.0), by_role.get("decode", 0.0))
         return pair + by_role.get("colocated", 0.0)
@@ -125,7 +109,7 @@ def bound_phases(
 ) -> PhaseRates:
     """Floors and bounds of all kinds; nothing is simulated."""
     found, chunk = PhaseRates(), machine.limits.chunk_budget
-    lengths = workload.lengths(0, workload.most(workload.least))
+    lengths = usual_lengths(workload)
     for parallel in parallels:
         step_time = machine.step_time(parallel)
         if not workload.shares:
@@ -144,7 +128,7 @@ def measure_phases(
     workload: Workload,
     objectives: Objectives,
     parallels: Sequence[Parallel],
-    mapped: Callable[..., object] = map,
+    mapped: Mapped = map,
     *,
     roles: Collection[str] = ROLES,
 ) -> PhaseRates:
@@ -185,51 +169,35 @@ def _worthy(bounds: dict[Kind, float]) -> list[Kind]:
     ]
 
 
+def alone(workload: Workload, objectives: Objectives, role: str) -> tuple[Workload, Objectives]:
+    """What a phase is asked for by itself."""
+    if role == "prefill":
+        return FirstTokens(workload), replace(objectives, tpot_ms=math.inf)
+    return workload, replace(objectives, ttft_ms=math.inf)
+
+
 def _question(
     machine: Machine, workload: Workload, objectives: Objectives, kind: Kind, bound: float
 ) -> Question:
-    guess = 0.6 * bound if math.isfinite(bound) else 1.0
     if kind.role == "colocated":
-        pool = Pool(count=1, parallel=kind.parallel, budget=kind.budget)
-        return Question(
-            deployment=build(Placement(colocated=pool), machine),
-            workload=workload,
-            objectives=objectives,
-            guess=guess,
-            ceiling=bound,
-            tolerance=TOLERANCE,
-        )
-    limits = machine.limits
-    blocks = machine.kv_tokens(kind.parallel) // limits.block_size
-    own = WorkerSpec(
-        role=kind.role,
-        step_time=machine.step_time(kind.parallel),
-        num_blocks=blocks,
-        scheduler=scheduler_of(kind.role, Pool(count=1, parallel=kind.parallel), machine),
-        gpus=kind.parallel.gpus,
-    )
-    alone = Objectives(
-        ttft_ms=objectives.ttft_ms if kind.role == "prefill" else math.inf,
-        tpot_ms=objectives.tpot_ms if kind.role == "decode" else math.inf,
-    )
-    if kind.role == "prefill":
-        workers = (own, _free("decode", blocks, limits))
-        asked: Workload = FirstTokens(workload)
+        deployment = build(Placement((Pool(kind, 1),)), {"": machine})
     else:
-        workers = (_free("prefill", blocks, limits), own)
-        asked = workload
-    deployment = Deployment(
-        workers=workers,
-        block_size=limits.block_size,
-        topology=free_topology([0], [1]),
-        context_length=limits.context_length,
-        first_token_s=machine.first_token_s,
-    )
+        own, limits = worker_spec(kind, machine), machine.limits
+        workers = {role: _free(role, own.num_blocks, limits) for role in ("prefill", "decode")}
+        workers[kind.role] = own
+        workload, objectives = alone(workload, objectives, kind.role)
+        deployment = Deployment(
+            workers=tuple(workers.values()),
+            block_size=limits.block_size,
+            topology=free_topology([0], [1]),
+            context_length=limits.context_length,
+            first_token_s=machine.first_token_s,
+        )
     return Question(
         deployment=deployment,
-        workload=asked,
-        objectives=alone,
-        guess=guess,
+        workload=workload,
+        objectives=objectives,
+        guess=0.6 * bound if math.isfinite(bound) else 1.0,
         ceiling=bound,
         tolerance=TOLERANCE,
     )

@@ -1,10 +1,11 @@
-"""A placement: pools of equal workers, and the deployment that is simulated. Knows no search."""
+"""A placement: pools of equal workers, on GPUs of one type or of several, and the deployment that is
+simulated. Knows no search."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ...decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
@@ -18,86 +19,95 @@ from .topology import Topology
 
 LEAST_BUDGET, MOST_BUDGET = 64, 4096
 """Prompt tokens that a colocated worker computes beside its batch."""
+UNIT_WORKERS = 4
+"""A placement of several equal parts is simulated as the smallest part with so many workers: the others do
+the same. A larger one would share its load a little better."""
+KINDS = ("colocated", "disaggregated", "mixed")
+"""Of placements; the fewer hand-offs the earlier."""
 
 
-@dataclass(frozen=True, slots=True, order=True, kw_only=True)
-class Pool:
-    """Equal workers."""
+class Kind(NamedTuple):
+    """Of a worker that pools may be made of."""
 
-    count: int
+    role: str
     parallel: Parallel
     budget: int = 0
     """Of a colocated worker: prompt tokens beside its batch."""
 
+
+@dataclass(frozen=True, slots=True)
+class Pool:
+    """Equal workers."""
+
+    worker: Kind
+    count: int
+    hardware: str = ""
+    """Name of their type of GPU; empty where there is only one."""
+
     def __post_init__(self) -> None:
         if self.count < 1:
             raise ConfigError(f"count = {self.count}; a pool has at least 1 worker")
+        if self.worker.role == "colocated" and self.worker.budget < 1:
+            raise ConfigError(f"budget = {self.worker.budget}; a colocated worker needs at least 1 token")
 
     @property
     def gpus(self) -> int:
-        return self.count * self.parallel.gpus
+        return self.count * self.worker.parallel.gpus
 
-    def times(self, factor: int) -> Pool:
-        """So many times the workers."""
-        return Pool(count=self.count * factor, parallel=self.parallel, budget=self.budget)
+    def __str__(self) -> str:
+        role, parallel, budget = self.worker
+        on = f" on {self.hardware}" if self.hardware else ""
+        tokens = f", {budget} tokens a step" if budget else ""
+        return f"{self.count} {role}{on} ({parallel}{tokens})"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class Placement:
-    """Pools by role; both of prefill and decode, or neither."""
+    """Pools in the order of a deployment's workers; on several types of GPUs a role may have several."""
 
-    prefill: Pool | None = None
-    decode: Pool | None = None
-    colocated: Pool | None = None
+    pools: tuple[Pool, ...]
 
     def __post_init__(self) -> None:
-        if (self.prefill is None) != (self.decode is None):
-            raise ConfigError("a placement has a prefill and a decode pool, or neither of them")
-        if self.decode is None and self.colocated is None:
-            raise ConfigError("a placement without workers serves nothing")
-        if self.colocated is not None and self.colocated.budget < 1:
-            raise ConfigError(f"budget = {self.colocated.budget}; a colocated worker needs at least 1 token")
-
-    def pools(self) -> Iterator[tuple[str, Pool]]:
-        """(role, pool), in the order of a deployment's workers."""
-        for role in ("prefill", "decode", "colocated"):
-            pool = getattr(self, role)
-            if pool is not None:
-                yield role, pool
+        roles = {pool.worker.role for pool in self.pools}
+        if not roles or not roles <= set(ROLES) or ("prefill" in roles) != ("decode" in roles):
+            raise ConfigError("a placement has prefill and decode workers, or colocated ones, or all of them")
 
     @property
     def gpus(self) -> int:
-        return sum(pool.gpus for _, pool in self.pools())
+        return sum(pool.gpus for pool in self.pools)
 
     @property
     def workers(self) -> int:
-        return sum(pool.count for _, pool in self.pools())
+        return sum(pool.count for pool in self.pools)
 
     @property
     def kind(self) -> str:
-        """disaggregated, colocated or mixed."""
-        if self.colocated is None:
+        """One of KINDS."""
+        roles = {pool.worker.role for pool in self.pools}
+        if "colocated" not in roles:
             return "disaggregated"
-        return "colocated" if self.decode is None else "mixed"
+        return "mixed" if "decode" in roles else "colocated"
+
+    @property
+    def hardware(self) -> tuple[str, ...]:
+        """Names of the types of GPUs that it uses."""
+        return tuple(dict.fromkeys(pool.hardware for pool in self.pools))
+
+    def on(self, hardware: str) -> Placement:
+        """The same on one type of GPU."""
+        return Placement(tuple(replace(pool, hardware=hardware) for pool in self.pools))
+
+    def part(self) -> tuple[Placement, int]:
+        """(what is simulated of it, how many of that it is)."""
+        share = math.gcd(*(pool.count for pool in self.pools))
+        for times in range(share, 1, -1):
+            if share % times == 0 and self.workers // times >= UNIT_WORKERS:
+                pools = (replace(pool, count=pool.count // times) for pool in self.pools)
+                return Placement(tuple(pools)), times
+        return self, 1
 
     def __str__(self) -> str:
-        return " + ".join(
-            f"{pool.count} {role} ({pool.parallel}{f', {pool.budget} tokens a step' if pool.budget else ''})"
-            for role, pool in self.pools()
-        )
-
-    def times(self, factor: int) -> Placement:
-        """So many of it beside each other."""
-        return Placement(**{role: pool.times(factor) for role, pool in self.pools()})
-
-    def unit(self) -> tuple[Placement, int]:
-        """(the smallest placement of the same proportions, how many of it this is)."""
-        share = math.gcd(*(pool.count for _, pool in self.pools()))
-        pools = {
-            role: Pool(count=pool.count // share, parallel=pool.parallel, budget=pool.budget)
-            for role, pool in self.pools()
-        }
-        return Placement(**pools), share
+        return " + ".join(map(str, self.pools))
 
 
 def colocated_budgets(machine: Machine, parallel: Parallel, tpot_ms: float) -> tuple[int, ...]:
@@ -116,45 +126,21 @@ def colocated_budgets(machine: Machine, parallel: Parallel, tpot_ms: float) -> t
     return tuple(sorted({min(most, fitting * factor) for factor in (1, 4)}))
 
 
-class MachinePool(NamedTuple):
-    """A pool and what its workers are."""
+def build(placement: Placement, machines: Mapping[str, Machine]) -> Deployment:
+    """The deployment.
 
-    role: str
-    pool: Pool
-    machine: Machine
-
-
-def build(placement: Placement, machine: Machine) -> Deployment:
-    """The deployment on one type of GPU; see build_pools().
+    Args:
+        machines: for one model, by the names that the pools have for their hardware.
 
     Raises:
         ConfigError: the model does not fit, or cannot be divided so.
     """
-    return build_pools([MachinePool(role, pool, machine) for role, pool in placement.pools()])
-
-
-def build_pools(pools: Sequence[MachinePool]) -> Deployment:
-    """The deployment, of machines for one model.
-
-    Raises:
-        ConfigError: the model does not fit, or cannot be divided so.
-    """
-    machine = pools[0].machine
-    block_size = machine.limits.block_size
-    specs: list[WorkerSpec] = []
-    for role, pool, own in pools:
-        spec = WorkerSpec(
-            role=role,
-            step_time=own.step_time(pool.parallel),
-            num_blocks=own.kv_tokens(pool.parallel) // block_size,
-            scheduler=scheduler_of(role, pool, own),
-            gpus=pool.parallel.gpus,
-        )
-        specs += [spec] * pool.count
+    pools = [(pool, machines[pool.hardware]) for pool in placement.pools]
+    machine = pools[0][1]
     return Deployment(
-        workers=tuple(specs),
-        block_size=block_size,
-        block_bytes=machine.kv_bytes_per_token * block_size,
+        workers=tuple(spec for pool, own in pools for spec in [worker_spec(pool.worker, own)] * pool.count),
+        block_size=machine.limits.block_size,
+        block_bytes=machine.kv_bytes_per_token * machine.limits.block_size,
         num_layers=machine.num_layers,
         context_length=machine.limits.context_length,
         topology=_topology(pools),
@@ -162,31 +148,45 @@ def build_pools(pools: Sequence[MachinePool]) -> Deployment:
     )
 
 
-def scheduler_of(role: str, pool: Pool, machine: Machine) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
-    """What the pool's workers are configured with."""
+def worker_spec(worker: Kind, machine: Machine) -> WorkerSpec:
+    """One worker.
+
+    Raises:
+        ConfigError: the model does not fit, or cannot be divided so.
+    """
+    return WorkerSpec(
+        role=worker.role,
+        step_time=machine.step_time(worker.parallel),
+        num_blocks=machine.kv_tokens(worker.parallel) // machine.limits.block_size,
+        scheduler=_scheduler(worker, machine),
+        gpus=worker.parallel.gpus,
+    )
+
+
+def _scheduler(worker: Kind, machine: Machine) -> PrefillSchedulerConfig | DecodeSchedulerConfig:
     limits = machine.limits
-    if role == "prefill":
-        saturation = saturating_tokens(machine.step_time(pool.parallel), limits.chunk_budget)
+    if worker.role == "prefill":
+        saturation = saturating_tokens(machine.step_time(worker.parallel), limits.chunk_budget)
         return PrefillSchedulerConfig(chunk_budget=limits.chunk_budget, saturation_tokens=saturation)
-    if role == "decode":
+    if worker.role == "decode":
         return DecodeSchedulerConfig(max_running=limits.max_running)
-    return ColocatedSchedulerConfig(max_running=limits.max_running, prefill_budget=pool.budget)
+    return ColocatedSchedulerConfig(max_running=limits.max_running, prefill_budget=worker.budget)
 
 
-def _topology(pools: Sequence[MachinePool]) -> Topology:
+def _topology(pools: Sequence[tuple[Pool, Machine]]) -> Topology:
     """A link of each worker as wide as its GPUs' together. GPUs of one type that fit a node are in one; types
     do not share nodes."""
-    node = pools[0].machine.hardware
-    one_type = all(machine == pools[0].machine for _, _, machine in pools)
-    one_node = one_type and sum(pool.gpus for _, pool, _ in pools) <= node.gpus_per_node
+    node = pools[0][1].hardware
+    one_type = all(machine == pools[0][1] for _, machine in pools)
+    one_node = one_type and sum(pool.gpus for pool, _ in pools) <= node.gpus_per_node
     bandwidths: list[float] = []
     by_role: dict[str, list[int]] = {role: [] for role in ROLES}
-    for role, pool, machine in pools:
+    for pool, machine in pools:
         hardware = machine.hardware
         per_gpu = hardware.intra_node_gb_per_s if one_node else hardware.inter_node_gb_per_s
         for _ in range(pool.count):
-            by_role[role].append(len(bandwidths))
-            bandwidths.append(per_gpu * 1e9 * hardware.link_share * pool.parallel.gpus)
+            by_role[pool.worker.role].append(len(bandwidths))
+            bandwidths.append(per_gpu * 1e9 * hardware.link_share * pool.worker.parallel.gpus)
     paths: dict[tuple[int, int], tuple[int, ...]] = {
         (source, target): (source, target) for source in by_role["prefill"] for target in by_role["decode"]
     }

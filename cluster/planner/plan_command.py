@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,26 +16,22 @@ from ..load.report import write_json
 from ..load.trace_formats import TraceRecord
 from ..load.traces import TRACES, data_folder, load_trace
 from ..load.workload import Arrivals, WorkloadConfig
-from .explain import binding, curves, infeasible
-from .failure_study import DEFAULT_AWAY_S, check_away, outages
-from .fleet import fleet_toml
+from .failure_study import DEFAULT_AWAY_S, check_away
 from .fleet_options import add_fleet_arguments, budget_of, gpu_types, total_gpus, wants_fleet
-from .fleet_report import FleetPlan, draw_fleet, fleet_json, fleet_text, make_fleet_plan
 from .fleet_search import FleetTask
 from .goodput import MOST_REQUESTS, ROUTER, Objectives
 from .log_fit import fit_log, nearest, public_fits, sentence, synthetic
 from .machines import Machine
-from .placement import build
 from .plan_processes import processes_for
-from .plan_report import SHOWN, Plan, as_json, draw, text
+from .plan_report import Plan, as_json, draw, text
 from .plan_toml import plan_toml
-from .search import Task, search
-from .search_distserve import ALGORITHMS, search_published
+from .planning import SEARCH, make_plan
+from .search import Task
+from .search_distserve import ALGORITHMS
 from .sim_workload import LEAST_REQUESTS, SimWorkload, Workload
 from .step_time_sources import add_source_arguments, machine_from, source_json
 
 FIXED = "fixed"
-SEARCH = "search"
 MOST_SEEDS = 10
 MIN_REQUESTS = 20
 MOST_PROCESSES = 16
@@ -140,21 +136,13 @@ def run(args: argparse.Namespace) -> int:
     if said:
         console.print(f"workload: {said}", markup=False, highlight=False, soft_wrap=True)
     with processes_for(processes) as mapped:
-        plan = replace(_planned(task, args, mapped), workload=said)
-    for line in fleet_text(plan) if isinstance(plan, FleetPlan) else text(plan):
+        plan = replace(make_plan(task, args.algorithm, mapped, away_s=args.outage), workload=said)
+    for line in text(plan):
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     if output is not None:
         wrote = f"wrote {', '.join(_write(plan, output, args))}"
         console.print(wrote, markup=False, highlight=False, soft_wrap=True)
     return 1 if plan.infeasible or not plan.found.reached else 0
-
-
-def _planned(
-    task: Task | FleetTask, args: argparse.Namespace, mapped: Callable[..., object]
-) -> Plan | FleetPlan:
-    if isinstance(task, FleetTask):
-        return make_fleet_plan(task, mapped, away_s=args.outage)
-    return make_plan(task, args.algorithm, mapped, away_s=args.outage)
 
 
 def task_from(args: argparse.Namespace) -> Task:
@@ -263,26 +251,6 @@ def _sentence(args: argparse.Namespace, workload: Workload) -> str:
         return f"{sentence(fit)}; {exc.message}"
 
 
-def make_plan(
-    task: Task, algorithm: str = SEARCH, mapped: Callable[..., object] = map, *, away_s: float = 0.0
-) -> Plan:
-    """Searches and explains. `away_s`: how long a lost worker is away; 0: none is lost."""
-    found = search(task, mapped) if algorithm == SEARCH else search_published(task, algorithm, mapped)
-    if not found.candidates:
-        why = found.sentence or infeasible(task, found.phases)
-        return Plan(task=task, found=found, infeasible=why)
-    shown = (*found.candidates, *found.others)[:SHOWN]
-    best = found.candidates[0]
-    deployment = build(best.placement, task.machine)
-    return Plan(
-        task=task,
-        found=found,
-        binding=binding(task, found.phases, best, mapped),
-        curves=tuple(curves(task, shown, mapped)),
-        outages=outages(task, deployment, best.rate, away_s, mapped) if away_s else (),
-    )
-
-
 def parse_slo(given: str) -> Objectives:
     """Objectives written as "ttft=400,tpot=40".
 
@@ -322,28 +290,18 @@ def _folder(path: Path) -> Path:
     return path
 
 
-def _write(plan: Plan | FleetPlan, folder: Path, args: argparse.Namespace) -> list[str]:
+def _write(plan: Plan, folder: Path, args: argparse.Namespace) -> list[str]:
     """The files, and what is said of those that cannot be."""
     written = [str(folder / "plan.json")]
-    said = fleet_json(plan) if isinstance(plan, FleetPlan) else as_json(plan)
-    write_json(folder / "plan.json", source_json(args) | said)
+    write_json(folder / "plan.json", source_json(args) | as_json(plan))
     if plan.infeasible:
         return written
-    if isinstance(plan, FleetPlan):
-        draw_fleet(folder / "plan.png", plan)
-    else:
-        draw(folder / "plan.png", plan)
+    draw(folder / "plan.png", plan)
     written.append(str(folder / "plan.png"))
+    task = plan.task
     try:
-        toml = _toml(plan, args.model)
+        toml = plan_toml(plan.best.placement, task.machines, task.objectives, args.model, task.policy)
     except ConfigError as exc:
         return [*written, f"no cluster.toml: {exc.message}"]
     (folder / "cluster.toml").write_text(toml, encoding="utf-8")
     return [*written, str(folder / "cluster.toml")]
-
-
-def _toml(plan: Plan | FleetPlan, model: str) -> str:
-    objectives, policy = plan.task.objectives, plan.task.policy
-    if isinstance(plan, FleetPlan):
-        return fleet_toml(plan.best.fleet, objectives, model, policy)
-    return plan_toml(plan.best.placement, plan.task.machine, objectives, model, policy)

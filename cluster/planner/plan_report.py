@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,10 @@ from ..load.plot import COLOURS, draw_attainment
 from ..load.search import TARGET
 from .explain import Binding, Curve
 from .failure_study import Outage
+from .fleet_search import FleetTask
 from .goodput import Answer
+from .phase_rates import PhaseRates
+from .placement import Pool
 from .search import HOPELESS, Candidate, Found, Task
 
 SHOWN = 3
@@ -22,7 +26,7 @@ SHOWN = 3
 class Plan:
     """A search with its explanations."""
 
-    task: Task
+    task: Task | FleetTask
     found: Found
     workload: str = ""
     """What its log or trace is like."""
@@ -38,6 +42,11 @@ class Plan:
     def best(self) -> Candidate:
         return self.found.candidates[0]
 
+    @property
+    def labelled(self) -> list[tuple[str, Curve]]:
+        """The curves with their placements."""
+        return [(str(c.placement), curve) for c, curve in zip(self.found.known, self.curves, strict=False)]
+
 
 def text(plan: Plan) -> Iterator[str]:
     """Lines for the terminal."""
@@ -46,44 +55,47 @@ def text(plan: Plan) -> Iterator[str]:
     if plan.infeasible:
         yield f"infeasible: {asked}: {plan.infeasible}"
         return
-    best = plan.best
-    if plan.found.sentence:
-        yield plan.found.sentence
-        if not plan.found.reached:
-            yield f"{plan.task.rate:g} requests/s are out of reach; what serves most of them:"
-    elif not plan.found.reached:
-        yield (
-            f"{plan.task.rate:g} requests/s are out of reach of {plan.task.gpus} GPUs; "
-            f"what serves most of them:"
-        )
-    yield f"placement: {best.placement}; {best.placement.gpus} of {plan.task.gpus} GPUs"
-    yield f"goodput ({asked}): {_estimates(best)}"
-    shown = [best, *(plan.found.candidates[1:2] or plan.found.others[:1])]
-    for runner_up in shown[1:]:
-        yield f"runner-up: {runner_up.placement}; {runner_up.placement.gpus} GPUs, {_estimates(runner_up)}"
-    yield from _other_kinds(plan, {candidate.placement.kind for candidate in shown})
+    if isinstance(plan.task, FleetTask):
+        yield from _fleets(plan.task, plan.found, asked)
+    else:
+        yield from _placements(plan.task, plan.found, asked)
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
         gains = ", ".join(f"{gain.what} {gain.said}" for gain in plan.binding.relaxations)
         yield f"each relaxed alone: {gains}"
-    if plan.curves:
-        yield from sensitivity(plan.curves[0])
+    for curve in plan.curves[:1]:
+        yield from _sensitivity(curve)
     for outage in plan.outages:
         yield outage.sentence()
 
 
-def _other_kinds(plan: Plan, shown: set[str]) -> Iterator[str]:
+def _placements(task: Task, found: Found, asked: str) -> Iterator[str]:
+    best, *more = found.known
+    if found.sentence:
+        yield found.sentence
+    if not found.reached:
+        of = "" if found.sentence else f" of {task.gpus} GPUs"
+        yield f"{task.rate:g} requests/s are out of reach{of}; what serves most of them:"
+    yield f"placement: {best.placement}; {best.placement.gpus} of {task.gpus} GPUs"
+    yield f"goodput ({asked}): {_estimates(best)}"
+    for runner_up in more[:1]:
+        yield f"runner-up: {runner_up.placement}; {runner_up.placement.gpus} GPUs, {_estimates(runner_up)}"
+    yield from _other_kinds(found)
+
+
+def _other_kinds(found: Found) -> Iterator[str]:
     """What colocated workers or separate pools come to, where neither the best nor the runner-up says it."""
     hopeless = {
         "colocated": "serves no rate within the objectives",
         "disaggregated": f"serves less than {HOPELESS:.0%} of what colocated workers do, or does not fit",
     }
-    if plan.found.sentence:
+    if found.sentence:
         del hopeless["disaggregated"]  # what the algorithm chose, and its sentence is of it
+    shown = {candidate.placement.kind for candidate in found.known[:2]}
     for kind, sentence in hopeless.items():
         if kind in shown:
             continue
-        of_kind = (candidate for candidate in _known(plan) if candidate.placement.kind == kind)
+        of_kind = (candidate for candidate in found.known if candidate.placement.kind == kind)
         best = max(of_kind, key=lambda candidate: candidate.rate, default=None)
         if best is not None:
             yield f"{kind}: {best.placement}; {best.placement.gpus} GPUs, {_estimates(best)}"
@@ -91,26 +103,49 @@ def _other_kinds(plan: Plan, shown: set[str]) -> Iterator[str]:
             yield f"{kind}: {sentence}"
 
 
-def _known(plan: Plan) -> tuple[Candidate, ...]:
-    return (*plan.found.candidates, *plan.found.others)
+def _fleets(task: FleetTask, found: Found, asked: str) -> Iterator[str]:
+    if not found.reached:
+        yield f"{task.rate:g} requests/s are out of reach of budget and GPUs; what serves most of them:"
+    best, *more = found.candidates
+    yield f"fleet: {best.placement}; {_takes(task, best)}"
+    yield f"goodput ({asked}): {_estimates(best)}"
+    for runner_up in more[:1]:
+        yield f"runner-up: {_whole(task, runner_up)}"
+    for name, alone in found.alone.items():
+        said = "serves no rate within the objectives" if alone is None else _whole(task, alone)
+        yield f"{name} alone: {said}"
+    for name, why in found.left_out.items():
+        yield f"{name} left out: {why}"
+    if len(found.phases) > 1 and not any(len(c.placement.hardware) > 1 for c in found.candidates):
+        yield "several types: no packing of them serves more, or the same for less"
+
+
+def _whole(task: FleetTask, candidate: Candidate) -> str:
+    return f"{candidate.placement}; {_takes(task, candidate)}, {_estimates(candidate)}"
+
+
+def _takes(task: FleetTask, candidate: Candidate) -> str:
+    placement, budget = candidate.placement, task.budget
+    parts = [f"{placement.gpus} GPUs"]
+    if (cost := task.cost(placement)) is not None:
+        parts.append(f"${cost:,.2f}/h")
+    parts.append(f"{task.takes(placement, 'power'):,.0f} W")
+    share = f" ({task.takes(placement) / budget.most:.0%} of the budget)" if budget.most < math.inf else ""
+    return ", ".join(parts) + share
 
 
 def _estimates(candidate: Candidate) -> str:
-    assert candidate.answer is not None  # candidates are simulated
-    return estimates(candidate.answer, candidate.placement.gpus)
-
-
-def estimates(answer: Answer, gpus: int) -> str:
     """The goodputs, with their intervals."""
+    assert candidate.answer is not None  # candidates are simulated
     parts = []
-    for definition, estimate in answer.estimates.items():
+    for definition, estimate in candidate.answer.estimates.items():
         low, high = estimate.interval
         spread = f" ({low:.3g} to {high:.3g})" if len(estimate.rates) > 1 else ""
         parts.append(f"{estimate.mean:.3g}{spread} requests/s by {definition.value}")
-    return "; ".join(parts) + f"; {answer.rate / gpus:.3g} a GPU"
+    return "; ".join(parts) + f"; {candidate.rate / candidate.placement.gpus:.3g} a GPU"
 
 
-def sensitivity(curve: Curve) -> Iterator[str]:
+def _sensitivity(curve: Curve) -> Iterator[str]:
     """How goodput moves with rate and objectives."""
     yield "rate: " + ", ".join(f"{point.rate:.3g}/s {point.attainment:.0%}" for point in curve.points)
     yield "objectives: " + ", ".join(
@@ -121,21 +156,52 @@ def sensitivity(curve: Curve) -> Iterator[str]:
 
 def as_json(plan: Plan) -> dict[str, Any]:
     """Everything, in a fixed order; the same plan gives the same bytes."""
-    task = plan.task
-    content: dict[str, Any] = {
-        "hardware": task.machine.hardware.name,
-        "objectives": {"ttft_ms": task.objectives.ttft_ms, "tpot_ms": task.objectives.tpot_ms},
-        "target": TARGET,
-        "gpus": task.gpus,
-        "policy": task.policy,
-        "rate": task.rate,
-        "rate_reached": plan.found.reached,
-        "seeds": list(task.seeds),
-        "workload": plan.workload or None,
-        "algorithm": plan.found.sentence or None,
-        "infeasible": plan.infeasible or None,
-        "candidates": [_candidate(candidate) for candidate in plan.found.candidates],
-        "others": [_candidate(candidate) for candidate in plan.found.others],
+    task, found = plan.task, plan.found
+    content: dict[str, Any] = _hardware(task)
+    content["objectives"] = {"ttft_ms": task.objectives.ttft_ms, "tpot_ms": task.objectives.tpot_ms}
+    content["target"] = TARGET
+    if isinstance(task, Task):
+        content["gpus"] = task.gpus
+    content["policy"] = task.policy
+    content["rate"] = task.rate
+    content["rate_reached"] = found.reached
+    content["seeds"] = list(task.seeds)
+    content["workload"] = plan.workload or None
+    if isinstance(task, Task):
+        content["algorithm"] = found.sentence or None
+    content["infeasible"] = plan.infeasible or None
+    content["candidates"] = [_candidate(task, candidate) for candidate in found.candidates]
+    if isinstance(task, Task):
+        content["others"] = [_candidate(task, candidate) for candidate in found.others]
+        content |= _phases(found.phases[""])
+    else:
+        content["alone"] = {name: c and _candidate(task, c) for name, c in found.alone.items()}
+        content["left_out"] = dict(found.left_out)
+    if plan.binding is not None:
+        content["binds"] = _binding(plan.binding)
+    content["outages"] = [asdict(outage) for outage in plan.outages]
+    content["curves"] = [_curve(label, curve) for label, curve in plan.labelled]
+    return content
+
+
+def _hardware(task: Task | FleetTask) -> dict[str, Any]:
+    if isinstance(task, Task):
+        return {"hardware": task.machine.hardware.name}
+    return {
+        "hardware": {
+            gpu.name: {
+                "available": gpu.available,
+                "price_per_hour": gpu.price_per_hour,
+                "power_w": gpu.hardware.power_w,
+            }
+            for gpu in task.types
+        },
+        "budget": {"of": task.budget.measure, "most": _finite(task.budget.most)},
+    }
+
+
+def _phases(phases: PhaseRates) -> dict[str, Any]:
+    return {
         "workers": [
             {
                 "role": kind.role,
@@ -143,9 +209,9 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "pp": kind.parallel.pp,
                 "prompt_tokens_a_step": kind.budget or None,
                 "bound": _finite(bound),
-                "goodput": plan.found.phases.rates.get(kind),
+                "goodput": phases.rates.get(kind),
             }
-            for kind, bound in plan.found.phases.bounds.items()
+            for kind, bound in phases.bounds.items()
         ],
         "floors": [
             {
@@ -156,24 +222,13 @@ def as_json(plan: Plan) -> dict[str, Any]:
                 "tokens": floor.tokens,
                 "feasible": floor.feasible,
             }
-            for name, floors in (
-                ("ttft", plan.found.phases.ttft_floors),
-                ("tpot", plan.found.phases.tpot_floors),
-            )
+            for name, floors in (("ttft", phases.ttft_floors), ("tpot", phases.tpot_floors))
             for parallel, floor in floors.items()
         ],
     }
-    if plan.binding is not None:
-        content["binds"] = binding_json(plan.binding)
-    content["outages"] = [asdict(outage) for outage in plan.outages]
-    content["curves"] = [
-        curve_json(str(candidate.placement), curve)
-        for candidate, curve in zip(_known(plan), plan.curves, strict=False)
-    ]
-    return content
 
 
-def binding_json(binding: Binding) -> dict[str, Any]:
+def _binding(binding: Binding) -> dict[str, Any]:
     """What binds."""
     return {
         "what": binding.what,
@@ -183,7 +238,7 @@ def binding_json(binding: Binding) -> dict[str, Any]:
     }
 
 
-def curve_json(placement: str, curve: Curve) -> dict[str, Any]:
+def _curve(placement: str, curve: Curve) -> dict[str, Any]:
     """A curve's points."""
     return {
         "placement": placement,
@@ -192,7 +247,7 @@ def curve_json(placement: str, curve: Curve) -> dict[str, Any]:
     }
 
 
-def goodput_json(answer: Answer) -> dict[str, Any]:
+def _goodput(answer: Answer) -> dict[str, Any]:
     """By definition."""
     return {
         definition.value: {
@@ -204,54 +259,52 @@ def goodput_json(answer: Answer) -> dict[str, Any]:
     }
 
 
-def _candidate(candidate: Candidate) -> dict[str, Any]:
-    pools = {
-        role: {
-            "workers": pool.count,
-            "tp": pool.parallel.tp,
-            "pp": pool.parallel.pp,
-            "prompt_tokens_a_step": pool.budget or None,
-        }
-        for role, pool in candidate.placement.pools()
+def _candidate(task: Task | FleetTask, candidate: Candidate) -> dict[str, Any]:
+    placement = candidate.placement
+    content: dict[str, Any] = {
+        "placement": str(placement),
+        "kind": placement.kind,
+        "gpus": placement.gpus,
     }
+    if isinstance(task, FleetTask):
+        content["cost_per_hour"] = task.cost(placement)
+        content["power_w"] = task.takes(placement, "power")
+        content["pools"] = [
+            {"role": pool.worker.role, "hardware": pool.hardware, **_pool(pool)} for pool in placement.pools
+        ]
+    else:
+        content["pools"] = {pool.worker.role: _pool(pool) for pool in placement.pools}
+        content["rate_by_its_workers_alone"] = candidate.expected
+    content["goodput"] = {} if candidate.answer is None else _goodput(candidate.answer)
+    return content
+
+
+def _pool(pool: Pool) -> dict[str, Any]:
     return {
-        "placement": str(candidate.placement),
-        "kind": candidate.placement.kind,
-        "gpus": candidate.placement.gpus,
-        "pools": pools,
-        "rate_by_its_workers_alone": candidate.expected,
-        "goodput": {} if candidate.answer is None else goodput_json(candidate.answer),
+        "workers": pool.count,
+        "tp": pool.worker.parallel.tp,
+        "pp": pool.worker.parallel.pp,
+        "prompt_tokens_a_step": pool.worker.budget or None,
     }
 
 
 def _finite(value: float) -> float | None:
-    return value if value < float("inf") else None
+    return value if value < math.inf else None
 
 
 def draw(path: Path, plan: Plan) -> None:
-    """Of the best placements."""
-    draw_curves(
-        path,
-        {
-            str(candidate.placement): curve
-            for candidate, curve in zip(_known(plan), plan.curves, strict=False)
-        },
-    )
-
-
-def draw_curves(path: Path, labelled: Mapping[str, Curve]) -> None:
-    """A PNG: attainment over rate, and goodput over objectives."""
+    """A PNG of the best placements: attainment over rate, and goodput over objectives."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg  # half a second, which others need not wait
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11.0, 4.6), layout="constrained")
     canvas = FigureCanvasAgg(figure)
     rates, slos = figure.subplots(1, 2)
-    draw_attainment(rates, {label: curve.points for label, curve in labelled.items()}, TARGET)
+    draw_attainment(rates, {label: curve.points for label, curve in plan.labelled}, TARGET)
     rates.set_ylabel("requests that meet both objectives, %")
     rates.set_title("attainment", fontsize=10)
     rates.legend(fontsize=7, loc="lower left")
-    for i, curve in enumerate(labelled.values()):
+    for i, (_, curve) in enumerate(plan.labelled):
         factors: Sequence[float] = list(curve.by_slo)
         found = [goodput.rate for goodput in curve.by_slo.values()]
         slos.plot(factors, found, color=COLOURS[i % len(COLOURS)], marker="o", markersize=4, linewidth=1.4)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
 
 from ...proto.errors import ConfigError
+from .deployment import ROLES
 from .goodput import ROUTER, Objectives
 from .machines import Machine, RooflineMachine
 from .model_shape import KNOWN_MODELS
-from .placement import Placement, Pool, scheduler_of
+from .placement import Placement, Pool, worker_spec
 from .profile_machine import ProfileMachine
 
 REPOSITORIES = {
@@ -47,72 +47,52 @@ def served_name(model: str) -> str:
     return REPOSITORIES.get(model, model)
 
 
-class TomlPool(NamedTuple):
-    """A pool of the configuration."""
-
-    pool: Pool
-    machine: Machine
-    resource: str = ""
-    """Ray resource that the pool's nodes offer, one for each GPU; empty: any node will do."""
-
-
 def plan_toml(
     placement: Placement,
-    machine: Machine,
+    machines: Mapping[str, Machine],
     objectives: Objectives,
     model: str,
     policy: str = ROUTER.policy,
 ) -> str:
-    """
-    Raises:
-        ConfigError: a worker has pipeline stages or weights in fp8, which this cluster's workers do not know;
-            or no repository is known for the model.
-    """
-    return cluster_toml(
-        [f"# Planned: {placement}; {placement.gpus} GPUs ({machine.hardware.name})."],
-        {role: TomlPool(pool, machine) for role, pool in placement.pools()},
-        objectives=objectives,
-        model=model,
-        policy=policy,
-    )
+    """Pools by role, as `diphase serve --config` takes them; where types of GPUs differ, a pool's nodes are
+    found by a Ray resource that has the type's name.
 
-
-def cluster_toml(
-    heading: Sequence[str],
-    pools: Mapping[str, TomlPool],
-    *,
-    objectives: Objectives,
-    model: str,
-    policy: str,
-) -> str:
-    """Pools by role, as `diphase serve --config` takes them.
+    Args:
+        machines: by the names that the pools have for their hardware.
 
     Raises:
-        ConfigError: a worker has pipeline stages or weights in fp8, which this cluster's workers do not know;
-            or no repository is known for the model.
+        ConfigError: a role has workers of several kinds, or workers have pipeline stages or weights in fp8,
+            none of which this cluster knows; or no repository is known for the model.
     """
-    for role, (pool, machine, _) in pools.items():
+    pools = {pool.worker.role: pool for pool in placement.pools}
+    for role in pools:
+        if sum(pool.worker.role == role for pool in placement.pools) > 1:
+            raise ConfigError(
+                f"the {role} workers are of several kinds and a cluster's configuration has one for "
+                f"each role: {placement}"
+            )
+    for role, pool in pools.items():
+        machine, parallel = machines[pool.hardware], pool.worker.parallel
         if isinstance(machine, RooflineMachine) and machine.precision != "bf16":
             raise ConfigError(
                 f"the plan is for weights in {machine.precision}, which this cluster's workers do not have; "
                 "plan with --precision bf16 for a configuration"
             )
-        if pool.parallel.pp > 1:
+        if parallel.pp > 1:
             raise ConfigError(
-                f"the {role} workers have pp = {pool.parallel.pp} and this cluster's workers have no "
+                f"the {role} workers have pp = {parallel.pp} and this cluster's workers have no "
                 "pipeline stages; plan with --max-pp 1 for a configuration"
             )
-    lines = [*heading, "", *_engine(next(iter(pools.values())).machine, model)]
-    for role in ("prefill", "decode", "colocated"):
-        lines += ["", f"[pools.{role}]", f"workers = {pools[role].pool.count if role in pools else 0}"]
-        if role not in pools:
-            continue
-        pool, machine, resource = pools[role]
-        lines += [f"tensor_parallel = {pool.parallel.tp}", *_resources(pool, machine)]
-        if resource:
-            lines.append(f"resources = {{ {json.dumps(resource)} = {pool.parallel.gpus} }}")
-        scheduler = scheduler_of(role, pool, machine)
-        lines += [f"{name} = {getattr(scheduler, name)}" for name in _SETTINGS[role]]
+    several = len(placement.hardware) > 1
+    machine = machines[placement.pools[0].hardware]
+    named = "" if placement.pools[0].hardware else f" ({machine.hardware.name})"
+    lines = [f"# Planned: {placement}; {placement.gpus} GPUs{named}."]
+    if several:
+        lines.append("# A node offers a Ray resource called as its type of GPU, one for each of them.")
+    lines += ["", *_engine(machine, model)]
+    for role in ROLES:
+        lines += ["", f"[pools.{role}]"]
+        lines += _pool(pools[role], machines, several) if role in pools else ["workers = 0"]
     lines += [
         "",
         "[router]",
@@ -124,6 +104,15 @@ def cluster_toml(
         f"tpot_ms = {float(objectives.tpot_ms)!r}",
     ]
     return "\n".join(lines) + "\n"
+
+
+def _pool(pool: Pool, machines: Mapping[str, Machine], several: bool) -> list[str]:
+    machine, parallel = machines[pool.hardware], pool.worker.parallel
+    lines = [f"workers = {pool.count}", f"tensor_parallel = {parallel.tp}", *_resources(pool, machine)]
+    if several:
+        lines.append(f"resources = {{ {json.dumps(pool.hardware)} = {parallel.gpus} }}")
+    scheduler = worker_spec(pool.worker, machine).scheduler
+    return lines + [f"{name} = {getattr(scheduler, name)}" for name in _SETTINGS[pool.worker.role]]
 
 
 def _engine(machine: Machine, model: str) -> list[str]:
@@ -153,5 +142,6 @@ def _resources(pool: Pool, machine: Machine) -> list[str]:
     """What each worker takes of its node, and its memory where [engine] does not say it."""
     if isinstance(machine, ProfileMachine):
         return [f"cpus = {machine.profile.engine.threads}"]
-    kv_mib = max(1, machine.kv_tokens(pool.parallel) * machine.kv_bytes_per_token >> 20)
-    return [f"gpus = {pool.parallel.gpus}", f"kv_cache_mib = {kv_mib}"]
+    parallel = pool.worker.parallel
+    kv_mib = max(1, machine.kv_tokens(parallel) * machine.kv_bytes_per_token >> 20)
+    return [f"gpus = {parallel.gpus}", f"kv_cache_mib = {kv_mib}"]

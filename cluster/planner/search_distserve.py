@@ -9,7 +9,7 @@ context.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -18,10 +18,10 @@ from ...prefill_workers.config import PrefillSchedulerConfig
 from ...proto.errors import ConfigError
 from ...router.step_time import StepTime
 from .deployment import Deployment, WorkerSpec
-from .goodput import PUBLISHED_HIGH, PUBLISHED_STEP, Objectives, published_goodput
+from .goodput import PUBLISHED_HIGH, PUBLISHED_STEP, Mapped, Objectives, published_goodput
 from .machines import Machine, Parallel, divisors, feasible_parallels
-from .phase_rates import FirstTokens, FreeStepTime, Kind, PhaseRates, measure_phases
-from .placement import Placement, Pool
+from .phase_rates import FreeStepTime, PhaseRates, alone, measure_phases
+from .placement import Kind, Placement, Pool
 from .search import Candidate, Found, Task, best_of, ranked, simulated
 from .sim_workload import Workload
 from .topology import free_topology
@@ -48,16 +48,13 @@ class Published:
     """Whether there are as many decode workers as prefill workers."""
 
     def placement(self, prefills: int, decodes: int) -> Placement:
-        return Placement(
-            prefill=Pool(count=prefills, parallel=self.prefill),
-            decode=Pool(count=decodes, parallel=self.decode),
-        )
+        pools = Pool(Kind("prefill", self.prefill), prefills), Pool(Kind("decode", self.decode), decodes)
+        return Placement(pools)
 
     def rate(self, placement: Placement) -> float:
         """Requests/s of the placement by its workers alone."""
-        assert placement.prefill is not None  # both are there
-        assert placement.decode is not None
-        return min(placement.prefill.count * self.prefill_rate, placement.decode.count * self.decode_rate)
+        each = {"prefill": self.prefill_rate, "decode": self.decode_rate}
+        return min(pool.count * each[pool.worker.role] for pool in placement.pools)
 
     def serving(self, rate: float) -> Placement:
         """As many workers as the rate needs."""
@@ -111,6 +108,8 @@ class PublishedTask:
 class _Bisection(NamedTuple):
     """One goodput; can be sent to another process."""
 
+    workers: tuple[Kind, ...]
+    """One of each; the other phase is free, if it is not among them."""
     deployment: Deployment
     workload: Workload
     objectives: Objectives
@@ -120,68 +119,77 @@ class _Bisection(NamedTuple):
 
 
 def _bisection(
-    task: PublishedTask,
-    deployment: Deployment,
-    kinds: Sequence[Kind],
-    workload: Workload,
-    objectives: Objectives,
+    task: PublishedTask, workers: tuple[Kind, ...], workload: Workload, objectives: Objectives
 ) -> _Bisection:
-    """Of a deployment of one worker of each of the kinds, which alone take GPUs."""
-    gpus = sum(kind.parallel.gpus for kind in kinds)
-    bound = math.inf if task.phases is None else min(task.phases.bounds[kind] for kind in kinds)
+    specs = {role: simplified_worker(role, FreeStepTime()) for role in ("prefill", "decode")}
+    for role, parallel, _ in workers:
+        specs[role] = simplified_worker(role, task.machine.step_time(parallel), parallel.gpus)
+    gpus = sum(worker.parallel.gpus for worker in workers)
+    bound = math.inf if task.phases is None else min(task.phases.bounds[worker] for worker in workers)
     step, high = PUBLISHED_STEP, PUBLISHED_HIGH
     if 0.0 < bound < math.inf:
         high = 2.0 * bound / gpus
         step = high / PLANNED_STEPS
-    return _Bisection(deployment, workload, objectives, gpus, step, high)
+    deployment = simplified_deployment(*specs.values())
+    return _Bisection(workers, deployment, workload, objectives, gpus, step, high)
 
 
 def _bisect(bisection: _Bisection) -> float:
-    deployment, workload, objectives, gpus, step, high = bisection
+    _, deployment, workload, objectives, gpus, step, high = bisection
     return published_goodput(deployment, workload, objectives, step=step, high=high, gpus=gpus)
 
 
-def high_affinity(task: PublishedTask, mapped: Callable[..., object] = map) -> Published | None:
+def _best(
+    task: PublishedTask,
+    choices: Iterable[tuple[Kind, ...]],
+    workload: Workload,
+    objectives: Objectives,
+    mapped: Mapped,
+) -> tuple[tuple[Kind, ...], float] | None:
+    """(the workers with the most requests a GPU, their requests/s); ties go to fewer GPUs, then to the first.
+    None: none serves anything."""
+    bisections = [_bisection(task, workers, workload, objectives) for workers in choices]
+    found = zip(mapped(_bisect, bisections), bisections, strict=True)
+    rate, best = max(found, key=lambda each: (each[0], -each[1].gpus), default=(0.0, None))
+    return None if best is None or rate <= 0.0 else (best.workers, rate * best.gpus)
+
+
+def high_affinity(task: PublishedTask, mapped: Mapped = map) -> Published | None:
     """Algorithm 1: each phase by itself over all parallelisms of the cluster, then as many workers of each as
     the rate needs. None: a phase serves nothing."""
-    prefill = _best_phase(task, "prefill", mapped)
-    decode = _best_phase(task, "decode", mapped)
-    if prefill is None or decode is None:
-        return None
+    parallels = task.parallels()
+    # Each leaves room for a worker of the other phase.
+    most = task.nodes * task.gpus_per_node - min(parallel.gpus for parallel in parallels)
+    found = []
+    for role in ("prefill", "decode"):
+        choices = [(Kind(role, parallel),) for parallel in parallels if parallel.gpus <= most]
+        best = _best(task, choices, *alone(task.workload, task.objectives, role), mapped)
+        if best is None:
+            return None
+        found.append(best)
+    ((prefill,), prefill_rate), ((decode,), decode_rate) = found
     return Published(
-        prefill=prefill[0], decode=decode[0], prefill_rate=prefill[1], decode_rate=decode[1], paired=False
+        prefill=prefill.parallel,
+        decode=decode.parallel,
+        prefill_rate=prefill_rate,
+        decode_rate=decode_rate,
+        paired=False,
     )
 
 
-def low_affinity(task: PublishedTask, mapped: Callable[..., object] = map) -> Published | None:
+def low_affinity(task: PublishedTask, mapped: Mapped = map) -> Published | None:
     """Algorithm 2: pairs whose equal pipeline stages share a node, simulated jointly. None: no pair serves
     anything."""
-    pairs = list(dict.fromkeys(_pairs(task)))
-    bisections = [
-        _bisection(
-            task,
-            _pair(task.machine, prefill, decode),
-            (Kind("prefill", prefill), Kind("decode", decode)),
-            task.workload,
-            task.objectives,
-        )
-        for prefill, decode in pairs
-    ]
-    rates: list[float] = list(mapped(_bisect, bisections))  # type: ignore[call-overload]
-    best = _most_per_gpu([(rate, asked.gpus) for rate, asked in zip(rates, bisections, strict=True)])
+    best = _best(task, dict.fromkeys(_pairs(task)), task.workload, task.objectives, mapped)
     if best is None:
         return None
-    (prefill, decode), rate = pairs[best], rates[best] * bisections[best].gpus
-    return Published(prefill=prefill, decode=decode, prefill_rate=rate, decode_rate=rate, paired=True)
+    (prefill, decode), rate = best
+    return Published(
+        prefill=prefill.parallel, decode=decode.parallel, prefill_rate=rate, decode_rate=rate, paired=True
+    )
 
 
-def _most_per_gpu(found: list[tuple[float, int]]) -> int | None:
-    """Which of (requests/s a GPU, GPUs) is the best; ties go to fewer GPUs, then to the first."""
-    best = max(range(len(found)), key=lambda i: (found[i][0], -found[i][1]), default=None)
-    return None if best is None or found[best][0] <= 0.0 else best
-
-
-def _pairs(task: PublishedTask) -> Iterator[tuple[Parallel, Parallel]]:
+def _pairs(task: PublishedTask) -> Iterator[tuple[Kind, Kind]]:
     """Of each number of stages over nodes: the parallelisms of a stage of both phases that fit one node."""
     whole = sorted(task.parallels())
     for across in divisors(task.machine.num_layers, task.nodes):
@@ -189,35 +197,13 @@ def _pairs(task: PublishedTask) -> Iterator[tuple[Parallel, Parallel]]:
         for prefill in stages:
             for decode in stages:
                 if (prefill.gpus + decode.gpus) // across <= task.gpus_per_node:
-                    yield prefill, decode
-
-
-def _best_phase(
-    task: PublishedTask, role: str, mapped: Callable[..., object]
-) -> tuple[Parallel, float] | None:
-    """(parallelism, requests/s of one worker) with the most requests a GPU; ties go to fewer GPUs. Each
-    leaves room for a worker of the other phase."""
-    parallels = task.parallels()
-    most = task.nodes * task.gpus_per_node - min(parallel.gpus for parallel in parallels)
-    parallels = [parallel for parallel in parallels if parallel.gpus <= most]
-    alone = Objectives(
-        ttft_ms=task.objectives.ttft_ms if role == "prefill" else math.inf,
-        tpot_ms=task.objectives.tpot_ms if role == "decode" else math.inf,
-    )
-    workload = FirstTokens(task.workload) if role == "prefill" else task.workload
-    bisections = [
-        _bisection(task, _alone(task.machine, parallel, role), (Kind(role, parallel),), workload, alone)
-        for parallel in parallels
-    ]
-    rates: list[float] = list(mapped(_bisect, bisections))  # type: ignore[call-overload]
-    best = _most_per_gpu([(rate, asked.gpus) for rate, asked in zip(rates, bisections, strict=True)])
-    return None if best is None else (parallels[best], rates[best] * parallels[best].gpus)
+                    yield Kind("prefill", prefill), Kind("decode", decode)
 
 
 ALGORITHMS = {"distserve-high": high_affinity, "distserve-low": low_affinity}
 
 
-def search_published(task: Task, algorithm: str, mapped: Callable[..., object] = map) -> Found:
+def search_published(task: Task, algorithm: str, mapped: Mapped = map) -> Found:
     """What an algorithm of ALGORITHMS chooses, judged as search() judges, without its simplifications, beside
     the best colocated workers: the algorithms compare separate pools only, and these need not be the best.
 
@@ -237,27 +223,26 @@ def search_published(task: Task, algorithm: str, mapped: Callable[..., object] =
         task.machine, task.workload, task.objectives, asked.parallels(), mapped, roles=("colocated",)
     )
     asked = replace(asked, phases=phases)
-    chosen, said = _chosen(task, algorithm, asked, mapped)
-    candidates = simulated(task, phases, chosen, mapped)
+    chosen, said = _chosen(task, algorithm, asked, phases, mapped)
+    candidates = simulated(task, chosen, mapped)
     if chosen and candidates[0].rate <= 0.0:
         candidates, said = [], f"{said}; without them it serves none"
     beside = best_of(task, phases, mapped).candidates[:1]
     if not candidates and not beside:
-        return Found(candidates=(), others=(), phases=phases, sentence=said)
+        return Found(candidates=(), phases={"": phases}, sentence=said)
     best = ranked([*candidates, *beside], task.rate)
     if best[0] not in candidates:
         said += "; colocated workers serve no less, and are planned instead"
     return Found(
         candidates=tuple(best),
-        others=(),
-        phases=phases,
+        phases={"": phases},
         sentence=said,
         reached=task.rate is None or best[0].rate >= task.rate,
     )
 
 
 def _chosen(
-    task: Task, algorithm: str, asked: PublishedTask, mapped: Callable[..., object]
+    task: Task, algorithm: str, asked: PublishedTask, phases: PhaseRates, mapped: Mapped
 ) -> tuple[list[Candidate], str]:
     """(the algorithm's choice, if it has one, replicated; what is said of it)."""
     found = ALGORITHMS[algorithm](asked, mapped)
@@ -270,21 +255,7 @@ def _chosen(
         return [], f"a pair that {algorithm} chose does not fit {task.gpus} GPUs"
     expected = found.rate(placement)
     said = f"{algorithm} chose {placement} for {expected:.3g} requests/s with DistServe's simplifications"
-    return [Candidate(placement=placement, expected=expected)], said
-
-
-def _alone(machine: Machine, parallel: Parallel, role: str) -> Deployment:
-    own = simplified_worker(role, machine.step_time(parallel), parallel.gpus)
-    if role == "prefill":
-        return simplified_deployment(own, simplified_worker("decode", FreeStepTime()))
-    return simplified_deployment(simplified_worker("prefill", FreeStepTime()), own)
-
-
-def _pair(machine: Machine, prefill: Parallel, decode: Parallel) -> Deployment:
-    return simplified_deployment(
-        simplified_worker("prefill", machine.step_time(prefill), prefill.gpus),
-        simplified_worker("decode", machine.step_time(decode), decode.gpus),
-    )
+    return [Candidate(placement=placement, expected=expected, bound=phases.bound(placement))], said
 
 
 def simplified_deployment(*workers: WorkerSpec) -> Deployment:

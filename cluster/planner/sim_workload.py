@@ -132,6 +132,11 @@ class Workload(Protocol):
         ...
 
 
+def usual_lengths(workload: Workload) -> Lengths:
+    """Of the requests of a short run."""
+    return workload.lengths(0, workload.most(workload.least))
+
+
 def requests_of(arrivals: Sequence[Arrival], block_size: int, rate: float = 1.0) -> list[SimRequest]:
     """The plan of a load as the simulator takes it, fresh ones at each call.
 

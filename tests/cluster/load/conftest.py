@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import grpc.aio
 import pytest
-from diphase.cluster.load.traces import data_folder
 from diphase.proto import inference_pb2 as pb
 from diphase.proto.inference_pb2_grpc import InferenceServicer, add_InferenceServicer_to_server
 
@@ -115,12 +112,3 @@ async def gateway() -> AsyncIterator[ScriptedGateway]:
     await server.start()
     yield scripted
     await server.stop(grace=0)
-
-
-@pytest.fixture
-def data() -> Path:
-    """The folder of the published traces; their tests are skipped only where it does not exist at all."""
-    folder = data_folder(None, os.environ)
-    if not folder.is_dir():
-        pytest.skip(f"no traces: the folder {folder} does not exist (set DIPHASE_DATA)")
-    return folder

@@ -10,14 +10,12 @@ from diphase.cluster.load.workload import Arrivals, WorkloadConfig
 from diphase.cluster.planner import failure_study
 from diphase.cluster.planner.failure_study import WINDOW, OutageQuestion, outage, outages, recovery
 from diphase.cluster.planner.goodput import Objectives
-from diphase.cluster.planner.hardware import load_hardware
-from diphase.cluster.planner.machines import Parallel, RooflineMachine
-from diphase.cluster.planner.model_shape import load_model_shape
-from diphase.cluster.planner.placement import Placement, Pool, build
+from diphase.cluster.planner.placement import build
 from diphase.cluster.planner.search import Task
 from diphase.cluster.planner.sim_workload import SimWorkload
 
 from .deployments import colocated_worker, decode_worker, deployment, prefill_worker
+from .placements import pair, roofline
 
 WORKLOAD = SimWorkload(
     config=WorkloadConfig(num_requests=100, arrivals=Arrivals.POISSON, mean_input=100, mean_output=20, seed=3)
@@ -30,7 +28,6 @@ QUESTION = OutageQuestion(
     rate=115.0,
     goodput=130.0,
     policy="goodput",
-    role="decode",
     worker=2,
     away_s=2.0,
     seed=0,
@@ -75,9 +72,7 @@ def test_headroom_absorbs_a_loss() -> None:
 
 def test_nothing_is_served_while_the_only_worker_is_away() -> None:
     alone = deployment(colocated_worker(2000))
-    found = outage(
-        replace(QUESTION, deployment=alone, role="colocated", worker=0, rate=5.0, goodput=20.0, away_s=9.0)
-    )
+    found = outage(replace(QUESTION, deployment=alone, worker=0, rate=5.0, goodput=20.0, away_s=9.0))
     assert found.goodput == 0.0
     assert found.attainment < 0.1
     assert found.failed > 0  # who had waited for longer than router.wait_for_workers_s
@@ -100,13 +95,9 @@ def test_well_again_is_when_no_window_is_bad_any_more() -> None:
 
 
 def test_each_pool_loses_a_worker_at_the_rate_that_was_asked_for() -> None:
-    machine = RooflineMachine(load_model_shape("llama3.1-8b"), load_hardware("h100-sxm"))
-    placement = Placement(
-        prefill=Pool(count=1, parallel=Parallel(1)), decode=Pool(count=1, parallel=Parallel(1))
-    )
-    served = build(placement, machine)
     task = Task(
-        machine=machine, workload=WORKLOAD, objectives=Objectives(ttft_ms=500.0, tpot_ms=30.0), gpus=2
+        machine=roofline(), workload=WORKLOAD, objectives=Objectives(ttft_ms=500.0, tpot_ms=30.0), gpus=2
     )
+    served = build(pair(1, 1), task.machines)
     assert [(o.role, o.rate) for o in outages(task, served, 10.0, 1.0)] == [("prefill", 8.0), ("decode", 8.0)]
     assert {o.rate for o in outages(replace(task, rate=5.0), served, 10.0, 1.0)} == {5.0}

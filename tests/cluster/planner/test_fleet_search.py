@@ -6,29 +6,23 @@ from dataclasses import replace
 import pytest
 from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.workload import WorkloadConfig
-from diphase.cluster.planner.fleet import Budget, Fleet, FleetPool, GpuType, build_fleet
+from diphase.cluster.planner.fleet import Budget, GpuType
 from diphase.cluster.planner.fleet_loads import buckets, load_kinds, rate_bound
 from diphase.cluster.planner.fleet_search import FleetTask, Shape, fleet_search
 from diphase.cluster.planner.goodput import Objectives
-from diphase.cluster.planner.hardware import load_hardware
-from diphase.cluster.planner.machines import Parallel, RooflineMachine
-from diphase.cluster.planner.model_shape import load_model_shape
+from diphase.cluster.planner.machines import Parallel
 from diphase.cluster.planner.phase_rates import PhaseRates, measure_phases
-from diphase.cluster.planner.placement import Placement, Pool, build
+from diphase.cluster.planner.placement import build
 from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.proto.errors import ConfigError
 
-MODEL = load_model_shape("llama3.1-8b")
+from .placements import pair, roofline
 
 
 def gpu(name: str, available: int = 4, model: str = "llama3.1-8b") -> GpuType:
-    hardware = load_hardware(name)
-    return GpuType(
-        name=name,
-        machine=RooflineMachine(load_model_shape(model), hardware),
-        available=available,
-        price_per_hour=hardware.price_per_hour,
-    )
+    machine = roofline(model, name)
+    price = machine.hardware.price_per_hour
+    return GpuType(name=name, machine=machine, available=available, price_per_hour=price)
 
 
 H100, A100 = gpu("h100-sxm"), gpu("a100-sxm-80gb")
@@ -47,19 +41,17 @@ TASK = FleetTask(
     seeds=(0,),
 )
 ONE = Parallel()
-
-
-def pool(role: str, of: GpuType, count: int = 1, budget: int = 0) -> FleetPool:
-    return FleetPool(role=role, gpu=of, pool=Pool(count=count, parallel=ONE, budget=budget))
-
-
-PAIR = Fleet(pools=(pool("prefill", H100, 2), pool("decode", A100)))
+BOTH = (H100.name, A100.name)
+PAIR = pair(2, 1, on=BOTH)
 
 
 def test_a_fleet_costs_what_its_gpus_do() -> None:
-    assert PAIR.takes("cost") == pytest.approx(2 * 4.75 + 2.20)
-    assert PAIR.takes("power") == 2 * 700.0 + 400.0
-    assert (PAIR.gpus, PAIR.workers, PAIR.kind, PAIR.types) == (
+    assert TASK.takes(PAIR) == pytest.approx(2 * 4.75 + 2.20)
+    assert TASK.takes(PAIR, "power") == 2 * 700.0 + 400.0
+    assert TASK.cost(PAIR) == TASK.takes(PAIR)
+    unpriced = replace(TASK, types=(*TASK.types, gpu("h200-sxm")), budget=Budget(measure="power"))
+    assert unpriced.cost(pair(1, 1, on=("h100-sxm", "h200-sxm"))) is None
+    assert (PAIR.gpus, PAIR.workers, PAIR.kind, PAIR.hardware) == (
         3,
         3,
         "disaggregated",
@@ -68,7 +60,7 @@ def test_a_fleet_costs_what_its_gpus_do() -> None:
 
 
 def test_each_worker_has_its_types_step_time_and_link() -> None:
-    deployment = build_fleet(PAIR)
+    deployment = build(PAIR, TASK.machines)
     first, _, third = deployment.workers
     assert first.step_time is H100.machine.step_time(ONE)
     assert third.step_time is A100.machine.step_time(ONE)
@@ -80,18 +72,16 @@ def test_each_worker_has_its_types_step_time_and_link() -> None:
 
 
 def test_a_fleet_of_one_type_is_the_placement() -> None:
-    placement = Placement(prefill=Pool(count=2, parallel=Parallel(2)), decode=Pool(count=1, parallel=ONE))
-    plain = build(placement, H100.machine)
-    assert build_fleet(Fleet.of(placement, H100)) == plain
+    placement = pair(2, 1, tp=(2, 1))
+    plain = build(placement, {"": H100.machine})
+    assert build(placement.on(H100.name), TASK.machines) == plain
     prefill, _, decode = plain.topology.bandwidths
     assert prefill == 2 * decode == 2 * 450e9 * H100.hardware.link_share  # its own GPUs together
     assert set(plain.topology.paths) == {(0, 2), (1, 2)}
 
 
 def test_equal_parts_of_a_fleet_are_simulated_once() -> None:
-    fleet = Fleet(pools=(pool("prefill", H100, 4), pool("decode", A100, 8)))
-    part, times = fleet.part()
-    assert (part.workers, times) == (6, 2)
+    assert pair(4, 8, on=BOTH).part() == (pair(2, 4, on=BOTH), 2)
     assert PAIR.part() == (PAIR, 1)
 
 
@@ -111,7 +101,7 @@ def test_loads_sum_to_what_the_worker_alone_serves(phases: dict[str, PhaseRates]
     kinds = load_kinds(TASK.by_name, phases, WORKLOAD.lengths(0, 50), TIGHT, "prefill")
     fast = next(kind for kind in kinds if kind.gpu is H100)
     slow = next(kind for kind in kinds if kind.gpu is A100)
-    assert sum(fast.loads) == pytest.approx(1.0 / phases["h100-sxm"].rates[fast.kind])
+    assert sum(fast.loads) == pytest.approx(1.0 / phases["h100-sxm"].rates[fast.worker])
     assert math.isinf(slow.loads[-1])  # the long prompts
     assert not math.isinf(slow.loads[0])
     assert slow.loads[0] > fast.loads[0]
@@ -143,7 +133,7 @@ def test_a_packing_stays_within_budget_and_numbers(phases: dict[str, PhaseRates]
     task = replace(TASK, budget=Budget(measure="power"))
     packing = shape.packed(task, 10.0)
     assert packing is not None
-    assert packing.cost == shape.fleet(packing).takes("power")
+    assert packing.cost == task.takes(shape.placement(packing))
     assert shape.packed(replace(task, budget=Budget(measure="power", most=packing.cost - 1.0)), 10.0) is None
     assert shape.packed(task, 1e5) is None  # more than the GPUs that there are
 
@@ -151,13 +141,13 @@ def test_a_packing_stays_within_budget_and_numbers(phases: dict[str, PhaseRates]
 def test_a_budget_buys_the_fleet_that_serves_most() -> None:
     found = fleet_search(TASK)
     best = found.candidates[0]
-    assert best.takes <= 7.0
+    assert TASK.takes(best.placement) <= 7.0
     assert set(found.alone) == {"h100-sxm", "a100-sxm-80gb"}
     for other in found.candidates:
-        assert other.takes <= 7.0
+        assert TASK.takes(other.placement) <= 7.0
         assert best.rate >= 0.97 * other.rate
     # Seven dollars are one H100, three A100, which are too slow for long prompts, or one of each.
-    assert set(best.fleet.types) == {"h100-sxm", "a100-sxm-80gb"}
+    assert set(best.placement.hardware) == {"h100-sxm", "a100-sxm-80gb"}
     alone = found.alone["h100-sxm"]
     assert alone is not None
     assert best.rate > 1.2 * alone.rate
@@ -171,10 +161,11 @@ def test_a_rate_is_served_for_the_least() -> None:
     assert found.reached
     best = found.candidates[0]
     assert best.rate >= 15.0
-    assert best.takes == min(c.takes for c in found.candidates if c.rate >= 15.0) == 4.75
+    takes = [task.takes(c.placement) for c in found.candidates if c.rate >= 15.0]
+    assert task.takes(best.placement) == min(takes) == 4.75
     both = fleet_search(replace(task, rate=27.0))  # more than either GPU serves alone
     assert both.reached
-    assert len(both.candidates[0].fleet.types) == 2
+    assert len(both.candidates[0].placement.hardware) == 2
     beyond = fleet_search(replace(task, rate=1e3))
     assert not beyond.reached
     assert beyond.candidates[0].rate >= 27.0

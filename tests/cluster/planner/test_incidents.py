@@ -28,7 +28,7 @@ from .deployments import (
 )
 
 HANDED_OVER = SimulationConfig(router=RouterConfig(local_prefill_tokens=0))
-TWO_POOLS = deployment(prefill_worker(), prefill_worker(), decode_worker(), decode_worker())
+TWO_POOLS = CLUSTERS["2P2D"]
 SPECS = [prefill_worker(), decode_worker(), colocated_worker(60)]
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from diphase.cluster.load.trace_formats import TraceRecord
-from diphase.cluster.load.traces import TRACES, data_folder, load_trace
+from diphase.cluster.load.traces import TRACES, load_trace
 from diphase.cluster.load.workload import Arrival, plan_arrivals
 from diphase.cluster.planner.log_fit import fit_log, likeness, nearest, public_fits, sentence, synthetic
 from diphase.proto.errors import ConfigError
@@ -147,14 +146,11 @@ def test_a_folder_without_traces_is_refused(tmp_path: Path) -> None:
         public_fits(tmp_path)
 
 
-def test_every_public_trace_is_recognised_by_half_of_itself() -> None:
-    folder = data_folder(None, os.environ)
-    if not folder.is_dir():
-        pytest.skip(f"no traces: the folder {folder} does not exist (set DIPHASE_DATA)")
-    fits = public_fits(folder)
+def test_every_public_trace_is_recognised_by_half_of_itself(data: Path) -> None:
+    fits = public_fits(data)
     assert set(fits) == set(TRACES)
     for name in TRACES:
-        records = load_trace(name, folder)
+        records = load_trace(name, data)
         assert nearest(fit_log(records[len(records) // 2 :]), fits)[0][0] == name
     for name, cv in (("azure-conv", 1.09), ("azure-code", 13.2)):
         arrivals = fits[name].arrivals

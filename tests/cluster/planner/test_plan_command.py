@@ -13,16 +13,15 @@ import numpy as np
 import pytest
 from diphase.cluster.cli import main
 from diphase.cluster.config import load
-from diphase.cluster.planner.fleet import Fleet, FleetPool, GpuType, fleet_toml
 from diphase.cluster.planner.goodput import Objectives
-from diphase.cluster.planner.hardware import load_hardware
-from diphase.cluster.planner.machines import Parallel, RooflineMachine
-from diphase.cluster.planner.model_shape import load_model_shape
-from diphase.cluster.planner.placement import Placement, Pool
+from diphase.cluster.planner.machines import Parallel
+from diphase.cluster.planner.placement import Kind, Placement, Pool
 from diphase.cluster.planner.plan_command import add_arguments, parse_slo, task_from
 from diphase.cluster.planner.plan_toml import plan_toml
 from diphase.proto.clock import system_rng
 from diphase.proto.errors import ConfigError
+
+from .placements import colocated, pair, roofline
 
 COMMAND = [
     "plan", "--model", "llama3.1-8b", "--hardware", "h100-sxm", "--gpus", "1", "--workload", "fixed",
@@ -169,6 +168,7 @@ def test_a_plan_for_several_types_and_its_files_the_same_again(
     assert plan["budget"] == {"of": "cost", "most": 7.0}
     assert plan["policy"] == "splitwise"
     assert plan["candidates"][0]["cost_per_hour"] <= 7.0
+    assert f"fleet: {plan['candidates'][0]['placement']}; " in printed
     assert set(plan["alone"]) == {"h100-sxm", "a100-sxm-80gb"}
     assert (tmp_path / "a" / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert main([*arguments, "--output", str(tmp_path / "b")]) == 0
@@ -220,24 +220,19 @@ def test_types_without_objectives_they_can_meet_are_named(capsys: pytest.Capture
 
 
 def test_a_fleet_as_a_configuration(tmp_path: Path) -> None:
-    model = load_model_shape("llama3.1-8b")
-    h100, a100 = (
-        GpuType(name=name, machine=RooflineMachine(model, load_hardware(name)), available=8)
-        for name in ("h100-sxm", "a100-sxm-80gb")
-    )
+    h100, a100 = "h100-sxm", "a100-sxm-80gb"
+    machines = {name: roofline(hardware=name) for name in (h100, a100)}
     objectives = Objectives(ttft_ms=1000.0, tpot_ms=50.0)
-    prefill = FleetPool(role="prefill", gpu=h100, pool=Pool(count=3, parallel=Parallel(2)))
-    decode = FleetPool(role="decode", gpu=a100, pool=Pool(count=1, parallel=Parallel(4)))
+    fleet = pair(3, 1, tp=(2, 4), on=(h100, a100))
     file = tmp_path / "cluster.toml"
-    file.write_text(fleet_toml(Fleet(pools=(prefill, decode)), objectives, "llama3.1-8b", "splitwise"))
+    file.write_text(plan_toml(fleet, machines, objectives, "llama3.1-8b", "splitwise"))
     config = load(file, [], system_rng())
     assert config.router.policy == "splitwise"
     assert config.pools.prefill.placement.resources == {"h100-sxm": 2}
     assert config.pools.decode.placement.resources == {"a100-sxm-80gb": 4}
-    other = FleetPool(role="prefill", gpu=a100, pool=Pool(count=1, parallel=Parallel()))
-    several = Fleet(pools=(prefill, other, decode))
+    several = Placement((*fleet.pools, Pool(Kind("prefill", Parallel()), 1, a100)))
     with pytest.raises(ConfigError, match="prefill workers are of several kinds"):
-        fleet_toml(several, objectives, "llama3.1-8b", "goodput")
+        plan_toml(several, machines, objectives, "llama3.1-8b")
 
 
 @pytest.mark.parametrize(
@@ -272,13 +267,10 @@ def test_objectives_are_read() -> None:
 
 
 def test_a_disaggregated_placement_as_a_configuration(tmp_path: Path) -> None:
-    machine = RooflineMachine(load_model_shape("llama3.1-70b"), load_hardware("h100-sxm"))
+    machine = roofline("llama3.1-70b")
     objectives = Objectives(ttft_ms=1000.0, tpot_ms=50.0)
-    placement = Placement(
-        prefill=Pool(count=3, parallel=Parallel(2)), decode=Pool(count=1, parallel=Parallel(4))
-    )
     file = tmp_path / "cluster.toml"
-    file.write_text(plan_toml(placement, machine, objectives, "llama3.1-70b"))
+    file.write_text(plan_toml(pair(3, 1, tp=(2, 4)), {"": machine}, objectives, "llama3.1-70b"))
     config = load(file, [], system_rng())
     pools = config.pools
     for role, tp in (("prefill", 2), ("decode", 4)):
@@ -288,9 +280,7 @@ def test_a_disaggregated_placement_as_a_configuration(tmp_path: Path) -> None:
     assert (pools.decode.placement.workers, pools.decode.placement.gpus) == (1, 4)
     assert pools.prefill.scheduler.chunk_budget == 8192
     with pytest.raises(ConfigError, match="pipeline stages"):
-        plan_toml(
-            Placement(colocated=Pool(count=1, parallel=Parallel(2, 2), budget=512)), machine, objectives, "x"
-        )
+        plan_toml(colocated(1, tp=2, pp=2), {"": machine}, objectives, "x")
 
 
 def test_a_log_too_short_to_replay_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 from diphase.cluster.load.trace_formats import TraceRecord
-from diphase.cluster.load.traces import data_folder, load_trace
+from diphase.cluster.load.traces import load_trace
 from diphase.cluster.planner.prefix_study import lru_hits, prefix_hits
 from diphase.proto.errors import ConfigError
 from hypothesis import given, settings
@@ -111,11 +111,10 @@ def test_what_cannot_be_studied_is_refused() -> None:
     ("name", "infinite", "limited"),
     [("mooncake-conversation", 0.3664, 0.3257), ("mooncake-synthetic", 0.6396, 0.6242)],
 )
-def test_public_traces_have_their_known_ratios(name: str, infinite: float, limited: float) -> None:
-    folder = data_folder(None, os.environ)
-    if not folder.is_dir():
-        pytest.skip(f"no traces: the folder {folder} does not exist (set DIPHASE_DATA)")
-    trace = load_trace(name, folder)
+def test_public_traces_have_their_known_ratios(
+    data: Path, name: str, infinite: float, limited: float
+) -> None:
+    trace = load_trace(name, data)
     assert round(prefix_hits(trace).ratio, 4) == infinite
     assert round(prefix_hits(trace, 30_000).ratio, 4) == limited
     assert round(lru_hits(trace, 30_000).ratio, 4) == limited

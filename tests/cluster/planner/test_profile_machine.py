@@ -12,13 +12,14 @@ from diphase.cluster.cli import main
 from diphase.cluster.config import load
 from diphase.cluster.load.report import write_json
 from diphase.cluster.planner.machines import Parallel, feasible_parallels
-from diphase.cluster.planner.placement import Placement, Pool, build
+from diphase.cluster.planner.placement import build
 from diphase.cluster.planner.prediction import deployment_of
 from diphase.cluster.planner.profile import Profile, ServingCost, Slowdown, load_profile
 from diphase.cluster.planner.profile_machine import ProfileMachine
 from diphase.proto.errors import ConfigError
 from diphase.router.step_time import StepShape
 
+from .placements import pair
 from .profiles import profile, true_s
 
 SERVING = ServingCost(first_token_s=0.005, step_s=0.001, handoff_s=0.004, handoff_bytes_per_s=2e9)
@@ -61,8 +62,8 @@ def test_a_plan_from_a_profile_is_a_configuration_that_the_profile_holds_for(
 
 
 def test_what_is_simulated_is_what_the_validation_simulates() -> None:
-    machine, pool = ProfileMachine(profiled(cores=1), slots=2), Pool(count=1, parallel=Parallel())
-    ours = build(Placement(prefill=pool, decode=pool), machine)
+    machine = ProfileMachine(profiled(cores=1), slots=2)
+    ours = build(pair(1, 1), {"": machine})
     config = load(None, ["pools.prefill.workers=1"], random.Random(0))
     theirs = deployment_of(config, profiled())
     # Plans hand every prompt over whole.

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import pytest
+from pathlib import Path
+
 from diphase.benchmarks.regimes import REGIMES, attainment, deployments, workload
-from diphase.cluster.load.traces import data_folder, load_trace
-
-FOLDER = data_folder(None, {})
-
+from diphase.cluster.load.traces import load_trace
 
 RATE = 9.0
 """One for both regimes: the highest that the benchmark has."""
 
 
-def test_tight_tpot_favours_the_best_pools_and_tight_ttft_colocated_workers() -> None:
-    if not (FOLDER / "splitwise_perf").is_dir():
-        pytest.skip(f"Splitwise's measurements are not in {FOLDER}")
-    records, found = load_trace("arxiv", FOLDER), deployments(FOLDER)
+def test_tight_tpot_favours_the_best_pools_and_tight_ttft_colocated_workers(data: Path) -> None:
+    records, found = load_trace("arxiv", data), deployments(data)
     shares = {
         (regime, name): attainment(deployment, workload(records, 600, RATE), REGIMES[regime])
         for regime in ("tight TPOT", "tight TTFT")

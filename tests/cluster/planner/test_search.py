@@ -7,17 +7,16 @@ import pytest
 from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.goodput import Answer, Definition, Estimate, Objectives
-from diphase.cluster.planner.hardware import load_hardware
-from diphase.cluster.planner.machines import Parallel, RooflineMachine, check_parallel, feasible_parallels
-from diphase.cluster.planner.model_shape import load_model_shape
-from diphase.cluster.planner.phase_rates import Kind, PhaseRates, measure_phases
-from diphase.cluster.planner.placement import Placement, Pool, build
-from diphase.cluster.planner.search import Candidate, Task, part_of, proposals, ranked, search
+from diphase.cluster.planner.machines import Parallel, check_parallel, feasible_parallels
+from diphase.cluster.planner.phase_rates import PhaseRates, measure_phases
+from diphase.cluster.planner.placement import Kind, Placement, build
+from diphase.cluster.planner.search import Candidate, Task, proposals, ranked, search, simulated
 from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.proto.errors import ConfigError
 
-SMALL = RooflineMachine(load_model_shape("llama3.1-8b"), load_hardware("h100-sxm"))
-LARGE = RooflineMachine(load_model_shape("llama3.1-70b"), load_hardware("h100-sxm"))
+from .placements import colocated, pair, roofline
+
+SMALL, LARGE = roofline("llama3.1-8b"), roofline("llama3.1-70b")
 WORKLOAD = SimWorkload(config=WorkloadConfig(num_requests=60, mean_input=1024, mean_output=4))
 TASK = Task(
     machine=SMALL,
@@ -28,7 +27,9 @@ TASK = Task(
 )
 PREFILL, DECODE = Kind("prefill", Parallel()), Kind("decode", Parallel())
 COLOCATED = Kind("colocated", Parallel(), 512)
-PHASES = PhaseRates(rates={PREFILL: 2.0, DECODE: 6.0, COLOCATED: 1.0})
+PHASES = PhaseRates(
+    rates={PREFILL: 2.0, DECODE: 6.0, COLOCATED: 1.0}, bounds={PREFILL: 3.0, DECODE: 7.0, COLOCATED: 2.0}
+)
 
 
 def test_colocated_wins_where_its_own_simulation_says_so() -> None:
@@ -36,11 +37,11 @@ def test_colocated_wins_where_its_own_simulation_says_so() -> None:
     best = found.candidates[0]
     assert best.rate > 0.0
     assert best.placement.gpus <= TASK.gpus
-    for other in (*found.candidates, *found.others):
+    for other in found.known:
         assert best.rate >= 0.9 * other.rate
     # One worker computes prompts most of the time here, the other would idle.
     assert best.placement.kind == "colocated"
-    pairs = [c.rate for c in (*found.candidates, *found.others) if c.placement.kind == "disaggregated"]
+    pairs = [c.rate for c in found.known if c.placement.kind == "disaggregated"]
     assert 0.0 < max(pairs) < best.rate
 
 
@@ -55,18 +56,15 @@ def test_joint_simulations_are_of_the_policy_asked_for() -> None:
 
 def test_splitwises_three_pools_are_planned() -> None:
     found = search(replace(TASK, gpus=3, seeds=(0,), policy="splitwise"))
-    judged = (*found.candidates, *found.others)
-    mixed = [candidate for candidate in judged if candidate.placement.kind == "mixed"]
+    mixed = [candidate for candidate in found.known if candidate.placement.kind == "mixed"]
     assert mixed
-    assert all(candidate.rate > 0.0 and candidate.placement.colocated for candidate in mixed)
+    assert all(candidate.rate > 0.0 and len(candidate.placement.pools) == 3 for candidate in mixed)
 
 
 def test_pools_are_matched_by_their_rates() -> None:
     best = max(proposals(PHASES, 8, None), key=lambda c: (c.expected, -c.placement.gpus))
-    assert best.placement.prefill is not None
-    assert best.placement.decode is not None
-    assert (best.placement.prefill.count, best.placement.decode.count) == (6, 2)
-    assert best.expected == 12.0
+    assert best.placement == pair(6, 2)
+    assert (best.expected, best.bound) == (12.0, 14.0)
 
 
 def test_shared_prompts_that_come_at_once_do_not_make_a_rate_infinite() -> None:
@@ -94,24 +92,27 @@ def _candidate(placement: Placement, rate: float) -> Candidate:
 
 
 def test_ties_go_to_fewer_gpus_then_to_no_hand_off() -> None:
-    pool = Pool(count=1, parallel=Parallel())
-    pair = Placement(prefill=pool, decode=pool)
-    three = Placement(colocated=Pool(count=3, parallel=Parallel(), budget=512))
-    two = Placement(colocated=Pool(count=2, parallel=Parallel(), budget=512))
-    order = ranked([_candidate(three, 10.1), _candidate(pair, 10.0), _candidate(two, 10.0)], None)
-    assert [candidate.placement for candidate in order] == [two, pair, three]
-    assert ranked([_candidate(three, 11.0), _candidate(pair, 10.0)], None)[0].placement == three
+    three, two, one_each = colocated(3), colocated(2), pair(1, 1)
+    order = ranked([_candidate(three, 10.1), _candidate(one_each, 10.0), _candidate(two, 10.0)], None)
+    assert [candidate.placement for candidate in order] == [two, one_each, three]
+    assert ranked([_candidate(three, 11.0), _candidate(one_each, 10.0)], None)[0].placement == three
     # For a wanted rate, what serves it with the fewest GPUs is best, however much more others serve.
-    assert ranked([_candidate(three, 20.0), _candidate(pair, 10.0)], 9.0)[0].placement == pair
-    assert ranked([_candidate(three, 20.0), _candidate(pair, 10.0)], 12.0)[0].placement == three
+    assert ranked([_candidate(three, 20.0), _candidate(one_each, 10.0)], 9.0)[0].placement == one_each
+    assert ranked([_candidate(three, 20.0), _candidate(one_each, 10.0)], 12.0)[0].placement == three
 
 
 def test_equal_parts_are_simulated_once() -> None:
-    pool = Pool(count=8, parallel=Parallel())
-    part, times = part_of(Placement(prefill=pool, decode=pool))
-    assert (part.workers, times) == (4, 4)
-    part, times = part_of(Placement(prefill=Pool(count=3, parallel=Parallel()), decode=pool))
-    assert (part.workers, times) == (11, 1)
+    assert pair(8, 8).part() == (pair(2, 2), 4)
+    assert pair(4, 8).part() == (pair(2, 4), 2)
+    assert pair(3, 8).part() == (pair(3, 8), 1)
+
+
+def test_equal_parts_serve_together_what_each_does_up_to_their_bound() -> None:
+    alone, eight = (
+        Candidate(placement=colocated(count), expected=0.5 * count, bound=1.0 * count) for count in (1, 8)
+    )
+    one, all_of_them = simulated(TASK, [alone, eight], map)
+    assert (one.rate, all_of_them.rate) == (1.0, 8.0)  # far below what they could serve
 
 
 def test_parallelism_that_fits() -> None:
@@ -137,10 +138,7 @@ def test_too_few_gpus_are_named() -> None:
 
 
 def test_every_pool_has_the_room_of_its_own_workers() -> None:
-    placement = Placement(
-        prefill=Pool(count=1, parallel=Parallel(4)), decode=Pool(count=1, parallel=Parallel(2))
-    )
-    first, second = build(placement, LARGE).workers
+    first, second = build(pair(1, 1, tp=(4, 2)), {"": LARGE}).workers
     assert first.num_blocks == LARGE.kv_tokens(Parallel(4)) // 16
     assert second.num_blocks == LARGE.kv_tokens(Parallel(2)) // 16
     assert first.num_blocks > 2 * second.num_blocks

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from diphase.benchmarks.distserve_reference import machine, workload
@@ -12,7 +13,6 @@ from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.goodput import Objectives
 from diphase.cluster.planner.machines import Parallel
-from diphase.cluster.planner.placement import Placement, Pool
 from diphase.cluster.planner.plan_report import Plan, text
 from diphase.cluster.planner.search import Task
 from diphase.cluster.planner.search_distserve import (
@@ -24,6 +24,8 @@ from diphase.cluster.planner.search_distserve import (
 )
 from diphase.cluster.planner.sim_workload import SimWorkload
 from diphase.proto.errors import ConfigError
+
+from .placements import pair
 
 ONE, TWO = Parallel(1), Parallel(2)
 
@@ -67,6 +69,18 @@ def test_what_is_found_is_replicated_for_a_rate_or_to_fill_the_cluster() -> None
     assert low.serving(4.5) == low.placement(3, 3)
 
 
+def test_of_equals_a_gpu_the_fewest_gpus_are_chosen(data: Path) -> None:
+    def all_alike(_: object, asked: Iterable[object]) -> Any:
+        return [2.5 for _ in asked]
+
+    task = published(data, "512/64", 400.0, 40.0)
+    for algorithm, rate in ((low_affinity, 5.0), (high_affinity, 2.5)):
+        found = algorithm(task, all_alike)
+        assert found is not None
+        assert (found.prefill, found.decode) == (ONE, ONE)
+        assert (found.prefill_rate, found.decode_rate) == (rate, rate)
+
+
 def test_nothing_is_found_where_nothing_serves(data: Path) -> None:
     task = published(data, "512/64", 1.0, 40.0)
     assert low_affinity(task) is None
@@ -89,8 +103,7 @@ def test_the_choice_is_judged_without_the_simplifications(data: Path, algorithm:
     found = search_published(plan(data), algorithm)
     chosen, colocated = found.candidates
     assert colocated.placement.kind == "colocated"
-    pool = Pool(count=1, parallel=ONE)
-    assert chosen.placement == Placement(prefill=pool, decode=pool)
+    assert chosen.placement == pair(1, 1)
     assert chosen.answer is not None
     assert 0.6 * chosen.expected < chosen.rate < 1.2 * chosen.expected
     assert f"{algorithm} chose" in found.sentence

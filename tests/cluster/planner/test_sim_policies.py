@@ -7,9 +7,8 @@ from diphase.cluster.planner.deployment import SimulationConfig
 from diphase.cluster.planner.sim_request import SimRequest
 from diphase.router.config import POLICIES, RouterConfig
 
-from .deployments import MS, colocated_worker, decode_worker, deployment, prefill_worker, run
+from .deployments import CLUSTERS, MS, colocated_worker, decode_worker, deployment, prefill_worker, run
 
-TWO_POOLS = deployment(prefill_worker(), prefill_worker(), decode_worker(), decode_worker())
 THREE_POOLS = deployment(prefill_worker(4000, chunk=512), decode_worker(4000), colocated_worker(4000))
 COLOCATED, DECODE = 2, 1
 """Indices in THREE_POOLS."""
@@ -24,7 +23,7 @@ def places(requests: list[SimRequest]) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("cluster", [TWO_POOLS, THREE_POOLS], ids=["2P2D", "1P1D1C"])
+@pytest.mark.parametrize("cluster", [CLUSTERS["2P2D"], THREE_POOLS], ids=["2P2D", "1P1D1C"])
 def test_every_policy_serves_all_and_repeats_itself(name: str, cluster: object) -> None:
     rows = [(3 * MS, 20 + 37 * i % 250, 1 + 11 * i % 40) for i in range(120)]
     runs = [run(cluster, rows, config(name, exact)) for exact in (False, False, True)]  # type: ignore[arg-type]
