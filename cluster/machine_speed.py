@@ -11,9 +11,10 @@ from typing import NamedTuple
 from ..engine.config import EngineConfig
 from ..engine.neighbour import Neighbour, neighbour
 from ..engine.profiler import REFERENCE_CELLS, Cell
-from ..router.step_time import StepShape, StepTime
+from ..router.step_time import StepShape
 from .config import ClusterConfig
 from .one_machine import FREE_MEMORY_MIB, cores_of_worker
+from .planner.profile import Profile
 
 
 class Slower(NamedTuple):
@@ -30,13 +31,14 @@ class SpeedProbe:
         self._engine = engine
         self._cores = cores
 
-    def slower_than(self, step_time: StepTime) -> Slower:
+    def slower_than(self, profile: Profile) -> Slower:
         """What the times of now are, in times of the profile. Nothing else may compute meanwhile.
 
         Raises:
+            ConfigError: the profile lacks the steps that are timed.
             InternalError: the engine has ended.
         """
-        return slower(self._engine.time(self._cores), step_time)
+        return slower(self._engine.time(self._cores), profile)
 
 
 @contextmanager
@@ -65,10 +67,15 @@ def small_engine(config: ClusterConfig) -> EngineConfig:
     )
 
 
-def slower(times: Mapping[str, float], step_time: StepTime) -> Slower:
-    """`times` of REFERENCE_CELLS, seconds."""
+def slower(times: Mapping[str, float], profile: Profile) -> Slower:
+    """`times` of REFERENCE_CELLS, seconds; beside what the same steps took when the profile was made, as a
+    fit's error in just these two would count for all.
+
+    Raises:
+        ConfigError: see SpeedProbe.slower_than().
+    """
     return Slower(
-        *(times[kind] / step_time.step_s(shape_of(REFERENCE_CELLS[kind])) for kind in Slower._fields)
+        *(times[kind] / profile.measured_s(shape_of(REFERENCE_CELLS[kind])) for kind in Slower._fields)
     )
 
 

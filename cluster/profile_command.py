@@ -167,9 +167,9 @@ async def _with_serving(machine: OneMachine, profile: Profile) -> Profile:
             )
             budget = machine.config.pools.prefill.scheduler.chunk_budget
             with speed_probe(machine.config) as probe:
-                before = probe.slower_than(profile.step_time)
+                before = probe.slower_than(profile)
                 served = await serve_probes(client, shape, chunk_budget=budget)
-                now = between((before, probe.slower_than(profile.step_time)))
+                now = between((before, probe.slower_than(profile)))
     return replace(profile, serving=cost_of(served, profile.step_time.slowed(*now)))
 
 

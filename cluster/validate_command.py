@@ -54,7 +54,7 @@ SHARES = (0.3, 0.5, 0.7)
 ALL_AT_ONCE = 1e4
 """Requests a second: a queue that never empties."""
 WARM_UP = 5
-PART = 20
+PART = 10
 """Requests between two looks at the machine's speed."""
 MOST_REQUESTS = 10_000
 REQUEST_S = 900.0
@@ -257,7 +257,7 @@ class _Task:
         return plan_arrivals(self.workload, self.records, self.profile.engine.context_length, rate)
 
     def _speed(self) -> Slower:
-        return self.probe.slower_than(self.profile.step_time)
+        return self.probe.slower_than(self.profile)
 
     def _predict(self, arrivals: Sequence[Arrival], slower: Slower) -> SimResult:
         """With the profile's steps so many times longer."""

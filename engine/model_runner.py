@@ -106,7 +106,7 @@ def step_tensors(model: Llama, rows: StepRows) -> StepTensors:
     attention = model.attention.plan(rows.segments)
     tensor = torch.from_numpy(rows.table)
     return StepTensors(
-        num_rows=model.padded_rows(max(tensor.shape[1], attention.num_rows), rows.prompts),
+        num_rows=model.padded_rows(tensor.shape[1], rows.prompts),
         token_ids=tensor[0],
         positions=tensor[1],
         block_ids=tensor[2],

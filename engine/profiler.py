@@ -21,17 +21,21 @@ from .base import Chunk, Engine, StepPlan
 from .sequence import Sequence as TokenSequence
 from .step_predictor import describe
 
-PROMPT_TOKENS = (16, 64, 128, 256, 384, 512, 1024)
-PROMPT_CONTEXTS = (0, 512, 2048)
+FIRST_CHUNKS = (8, 24, 40, 72, 104, 152, 216, 296, 360, 424, 512, 1024)
+"""Prompt tokens without context. Most lie off the multiples of 16 to 128 in which engines compute rows: a fit
+through multiples alone takes the padding of all other prompts to cost nothing."""
+LATER_TOKENS = (24, 104, 232, 376, 512)
+LATER_CONTEXTS = (512, 2048)
+"""Of prompts that were computed, or cached, up to there."""
 DECODE_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 DECODE_CONTEXTS = (64, 256, 1024)
-MIXED_TOKENS = (64, 128, 256, 384, 512)
+MIXED_TOKENS = (40, 104, 232, 360, 512)
 MIXED_BATCHES = (2, 8, 32)
 MIXED_CONTEXTS = (256, 1024)
 """Of the decoding sequences beside first chunks and beside later ones."""
-LATER_CHUNKS = ((64, 512), (256, 512), (256, 2048), (384, 512), (512, 1024))
+MIXED_LATER = ((40, 512), (232, 512), (232, 2048), (360, 512), (512, 1024))
 """(tokens, context before) of prompts under way in mixed steps, beside MIXED_BATCHES[1] sequences."""
-SHORT_PROMPTS = ((4, 32), (2, 64))
+SHORT_PROMPTS = ((4, 28), (2, 72))
 """(prompts, tokens of each) of steps in which several prompts share a step."""
 LEAST_CELLS = {"prefill": 5, "decode": 5, "mixed": 7}
 """Of a kind, that a fit with one of them held out can be made."""
@@ -67,6 +71,14 @@ class Cell:
         return self.prompts * prompt + self.decode_batch * -(-self.decode_context // block_size)
 
 
+REFERENCE_CELLS = {
+    "prefill": Cell(prompts=1, prompt_tokens=256),
+    "decode": Cell(decode_batch=4, decode_context=256),
+}
+"""What is timed while a neighbour runs one of the two, and to know how fast the machine is just now, beside
+when its profile was made."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CellTimes:
     """A cell and what its steps took."""
@@ -89,10 +101,12 @@ def make_grid(
     Raises:
         ConfigError: the pool is too small for a grid that a fit could be made of.
     """
-    cells = [
+    first = sorted({*FIRST_CHUNKS, min(chunk_budget, FIRST_CHUNKS[-1])})
+    cells = [Cell(prompts=1, prompt_tokens=tokens) for tokens in first]
+    cells += [
         Cell(prompts=1, prompt_tokens=tokens, prompt_context=context)
-        for tokens in PROMPT_TOKENS
-        for context in PROMPT_CONTEXTS
+        for tokens in LATER_TOKENS
+        for context in LATER_CONTEXTS
     ]
     cells += [Cell(prompts=prompts, prompt_tokens=tokens) for prompts, tokens in SHORT_PROMPTS]
     cells += [
@@ -113,7 +127,7 @@ def make_grid(
             decode_batch=MIXED_BATCHES[1],
             decode_context=MIXED_CONTEXTS[1],
         )
-        for tokens, context in LATER_CHUNKS
+        for tokens, context in MIXED_LATER
     ]
 
     def possible(cell: Cell) -> bool:
@@ -126,6 +140,7 @@ def make_grid(
         )
 
     grid = [cell for cell in cells if possible(cell)]
+    grid += [cell for cell in REFERENCE_CELLS.values() if cell not in grid]
     for kind, least in LEAST_CELLS.items():
         count = sum(cell.kind == kind for cell in grid)
         if count < least:
@@ -210,11 +225,6 @@ def _plan_of(cell: Cell, engine: Engine, rng: random.Random) -> StepPlan:
     return StepPlan(chunks=chunks)
 
 
-REFERENCE_CELLS = {
-    "prefill": Cell(prompts=1, prompt_tokens=256),
-    "decode": Cell(decode_batch=4, decode_context=256),
-}
-"""What is timed while a neighbour runs one of the two, and to know how fast the machine is just now."""
 REFERENCE_VISITS = 5
 IDLE = "idle"
 

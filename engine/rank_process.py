@@ -5,29 +5,25 @@ computes every step that rank 0 announces. No requests, no sampling; no torch be
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
 import os
-import signal
 import socket
 import sys
 
 from ..proto.errors import DiphaseError, InternalError, WorkerLost
+from ..proto.parent_death import end_with
 from . import rank_wire
 from .rank_wire import Kind, RankSpec
 
 logger = logging.getLogger(__name__)
 
-_PR_SET_PDEATHSIG = 1
-
 
 def main(fd: int) -> int:
     """`fd`: of the connection to rank 0. Returns the exit status."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for rank 0
+    end_with(os.getppid())
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s")
     with socket.socket(fileno=fd) as sock:
         try:
-            _die_with_parent()
             _run(sock)
         except WorkerLost:
             return 0  # rank 0 is gone, or knows that another is
@@ -50,14 +46,6 @@ def _run(sock: socket.socket) -> None:
     from .rank_steps import compute
 
     compute(sock, spec)
-
-
-def _die_with_parent() -> None:
-    """Also when this process is stopped, or loads and reads nothing; the kernel sees to it."""
-    parent = os.getppid()
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) or os.getppid() != parent:
-        raise WorkerLost("rank 0 is gone")
 
 
 if __name__ == "__main__":

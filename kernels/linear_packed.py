@@ -18,6 +18,8 @@ from .linear import Epilogue, check_linear
 
 _PACK_ROWS = 16
 """Rows that the packing is told to expect: all of 1 to 1,024 gave the same layout."""
+_MIN_SMALL = 2
+"""Without AMX a single row was summed in another order than the same row among others."""
 _MAX_SMALL = 32
 _MIN_LARGE = 48
 _MAX_LARGE = 512
@@ -50,7 +52,7 @@ def padded_rows(num_tokens: int, prompts: bool) -> int:
     and that keep a row's bits apart from its company: steps that only decode stay on the small side of the
     bounds above as long as they fit, steps with prompts always on the large one."""
     if num_tokens <= _MAX_SMALL and not prompts:
-        return num_tokens if num_tokens <= 8 else -(-num_tokens // 8) * 8
+        return max(_MIN_SMALL, num_tokens) if num_tokens <= 8 else -(-num_tokens // 8) * 8
     step = 16 if num_tokens <= 128 else 32 if num_tokens <= _MAX_LARGE else 64
     return max(_MIN_LARGE, -(-num_tokens // step) * step)
 

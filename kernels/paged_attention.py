@@ -31,11 +31,9 @@ class Segment:
 class AttentionStep(Protocol):
     """What attention needs to know of one step, made once and used for every layer."""
 
-    num_rows: int
-    """Rows that q and out must have; those behind the last segment's are read and never written."""
-
     def run(self, out: torch.Tensor, q: torch.Tensor, layer: int) -> None:
-        """out, q: [num_rows or more, num_q_heads, head_dim], the pool's dtype, last dimension contiguous.
+        """out, q: [rows of the segments or more, num_q_heads, head_dim], the pool's dtype, last dimension
+        contiguous. Further rows may be read and are never written.
 
         Raises:
             KernelError: shapes or dtypes do not fit.
@@ -113,13 +111,13 @@ class ReferencePagedAttention:
 
 class _ReferenceStep:
     def __init__(self, attention: ReferencePagedAttention, segments: Sequence[Segment]) -> None:
-        self.num_rows = sum(segment.num_rows for segment in segments)
+        self._num_rows = sum(segment.num_rows for segment in segments)
         self._attention = attention
         self._segments = segments
 
     def run(self, out: torch.Tensor, q: torch.Tensor, layer: int) -> None:
         pool, num_q_heads = self._attention.pool, self._attention.num_q_heads
-        check_rows(out, q, self.num_rows, num_q_heads, pool)
+        check_rows(out, q, self._num_rows, num_q_heads, pool)
         row = 0
         for segment in self._segments:
             # [blocks, 2, num_kv_heads, block_size, head_dim] -> [2, num_kv_heads, positions, head_dim]

@@ -6,7 +6,8 @@ that share a key-value head become the rows of one matrix. Prompts are cut into 
 only the context it needs.
 
 How a row's bits stay the same in any company: a row's padded context is a function of its position alone, and
-the matrices have at least three rows (one or two rows take another path in the matrix library). Where that is
+the matrices have a multiple of four rows (with others, the matrix library was seen to sum in another order
+when it is called from several threads). Where that is
 enough, which is measured when the object is made, the rest is free. Where it is not, or where fp32 is faster
 for decode, a row that was decoded once is always computed in decode's way, and prompts always in full tiles
 at aligned positions.
@@ -26,7 +27,8 @@ from numpy.typing import NDArray
 from ..proto.errors import KernelError
 from .paged_attention import Segment, check_pool, check_rows
 
-_MIN_MATRIX_ROWS = 3
+_MATRIX_ROWS = 4
+"""Matrices have a multiple of it."""
 _ALIGN = 64
 """Padded contexts are multiples of it; softmax and matrix products then have no ragged ends."""
 _TILE = 128
@@ -46,7 +48,8 @@ def padded_length(num_positions: int) -> int:
 
 @dataclass(slots=True)
 class _Tile:
-    """Rows [begin, end) of a prompt; rows up to `matrix_end` are computed with them and dropped."""
+    """Rows [begin, end) of a prompt; rows up to `matrix_end`, whosever they are, are computed with them and
+    dropped."""
 
     begin: int
     end: int
@@ -112,11 +115,10 @@ class CpuPagedAttention:
             indices.append(index)
             num_indices += index.size
             row += sum(segment.num_rows for segment in members)
-        ends = [tile.matrix_end for group in groups for tile in group.tiles]
         # One layer's rows lie behind the layer's before: [num_layers, indices of a layer].
         layers = np.arange(self.pool.shape[1], dtype=np.int64) * (2 * self.num_kv_heads)
         table = torch.from_numpy(layers[:, None] + np.concatenate(indices))
-        return CpuAttentionStep(self, groups, table, max([row, *ends]))
+        return CpuAttentionStep(self, groups, table, row)
 
     def gathered(self, index: torch.Tensor, group: _Group) -> torch.Tensor:
         """[num_sequences, 2, num_kv_heads, length, head_dim] out of the scratch memory."""
@@ -165,7 +167,7 @@ class CpuPagedAttention:
         while position < end:
             tile_end = (position // self.tile_rows + 1) * self.tile_rows
             num_rows = min(tile_end, end) - position
-            matrix_rows = -(-num_rows // 4) * 4 if self.row_invariant else self.tile_rows
+            matrix_rows = num_rows + -num_rows % _MATRIX_ROWS if self.row_invariant else self.tile_rows
             left = self._max_position - position
             mask = self._bands[:matrix_rows, left : left + padded_length(tile_end)]
             tiles.append(_Tile(row, row + num_rows, row + matrix_rows, mask))
@@ -193,14 +195,14 @@ class CpuAttentionStep:
     def __init__(
         self, attention: CpuPagedAttention, groups: list[_Group], index: torch.Tensor, num_rows: int
     ) -> None:
-        self.num_rows = num_rows
+        self._num_rows = num_rows
         self._attention = attention
         self._groups = groups
         self._index = index
 
     def run(self, out: torch.Tensor, q: torch.Tensor, layer: int) -> None:
         attention = self._attention
-        check_rows(out, q, self.num_rows, attention.num_q_heads, attention.pool)
+        check_rows(out, q, self._num_rows, attention.num_q_heads, attention.pool)
         index = self._index[layer]
         for group in self._groups:
             kv = attention.gathered(index[group.index], group)
@@ -224,10 +226,11 @@ class CpuAttentionStep:
     def _prefill(self, out: torch.Tensor, q: torch.Tensor, group: _Group, kv: torch.Tensor) -> None:
         keys, values = kv[:, 0], kv[:, 1]
         for tile in group.tiles:
+            rows = q[tile.begin : tile.matrix_end]
+            if missing := tile.matrix_end - tile.begin - len(rows):
+                rows = F.pad(rows, (0, 0, 0, 0, 0, missing))
             result = F.scaled_dot_product_attention(
-                q[tile.begin : tile.matrix_end]
-                .transpose(0, 1)
-                .unsqueeze(0),  # [1, num_q_heads, rows, head_dim]
+                rows.transpose(0, 1).unsqueeze(0),  # [1, num_q_heads, rows, head_dim]
                 keys[:, :, : tile.length],
                 values[:, :, : tile.length],
                 attn_mask=tile.mask,
@@ -237,12 +240,9 @@ class CpuAttentionStep:
 
 
 def fold_heads(q: torch.Tensor) -> torch.Tensor:
-    """[batch, num_kv_heads, group_size, head_dim], heads repeated until there are _MIN_MATRIX_ROWS a
-    group."""
-    group_size = q.shape[2]
-    if group_size >= _MIN_MATRIX_ROWS:
-        return q
-    return q.repeat(1, 1, -(-_MIN_MATRIX_ROWS // group_size), 1)
+    """[batch, num_kv_heads, group_size, head_dim], each group followed by rows of 0 that make _MATRIX_ROWS of
+    it."""
+    return F.pad(q, (0, 0, 0, -q.shape[2] % _MATRIX_ROWS))
 
 
 def _causal_mask(num_rows: int, num_columns: int, position: int, dtype: torch.dtype) -> torch.Tensor:

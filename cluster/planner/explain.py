@@ -177,7 +177,7 @@ def relaxations(asked: Asked, candidate: Candidate, mapped: Mapped = map) -> tup
     assert candidate.answer is not None  # it was simulated
     part, times = candidate.placement.part()
     base = next(iter(candidate.answer.estimates.values())).rates[0] / times
-    deployment, objectives = build(part, asked.machines), asked.objectives
+    deployment, objectives = build(part, asked.machines, times), asked.objectives
     relaxed: dict[str, tuple[Deployment, Objectives]] = {
         "compute of prefill": (_faster(deployment, prefill=1.0 / RELAXED), objectives),
         "compute of decode": (_faster(deployment, decode=1.0 / RELAXED), objectives),
@@ -290,7 +290,10 @@ def curves(asked: Asked, candidates: Sequence[Candidate], mapped: Mapped = map) 
     for candidate in candidates:
         assert candidate.answer is not None  # it was simulated
         part, times = candidate.placement.part()
-        deployment, pattern = build(part, asked.machines), Pattern(asked.seeds[0], candidate.answer.count)
+        deployment, pattern = (
+            build(part, asked.machines, times),
+            Pattern(asked.seeds[0], candidate.answer.count),
+        )
         runs += [
             _CurveRun(
                 deployment=deployment,

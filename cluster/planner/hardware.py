@@ -37,6 +37,12 @@ class Node:
     """Of a link's bandwidth that a hand-off gets."""
     handoff_s: float = 0.002
     """Of a hand-off, beside its bytes."""
+    node_gb_per_s: float | None = None
+    """Out of a node, and into it, for all of its GPUs together; absent: as much as their ports together."""
+    nodes_per_rack: int | None = None
+    """Absent: all nodes are in one."""
+    rack_gb_per_s: float | None = None
+    """Out of a rack, and into it, for all of its nodes together; given with nodes_per_rack."""
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -55,6 +61,8 @@ class Node:
             )
         if self.link_share > 1.0:
             raise ConfigError(f"link_share is {self.link_share:g}; it is a share of the link, at most 1")
+        if (self.nodes_per_rack is None) != (self.rack_gb_per_s is None):
+            raise ConfigError("nodes_per_rack and rack_gb_per_s describe racks together; give both or none")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

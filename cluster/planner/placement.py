@@ -4,7 +4,7 @@ simulated. Knows no search."""
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ from ...router.step_time import StepShape
 from .bounds import saturating_tokens
 from .deployment import ROLES, Deployment, WorkerSpec
 from .machines import Machine, Parallel
-from .topology import Topology
+from .node_links import Seat, links_of
 
 LEAST_BUDGET, MOST_BUDGET = 64, 4096
 """Prompt tokens that a colocated worker computes beside its batch."""
@@ -126,24 +126,30 @@ def colocated_budgets(machine: Machine, parallel: Parallel, tpot_ms: float) -> t
     return tuple(sorted({min(most, fitting * factor) for factor in (1, 4)}))
 
 
-def build(placement: Placement, machines: Mapping[str, Machine]) -> Deployment:
+def build(placement: Placement, machines: Mapping[str, Machine], parts: int = 1) -> Deployment:
     """The deployment.
 
     Args:
         machines: for one model, by the names that the pools have for their hardware.
+        parts: of which the placement is one, see Placement.part(): of links it has its share.
 
     Raises:
         ConfigError: the model does not fit, or cannot be divided so.
     """
     pools = [(pool, machines[pool.hardware]) for pool in placement.pools]
     machine = pools[0][1]
+    seats = [
+        Seat(pool.worker.role, own.hardware, pool.worker.parallel.gpus)
+        for pool, own in pools
+        for _ in range(pool.count)
+    ]
     return Deployment(
         workers=tuple(spec for pool, own in pools for spec in [worker_spec(pool.worker, own)] * pool.count),
         block_size=machine.limits.block_size,
         block_bytes=machine.kv_bytes_per_token * machine.limits.block_size,
         num_layers=machine.num_layers,
         context_length=machine.limits.context_length,
-        topology=_topology(pools),
+        topology=links_of(seats, parts),
         first_token_s=machine.first_token_s,
     )
 
@@ -171,25 +177,3 @@ def _scheduler(worker: Kind, machine: Machine) -> PrefillSchedulerConfig | Decod
     if worker.role == "decode":
         return DecodeSchedulerConfig(max_running=limits.max_running)
     return ColocatedSchedulerConfig(max_running=limits.max_running, prefill_budget=worker.budget)
-
-
-def _topology(pools: Sequence[tuple[Pool, Machine]]) -> Topology:
-    """A link of each worker as wide as its GPUs' together. GPUs of one type that fit a node are in one; types
-    do not share nodes."""
-    node = pools[0][1].hardware
-    one_type = all(machine == pools[0][1] for _, machine in pools)
-    one_node = one_type and sum(pool.gpus for pool, _ in pools) <= node.gpus_per_node
-    bandwidths: list[float] = []
-    by_role: dict[str, list[int]] = {role: [] for role in ROLES}
-    for pool, machine in pools:
-        hardware = machine.hardware
-        per_gpu = hardware.intra_node_gb_per_s if one_node else hardware.inter_node_gb_per_s
-        for _ in range(pool.count):
-            by_role[pool.worker.role].append(len(bandwidths))
-            bandwidths.append(per_gpu * 1e9 * hardware.link_share * pool.worker.parallel.gpus)
-    paths: dict[tuple[int, int], tuple[int, ...]] = {
-        (source, target): (source, target) for source in by_role["prefill"] for target in by_role["decode"]
-    }
-    if not paths:
-        return Topology(bandwidths=(), paths={})
-    return Topology(bandwidths=tuple(bandwidths), paths=paths, latency_s=node.handoff_s)

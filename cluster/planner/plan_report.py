@@ -59,11 +59,9 @@ def text(plan: Plan) -> Iterator[str]:
         yield f"infeasible: {asked}: {plan.infeasible}"
         return
     if isinstance(plan.task, FleetTask):
-        yield from _fleets(plan.task, plan.found, asked)
+        yield from _fleets(plan.task, plan.found, asked, plan.at_rate)
     else:
-        yield from _placements(plan.task, plan.found, asked)
-    if plan.at_rate is not None:
-        yield plan.at_rate.sentence()
+        yield from _placements(plan.task, plan.found, asked, plan.at_rate)
     if plan.binding is not None:
         yield f"what binds: {plan.binding.what}; {plan.binding.sentence}"
         gains = ", ".join(f"{gain.what} {gain.said}" for gain in plan.binding.relaxations)
@@ -74,7 +72,7 @@ def text(plan: Plan) -> Iterator[str]:
         yield outage.sentence()
 
 
-def _placements(task: Task, found: Found, asked: str) -> Iterator[str]:
+def _placements(task: Task, found: Found, asked: str, at_rate: Attainment | None) -> Iterator[str]:
     best, *more = found.known
     if found.sentence:
         yield found.sentence
@@ -83,6 +81,8 @@ def _placements(task: Task, found: Found, asked: str) -> Iterator[str]:
         yield f"{task.rate:g} requests/s are out of reach{of}; what serves most of them:"
     yield f"placement: {best.placement}; {best.placement.gpus} of {task.gpus} GPUs"
     yield f"goodput ({asked}): {_estimates(best)}"
+    if at_rate is not None:
+        yield at_rate.sentence()
     for runner_up in more[:1]:
         yield f"runner-up: {runner_up.placement}; {runner_up.placement.gpus} GPUs, {_estimates(runner_up)}"
     yield from _other_kinds(found)
@@ -108,12 +108,14 @@ def _other_kinds(found: Found) -> Iterator[str]:
             yield f"{kind}: {sentence}"
 
 
-def _fleets(task: FleetTask, found: Found, asked: str) -> Iterator[str]:
+def _fleets(task: FleetTask, found: Found, asked: str, at_rate: Attainment | None) -> Iterator[str]:
     if not found.reached:
         yield f"{task.rate:g} requests/s are out of reach of budget and GPUs; what serves most of them:"
     best, *more = found.candidates
     yield f"fleet: {best.placement}; {_takes(task, best)}"
     yield f"goodput ({asked}): {_estimates(best)}"
+    if at_rate is not None:
+        yield at_rate.sentence()
     for runner_up in more[:1]:
         yield f"runner-up: {_whole(task, runner_up)}"
     for name, alone in found.alone.items():

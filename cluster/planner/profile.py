@@ -183,6 +183,17 @@ class Profile:
         if type(here.get("cores", 1)) is not int or here.get("cores", 1) < 1:
             raise ConfigError(f"machine.cores = {here['cores']!r}; use a whole number above 0")
 
+    def measured_s(self, shape: StepShape) -> float:
+        """What a step of the profile took.
+
+        Raises:
+            ConfigError: it has no such step.
+        """
+        for cell in self.cells:
+            if cell.shape == shape:
+                return cell.median_s
+        raise ConfigError(f"the profile has no step of {shape}; make one anew with `diphase profile`")
+
     def errors(self, kind: str) -> StepErrors:
         """Of one kind of step."""
         cells = [cell for cell in self.cells if cell.kind == kind]

@@ -28,6 +28,8 @@ ROUNDS = 30
 """Of reweighting, at most; a handful do."""
 WORTH = 0.9
 """A second regime is used when it brings the mean hold-out error below this share of one regime's."""
+EXACT = 1e-6
+"""Mean hold-out error that no second regime needs to lower."""
 SMALLEST_REGIME = 2
 """Sizes of steps that a regime must have seen."""
 TERMS = {"prefill": (0, 1, 2), "decode": (0, 3, 4), "mixed": (0, 1, 2, 3, 4)}
@@ -161,7 +163,8 @@ def _choose_boundary(cells: Sequence[StepCell], terms: Terms) -> int:
         if min(map(len, _split(cells, boundary))) >= len(terms) + SPARE
     }
     best = min(tried, key=lambda boundary: tried[boundary], default=0)
-    return best if best and tried[best] < WORTH * _mean_hold_out(cells, terms, 0) else 0
+    one = _mean_hold_out(cells, terms, 0)
+    return best if best and one > EXACT and tried[best] < WORTH * one else 0
 
 
 def _mean_hold_out(cells: Sequence[StepCell], terms: Terms, boundary: int) -> float:

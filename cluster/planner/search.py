@@ -248,7 +248,7 @@ def simulated(
     parts = [candidate.placement.part() for candidate in candidates]
     questions = [
         Question(
-            deployment=build(part, asked.machines),
+            deployment=build(part, asked.machines, times),
             workload=asked.workload,
             objectives=asked.objectives,
             guess=candidate.rate / times,

@@ -8,11 +8,8 @@ socket to the parent. The frames are those of framing.py; nothing that comes is 
 
 from __future__ import annotations
 
-import ctypes
 import importlib
-import os
 import select
-import signal
 import socket
 import struct
 import sys
@@ -22,6 +19,7 @@ from enum import IntEnum
 from typing import Any, NoReturn, Protocol
 
 from ...proto.errors import DiphaseError, InternalError
+from ...proto.parent_death import end_with
 from .framing import Connection, FrameError
 
 UNIQUE_ID_BYTES = 128
@@ -34,7 +32,6 @@ RUN = struct.Struct("<qqq")
 """Region, offset, length."""
 POLL_S = 50e-6
 """How often what was posted is looked at; the only sign of its end is on the device."""
-PR_SET_PDEATHSIG = 1
 
 
 class Word(IntEnum):
@@ -173,16 +170,8 @@ def load(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
-def die_with(parent: int) -> None:
-    """Asks the kernel to kill this process when the parent's thread that made it ends; exits if it has."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the terminal's interrupt is for the parent
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit(1)
-
-
 def main(fd: str, parent: str, factory: str) -> NoReturn:
-    die_with(int(parent))
+    end_with(int(parent))
     with socket.socket(fileno=int(fd)) as sock:
         owner_of = load(factory)
         try:

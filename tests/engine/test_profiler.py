@@ -6,6 +6,7 @@ import pytest
 from diphase.engine.fake import FAKE_LAYOUT, FAKE_LIMITS, FakeEngine, StepCost
 from diphase.engine.profiler import (
     IDLE,
+    REFERENCE_CELLS,
     Cell,
     make_grid,
     profile_slowdowns,
@@ -53,6 +54,13 @@ def test_a_grid_keeps_to_what_workers_with_such_limits_can_meet() -> None:
     assert max(cell.prompts * cell.prompt_tokens for cell in cells) == 256
     assert max(cell.decode_batch for cell in cells) == 8
     assert max(cell.blocks(16) for cell in cells) <= 900
+
+
+def test_sizes_lie_off_the_multiples_that_engines_compute_in_and_end_with_the_budget() -> None:
+    alone = [c.prompt_tokens for c in grid(chunk_budget=300) if c.kind == "prefill" and c.prompts == 1]
+    assert max(alone) == 300
+    assert sum(tokens % 16 == 0 for tokens in alone) <= len(alone) / 4
+    assert {*REFERENCE_CELLS.values()} <= {*grid(chunk_budget=240)}, "to be compared with what is timed later"
 
 
 def test_a_pool_too_small_for_a_fit_says_what_to_raise() -> None:

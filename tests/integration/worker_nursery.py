@@ -25,8 +25,8 @@ from diphase.engine.server import RunningWorker
 from diphase.kv_transfer.config import KvTransferConfig
 from diphase.prefill_workers.config import PrefillSchedulerConfig, PrefillWorkerConfig
 from diphase.prefill_workers.worker import start as start_prefill
+from diphase.proto.parent_death import end_with
 
-PR_SET_PDEATHSIG = 1
 CLONE_NEWNET = 0x40000000
 
 
@@ -51,10 +51,9 @@ def main() -> None:
 def _prepare(nursery: int, namespace: str | None) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     os.close(0)
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL) or os.getppid() != nursery:
-        raise RuntimeError("who bore this worker is gone")
+    end_with(nursery)
     if namespace is not None:
+        libc = ctypes.CDLL(None, use_errno=True)
         handle = os.open(f"/run/netns/{namespace}", os.O_RDONLY)
         if libc.setns(handle, CLONE_NEWNET):
             raise OSError(ctypes.get_errno(), f"setns {namespace}")

@@ -81,6 +81,21 @@ def test_rows_of_a_small_model_have_the_same_bits_at_any_number() -> None:
 
 
 @packs
+@pytest.mark.parametrize("prompts", [False, True])
+def test_rows_of_the_default_model_have_the_same_bits_among_others(prompts: bool) -> None:
+    """Its shapes; on each side of the bounds that keep decode steps and prompts apart."""
+    for out_features, in_features in ((960, 576), (576, 576), (1536, 576), (576, 1536)):
+        layer, x = PackedLinear(numbers(out_features, in_features)), numbers(512, in_features, seed=1)
+        most = 512 if prompts else 32
+        whole = layer(x[:most])
+        for num_tokens in (1, 2, 3, 5, 9, 17, 32, 33, 100, 257):
+            size = layer.padded_rows(num_tokens, prompts)
+            if size <= most:
+                for begin in range(0, most - size + 1, max(1, most // 16)):
+                    assert torch.equal(layer(x[begin : begin + size]), whole[begin : begin + size])
+
+
+@packs
 @pytest.mark.parametrize("epilogue", list(Epilogue))
 def test_many_rows_are_the_pieces_put_together(epilogue: Epilogue) -> None:
     layer, x, other = PackedLinear(numbers(80, 96)), numbers(1100, 96), numbers(1100, 80, seed=3)

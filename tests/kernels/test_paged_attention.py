@@ -21,13 +21,17 @@ def numerics(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 
 
 def run(attention: PagedAttention, segments: list[Segment], q: torch.Tensor, layer: int = 1) -> torch.Tensor:
-    """Attention of q [num_tokens, heads, dim]; rows that a plan wants beyond them hold other numbers."""
+    """Attention of q [num_tokens, heads, dim], the same whether rows of other numbers follow or none."""
     step = attention.plan(segments)
-    rows = torch.cat((q, torch.ones(max(step.num_rows - len(q), 0), *q.shape[1:], dtype=q.dtype)))
-    out = torch.full_like(rows, 7.0)
-    step.run(out, rows, layer)
-    assert bool((out[len(q) :] == 7.0).all())
-    return out[: len(q)]
+    alone, among = (torch.cat((q, torch.ones(more, *q.shape[1:], dtype=q.dtype))) for more in (0, 130))
+    outs = []
+    for rows in (alone, among):
+        out = torch.full_like(rows, 7.0)
+        step.run(out, rows, layer)
+        assert bool((out[len(q) :] == 7.0).all())
+        outs.append(out[: len(q)])
+    assert torch.equal(*outs)
+    return outs[0]
 
 
 def queries(num_rows: int, num_heads: int, head_dim: int, dtype: torch.dtype) -> torch.Tensor:

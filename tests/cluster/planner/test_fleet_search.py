@@ -66,7 +66,7 @@ def test_each_worker_has_its_types_step_time_and_link() -> None:
     assert third.step_time is A100.machine.step_time(ONE)
     assert first.num_blocks == H100.machine.kv_tokens(ONE) // 16
     assert third.num_blocks == A100.machine.kv_tokens(ONE) // 16
-    fast, _, slow = deployment.topology.bandwidths
+    fast, slow = (deployment.topology.bandwidths[link] for link in deployment.topology.paths[0, 2])
     assert fast == 2 * slow  # 400 and 200 Gb/s ports
     assert set(deployment.topology.paths) == {(0, 2), (1, 2)}
 
@@ -75,7 +75,7 @@ def test_a_fleet_of_one_type_is_the_placement() -> None:
     placement = pair(2, 1, tp=(2, 1))
     plain = build(placement, {"": H100.machine})
     assert build(placement.on(H100.name), TASK.machines) == plain
-    prefill, _, decode = plain.topology.bandwidths
+    prefill, decode = (plain.topology.bandwidths[link] for link in plain.topology.paths[0, 2])
     assert prefill == 2 * decode == 2 * 450e9 * H100.hardware.link_share  # its own GPUs together
     assert set(plain.topology.paths) == {(0, 2), (1, 2)}
 

@@ -7,7 +7,7 @@ import pytest
 from diphase.cluster.load.trace_formats import TraceRecord
 from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.goodput import Answer, Definition, Estimate, Objectives
-from diphase.cluster.planner.machines import Parallel, check_parallel, feasible_parallels
+from diphase.cluster.planner.machines import Parallel, RooflineMachine, check_parallel, feasible_parallels
 from diphase.cluster.planner.phase_rates import PhaseRates, measure_phases
 from diphase.cluster.planner.placement import Kind, Placement, build
 from diphase.cluster.planner.search import Candidate, Task, proposals, ranked, search, simulated
@@ -113,6 +113,16 @@ def test_equal_parts_serve_together_what_each_does_up_to_their_bound() -> None:
     )
     one, all_of_them = simulated(TASK, [alone, eight], map)
     assert (one.rate, all_of_them.rate) == (1.0, 8.0)  # far below what they could serve
+
+
+def test_a_part_hands_over_as_the_whole_must() -> None:
+    """A part of two pairs fits a node, eight pairs do not."""
+    slow = replace(SMALL.hardware, inter_node_gb_per_s=1e-3)
+    task = replace(TASK, machine=RooflineMachine(SMALL.model, slow))
+    two, eight = (Candidate(placement=pair(n, n), expected=n, bound=10.0 * n) for n in (2, 8))
+    inside, between = simulated(task, [two, eight], map)
+    assert inside.rate > 0.0
+    assert between.rate == 0.0
 
 
 def test_parallelism_that_fits() -> None:
