@@ -14,7 +14,7 @@ from ...proto.errors import ConfigError
 from ..config_reader import Source, build, read_file
 
 FOLDER = Path(__file__).with_suffix("")
-MOST_MEMORY_GIB = 100_000
+MOST_MEMORY_GIB = 4096
 LEAST, MOST = 1e-3, 1e9
 """Of every number, in its unit: beyond them a step or a hand-off takes an age, or no time."""
 MOST_HANDOFF_S = 60.0

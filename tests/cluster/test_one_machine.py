@@ -131,6 +131,7 @@ def test_one_round_is_no_profile_and_a_billion_are_none_either(
     ("more", "message"),
     [
         ((), "there is no model 'test'"),
+        (("--set", "model.dtype=fp32"), "the profile was made with dtype = bf16, and the cluster has fp32"),
         (("--model", "dummy:tiny"), "is of the model test, not of dummy:tiny"),
         (("--requests", "1000000000"), "--requests 1000000000 is out of range; use 1 to 10000"),
         (("--mean-input", "100000000"), "a mean of 1e+08 tokens cannot fit"),

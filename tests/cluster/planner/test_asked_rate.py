@@ -35,8 +35,9 @@ def test_it_falls_with_the_rate_and_is_of_every_seed() -> None:
 
 
 def test_a_placement_of_equal_parts_is_judged_by_one_at_its_share_of_the_rate() -> None:
-    part, whole = attainment_at(TASK, 200.0, candidate(4)), attainment_at(TASK, 400.0, candidate(8))
-    assert whole == replace(part, rate=400.0)
+    part, whole = attainment_at(TASK, 400.0, candidate(4)), attainment_at(TASK, 800.0, candidate(8))
+    assert whole == replace(part, rate=800.0)
+    assert 0.0 < whole.mean < 1.0
 
 
 def test_the_interval_is_of_shares() -> None:

@@ -31,6 +31,7 @@ def test_one_of_ones_own_is_read_by_its_path(tmp_path: Path) -> None:
         ("hbm_gb_per_s", "hbm_gbps", r"unknown key hbm_gbps; did you mean hbm_gb_per_s\?"),
         ("bf16_tflops = 989.0", "", "bf16_tflops is missing"),
         ("memory_gib = 80.0", "memory_gib = 0", "memory_gib is 0.0; it must be above 0"),
+        ("memory_gib = 80.0", "memory_gib = 1e5", "memory_gib is 100000; a GPU has at most 4096 GiB here"),
         ("gpus_per_node = 8", "gpus_per_node = -8", "gpus_per_node is -8; it must be above 0"),
         ("gpus_per_node = 8", "gpus_per_node = 7.5", "gpus_per_node"),
         ("fp8_tflops = 1979.0", "fp8_tflops = -1.0", "fp8_tflops is -1.0; it must be above 0"),
