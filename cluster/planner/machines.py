@@ -13,8 +13,9 @@ from ...proto.errors import ConfigError
 from ...router.step_time import StepTime
 from .distserve import check_measured, distserve_kv_capacities, distserve_step_time
 from .hardware import Hardware, Node
+from .host_time import WithHost
 from .model_shape import ModelShape
-from .roofline import Precision, RooflineStepTime, kv_capacity_tokens
+from .roofline import BYTES, Precision, RooflineStepTime, kv_capacity_tokens
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -120,21 +121,34 @@ class GpuMachine:
         ]
 
     def kv_tokens(self, parallel: Parallel) -> int:
-        """See Machine. Weights in 16 bits."""
-        return self._kv_tokens(parallel, "bf16")
+        """See Machine. Weights and KV in 16 bits."""
+        return self._kv_tokens(parallel)
 
-    def _kv_tokens(self, parallel: Parallel, precision: Precision) -> int:
+    def _kv_tokens(
+        self, parallel: Parallel, precision: Precision = "bf16", kv_precision: Precision = "bf16"
+    ) -> int:
         check_parallel(self.model, parallel)
         return kv_capacity_tokens(
-            self.model, self.hardware, tp=parallel.tp, pp=parallel.pp, precision=precision
+            self.model,
+            self.hardware,
+            tp=parallel.tp,
+            pp=parallel.pp,
+            precision=precision,
+            kv_precision=kv_precision,
         )
 
 
 @dataclass(frozen=True)
 class RooflineMachine(GpuMachine):
-    """Step times and memory by arithmetic."""
+    """Step times and memory by arithmetic, and what an engine does between steps."""
 
     precision: Precision = "bf16"
+    kv_precision: Precision = "bf16"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all layers."""
+        return self.model.kv_bytes_per_token(BYTES[self.kv_precision])
 
     def step_time(self, parallel: Parallel) -> StepTime:
         """See Machine."""
@@ -142,15 +156,22 @@ class RooflineMachine(GpuMachine):
 
     def kv_tokens(self, parallel: Parallel) -> int:
         """See Machine."""
-        return self._kv_tokens(parallel, self.precision)
+        return self._kv_tokens(parallel, self.precision, self.kv_precision)
 
 
 @lru_cache(maxsize=256)
-def _roofline(machine: RooflineMachine, parallel: Parallel) -> RooflineStepTime:
+def _roofline(machine: RooflineMachine, parallel: Parallel) -> StepTime:
     """One object for equal workers: what is derived of it is derived once."""
     check_parallel(machine.model, parallel)
-    return RooflineStepTime(
-        machine.model, machine.hardware, tp=parallel.tp, pp=parallel.pp, precision=machine.precision
+    return WithHost(
+        RooflineStepTime(
+            machine.model,
+            machine.hardware,
+            tp=parallel.tp,
+            pp=parallel.pp,
+            precision=machine.precision,
+            kv_precision=machine.kv_precision,
+        )
     )
 
 

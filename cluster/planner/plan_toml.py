@@ -65,8 +65,8 @@ def plan_toml(
 ) -> str:
     """
     Raises:
-        ConfigError: a worker has pipeline stages or weights in fp8, which this cluster's workers do not know;
-            or no repository is known for the model.
+        ConfigError: a worker has pipeline stages, or weights or KV in fp8, which this cluster's workers do
+            not know; or no repository is known for the model.
     """
     return cluster_toml(
         [f"# Planned: {placement}; {placement.gpus} GPUs ({machine.hardware.name})."],
@@ -88,14 +88,15 @@ def cluster_toml(
     """Pools by role, as `diphase serve --config` takes them.
 
     Raises:
-        ConfigError: a worker has pipeline stages or weights in fp8, which this cluster's workers do not know;
-            or no repository is known for the model.
+        ConfigError: a worker has pipeline stages, or weights or KV in fp8, which this cluster's workers do
+            not know; or no repository is known for the model.
     """
     for role, (pool, machine, _) in pools.items():
-        if isinstance(machine, RooflineMachine) and machine.precision != "bf16":
+        if isinstance(machine, RooflineMachine) and {machine.precision, machine.kv_precision} != {"bf16"}:
             raise ConfigError(
-                f"the plan is for weights in {machine.precision}, which this cluster's workers do not have; "
-                "plan with --precision bf16 for a configuration"
+                f"the plan is for weights in {machine.precision} and KV in {machine.kv_precision}, and this "
+                "cluster's workers have both in bf16; plan with --precision bf16 and --kv-precision bf16 for "
+                "a configuration"
             )
         if pool.parallel.pp > 1:
             raise ConfigError(

@@ -11,6 +11,7 @@ from typing import TypeVar
 from ...router.step_time import StepTime
 from . import splitwise, step_latency
 from .hardware import load_hardware
+from .host_time import WithHost
 from .machines import GpuMachine, Parallel
 from .model_shape import load_model_shape
 from .table_files import missing
@@ -65,7 +66,7 @@ def splitwise_machine(folder: Path, *, model: str, hardware: str) -> TableMachin
 
 
 def step_latency_machine(folder: Path, *, model: str, hardware: str) -> TableMachine:
-    """By the step latency tables.
+    """By the step latency tables, which are of GPUs alone, and what an engine does between steps.
 
     Raises:
         ConfigError: they have no such model on such hardware, or a file is missing or malformed.
@@ -77,7 +78,7 @@ def step_latency_machine(folder: Path, *, model: str, hardware: str) -> TableMac
         for setup, rows in step_latency.read_step_latency(folder).items()
         if setup.model in models and setup.system in systems and setup.backend == BACKEND
     }
-    return _machine(measured, step_latency.table_of, model, hardware)
+    return _machine(measured, lambda rows: WithHost(step_latency.table_of(rows)), model, hardware)
 
 
 def _machine(

@@ -54,7 +54,7 @@ def test_joint_simulations_are_of_the_policy_asked_for() -> None:
 
 
 def test_splitwises_three_pools_are_planned() -> None:
-    found = search(replace(TASK, gpus=3, seeds=(0,), policy="splitwise"))
+    found = search(replace(TASK, gpus=4, seeds=(0,), policy="splitwise"))
     judged = (*found.candidates, *found.others)
     mixed = [candidate for candidate in judged if candidate.placement.kind == "mixed"]
     assert mixed
