@@ -25,8 +25,9 @@ and precision (of vLLM, whoever served) where there is one, both with host times
 are relative, of the means over all requests.
 
 --calibrate finds host_time.SERVING again and prints it; nothing is written then. It simulates other points:
-Llama-3.1-70B in fp8 on B200, by vLLM and TensorRT-LLM, all with KV of 8 bits as InferenceMAX has it. How much
-slower than its data sheet a B200 reads weights is fitted beside, and forgotten.
+Llama-3.1-70B in fp8 on B200, by vLLM and TensorRT-LLM, with KV of 8 bits, as InferenceMAX says of vLLM there
+and as long contexts show of both. How much slower than its data sheet a B200 reads weights is fitted beside,
+and forgotten.
 """
 
 from __future__ import annotations
