@@ -8,8 +8,8 @@ writes docs/results/latency_models.json. All errors are relative, |predicted / m
   all prefill steps of as many tokens; and by the points' own table (what smoothing does to them);
 - splitwise: every run's token time by its own table, by batch; by a table that lacks the batch; prompt
   times. Runs that did not run as one batch stand apart;
-- roofline: the step latency of models on hardware that it was not calibrated on, and the KV capacities of
-  DistServe.
+- roofline, without host time: the step latency of models on hardware that it was not calibrated on, and the
+  KV capacities of DistServe.
 
 What serving with such step times comes to is in measured_points.py.
 

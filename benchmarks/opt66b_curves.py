@@ -26,7 +26,7 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from diphase.benchmarks import harness
 from diphase.cluster.load.traces import data_folder
-from diphase.cluster.planner.deployment import Deployment, SimulationConfig, WorkerSpec
+from diphase.cluster.planner.deployment import Deployment, SimulationConfig
 from diphase.cluster.planner.distserve import (
     MS,
     OVERHEAD_MS,
@@ -44,10 +44,11 @@ from diphase.cluster.planner.distserve import (
     distserve_step_time,
 )
 from diphase.cluster.planner.events import to_ns
+from diphase.cluster.planner.search_distserve import simplified_deployment, simplified_worker
 from diphase.cluster.planner.sim_request import SimRequest
 from diphase.cluster.planner.simulator import Simulation
 from diphase.cluster.planner.table_files import existing, positive_int, positive_number, read_rows
-from diphase.cluster.planner.topology import Topology, flat_topology, free_topology
+from diphase.cluster.planner.topology import flat_topology
 from diphase.decode_workers.config import ColocatedSchedulerConfig, DecodeSchedulerConfig
 from diphase.prefill_workers.config import PrefillSchedulerConfig
 from diphase.router.config import RouterConfig
@@ -74,6 +75,17 @@ ENDLESS = 2**31 - 1
 BLOCK, LAYERS, HIDDEN = 16, 64, 9216
 NVLINK = 300e9
 """Bytes a second between two A100 of a node, one direction."""
+SYSTEMS = {"DistServe": ("distserve", ("prefill", "decode")), "vLLM": ("vllm", ("colocated",))}
+"""Engines, and the roles of their workers."""
+PARALLELS = {"prefill": (4, 1), "decode": (2, 2), "colocated": (4, 1)}
+SCHEDULERS: dict[str, PrefillSchedulerConfig | DecodeSchedulerConfig] = {
+    "prefill": PrefillSchedulerConfig(chunk_budget=8192, saturation_tokens=8192, max_waiting=ENDLESS),
+    "decode": DecodeSchedulerConfig(max_running=1024, max_waiting=ENDLESS),
+    "colocated": ColocatedSchedulerConfig(
+        max_running=1024, prefill_budget=16_384, max_waiting=ENDLESS, prompts_first=True
+    ),
+}
+"""Of workers without the simplifications; vLLM 0.2.3 computes prompts before it goes on with decodes."""
 ROUTER = RouterConfig(max_queued_requests=10**8, max_queued_tokens=10**9, local_prefill_tokens=0)
 Lengths = Sequence[tuple[int, int]]
 
@@ -133,11 +145,6 @@ class Variant(NamedTuple):
             made = replace(made, overhead_s=OVERHEAD_MS * MS, overhead_per_token_s=OVERHEAD_MS_PER_TOKEN * MS)
         return made
 
-    def kv_blocks(self, folder: Path, tp: int, pp: int = 1) -> int:
-        if self.simplified:
-            return 10**5
-        return distserve_kv_capacities(folder, model=MODEL)[tp, pp] // BLOCK
-
 
 VARIANTS = {
     "simplified": Variant(True, True),
@@ -146,66 +153,29 @@ VARIANTS = {
 }
 
 
-def deployment(workers: tuple[WorkerSpec, ...], simplified: bool) -> Deployment:
-    pair = len(workers) == 2
-    topology = Topology(bandwidths=(), paths={})
-    if pair:
-        topology = (
-            free_topology(range(1), range(1, 2))
-            if simplified
-            else flat_topology(range(1), range(1, 2), NVLINK)
-        )
+def deployment(folder: Path, system: str, variant: Variant) -> Deployment:
+    engine, roles = SYSTEMS[system]
+    workers = [
+        simplified_worker(role, variant.steps(folder, engine, *PARALLELS[role]), gpus=4) for role in roles
+    ]
+    if variant.simplified:
+        return simplified_deployment(*workers)
+    pools = distserve_kv_capacities(folder, model=MODEL)
+    prefills = roles.count("prefill")
     return Deployment(
-        workers=workers,
+        workers=tuple(
+            replace(
+                worker,
+                num_blocks=pools[PARALLELS[worker.role]] // BLOCK,
+                scheduler=SCHEDULERS[worker.role],
+            )
+            for worker in workers
+        ),
         block_size=BLOCK,
         block_bytes=BLOCK * 2 * LAYERS * HIDDEN * 2,
         num_layers=LAYERS,
-        topology=topology,
+        topology=flat_topology(range(prefills), range(prefills, 2 * prefills), NVLINK),
     )
-
-
-def distserve(folder: Path, variant: Variant) -> Deployment:
-    budget = ENDLESS if variant.simplified else 8192
-    prefill = WorkerSpec(
-        role="prefill",
-        step_time=variant.steps(folder, "distserve", 4),
-        num_blocks=variant.kv_blocks(folder, 4),
-        scheduler=PrefillSchedulerConfig(chunk_budget=budget, saturation_tokens=budget, max_waiting=ENDLESS),
-        gpus=4,
-    )
-    decode = WorkerSpec(
-        role="decode",
-        step_time=variant.steps(folder, "distserve", 2, 2),
-        num_blocks=variant.kv_blocks(folder, 2, 2),
-        scheduler=DecodeSchedulerConfig(
-            max_running=ENDLESS if variant.simplified else 1024,
-            max_waiting=ENDLESS,
-            max_step_context=50_000 if variant.simplified else 0,
-        ),
-        gpus=4,
-    )
-    return deployment((prefill, decode), variant.simplified)
-
-
-def vllm(folder: Path, variant: Variant) -> Deployment:
-    """Version 0.2.3 computes prompts before it goes on with decodes."""
-    worker = WorkerSpec(
-        role="colocated",
-        step_time=variant.steps(folder, "vllm", 4),
-        num_blocks=variant.kv_blocks(folder, 4),
-        scheduler=ColocatedSchedulerConfig(
-            max_running=ENDLESS if variant.simplified else 1024,
-            prefill_budget=ENDLESS if variant.simplified else 16_384,
-            max_waiting=ENDLESS,
-            max_step_context=50_000 if variant.simplified else 0,
-            prompts_first=True,
-        ),
-        gpus=4,
-    )
-    return deployment((worker,), variant.simplified)
-
-
-SYSTEMS: dict[str, Callable[[Path, Variant], Deployment]] = {"DistServe": distserve, "vLLM": vllm}
 
 
 def attainments(
@@ -224,7 +194,7 @@ def curve_of(
     folder: Path, system: str, variant: str, seeds: Sequence[int] = SEEDS
 ) -> dict[float, list[float]]:
     simplified = VARIANTS[variant].simplified
-    made, lengths = SYSTEMS[system](folder, VARIANTS[variant]), humaneval(folder)
+    made, lengths = deployment(folder, system, VARIANTS[variant]), humaneval(folder)
     return {rate: attainments(made, lengths, rate, seeds, simplified) for rate in RATES}
 
 
@@ -236,7 +206,7 @@ def error(curve: Mapping[float, float], truth: Mapping[float, float]) -> float:
 def lone_attainment(folder: Path, system: str, variant: str) -> float:
     """Share in % of HumanEval's prompts that meet the objective of TTFT when nobody else is there: what no
     rate exceeds in the long run."""
-    prefill = SYSTEMS[system](folder, VARIANTS[variant]).workers[0].step_time
+    prefill = deployment(folder, system, VARIANTS[variant]).workers[0].step_time
     alone = [prefill.step_s(StepShape(prompt, prompt**2 / 2.0)) * 1e3 for prompt, _ in humaneval(folder)]
     return 100.0 * float(np.mean(np.array(alone) <= TTFT_MS))
 

@@ -1,10 +1,10 @@
 """What a worker of some parallelism is: step time and room for KV of one model on one kind of GPU. Each
-source of step times becomes one class here; profiles are in profile_machine.py. Knows no pools and no
-objectives."""
+source of step times becomes one class here; measured tables are in table_machine.py, profiles in
+profile_machine.py. Knows no pools and no objectives."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Protocol
@@ -13,8 +13,9 @@ from ...proto.errors import ConfigError
 from ...router.step_time import StepTime
 from .distserve import check_measured, distserve_kv_capacities, distserve_step_time
 from .hardware import Hardware, Node
+from .host_time import WithHost
 from .model_shape import ModelShape
-from .roofline import Precision, RooflineStepTime, kv_capacity_tokens
+from .roofline import BYTES, Precision, RooflineStepTime, kv_capacity_tokens
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -89,28 +90,65 @@ class Machine(Protocol):
 
 
 @dataclass(frozen=True)
-class RooflineMachine:
-    """Step times and memory by arithmetic."""
+class GpuMachine:
+    """A model on GPUs, whatever its step times come from: what follows from its shape and the data sheet."""
 
     model: ModelShape
     hardware: Hardware
-    precision: Precision = "bf16"
-    limits: Limits = Limits()
-    first_token_s: float = 0.0
+    limits: Limits = field(default=Limits(), kw_only=True)
+    first_token_s: float = field(default=0.0, kw_only=True)
 
     @property
     def num_layers(self) -> int:
         """See Machine."""
         return self.model.num_layers
 
-    def parallels(self, gpus: int, max_pp: int) -> list[Parallel]:
-        """See Machine."""
-        return divisions(self.model, self.hardware.gpus_per_node, gpus, max_pp)
-
     @property
     def kv_bytes_per_token(self) -> int:
         """Of all layers, in 16 bits."""
         return self.model.kv_bytes_per_token()
+
+    def parallels(self, gpus: int, max_pp: int) -> list[Parallel]:
+        """See Machine. Tensor parallelism divides the heads and a node, stages divide the layers; a pipeline
+        longer than a node takes whole nodes."""
+        model, node = self.model, self.hardware.gpus_per_node
+        return [
+            Parallel(tp, pp)
+            for tp in divisors(node, min(node, gpus))
+            if not model.num_q_heads % tp and not (model.num_kv_heads % tp and tp % model.num_kv_heads)
+            for pp in divisors(model.num_layers, min(max_pp, gpus // tp))
+            if tp * pp <= node or tp * pp % node == 0
+        ]
+
+    def kv_tokens(self, parallel: Parallel) -> int:
+        """See Machine. Weights and KV in 16 bits."""
+        return self._kv_tokens(parallel)
+
+    def _kv_tokens(
+        self, parallel: Parallel, precision: Precision = "bf16", kv_precision: Precision = "bf16"
+    ) -> int:
+        check_parallel(self.model, parallel)
+        return kv_capacity_tokens(
+            self.model,
+            self.hardware,
+            tp=parallel.tp,
+            pp=parallel.pp,
+            precision=precision,
+            kv_precision=kv_precision,
+        )
+
+
+@dataclass(frozen=True)
+class RooflineMachine(GpuMachine):
+    """Step times and memory by arithmetic, and what an engine does between steps."""
+
+    precision: Precision = "bf16"
+    kv_precision: Precision = "bf16"
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Of all layers."""
+        return self.model.kv_bytes_per_token(BYTES[self.kv_precision])
 
     def step_time(self, parallel: Parallel) -> StepTime:
         """See Machine."""
@@ -118,53 +156,39 @@ class RooflineMachine:
 
     def kv_tokens(self, parallel: Parallel) -> int:
         """See Machine."""
-        check_parallel(self.model, parallel)
-        return kv_capacity_tokens(
-            self.model, self.hardware, tp=parallel.tp, pp=parallel.pp, precision=self.precision
-        )
+        return self._kv_tokens(parallel, self.precision, self.kv_precision)
 
 
 @lru_cache(maxsize=256)
-def _roofline(machine: RooflineMachine, parallel: Parallel) -> RooflineStepTime:
+def _roofline(machine: RooflineMachine, parallel: Parallel) -> StepTime:
     """One object for equal workers: what is derived of it is derived once."""
     check_parallel(machine.model, parallel)
-    return RooflineStepTime(
-        machine.model, machine.hardware, tp=parallel.tp, pp=parallel.pp, precision=machine.precision
+    return WithHost(
+        RooflineStepTime(
+            machine.model,
+            machine.hardware,
+            tp=parallel.tp,
+            pp=parallel.pp,
+            precision=machine.precision,
+            kv_precision=machine.kv_precision,
+        )
     )
 
 
 @dataclass(frozen=True)
-class DistServeMachine:
+class DistServeMachine(GpuMachine):
     """DistServe's measurements of OPT on A100-80G, with its KV capacities where they are published and
     arithmetic where they are not."""
 
-    model: ModelShape
-    hardware: Hardware
     name: str
     folder: Path
     engine: str = "distserve"
     overheads: bool = False
     """Whether its released simulator's additions are on, which the measurements have in them already."""
-    limits: Limits = Limits()
-    first_token_s: float = 0.0
 
     def __post_init__(self) -> None:
         # Now: of one parallelism among others a search takes an error for "does not fit".
         check_measured(self.folder, model=self.name, engine=self.engine)
-
-    @property
-    def num_layers(self) -> int:
-        """See Machine."""
-        return self.model.num_layers
-
-    def parallels(self, gpus: int, max_pp: int) -> list[Parallel]:
-        """See Machine."""
-        return divisions(self.model, self.hardware.gpus_per_node, gpus, max_pp)
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Of all layers, in 16 bits."""
-        return self.model.kv_bytes_per_token()
 
     def step_time(self, parallel: Parallel) -> StepTime:
         """See Machine."""
@@ -175,9 +199,7 @@ class DistServeMachine:
         check_parallel(self.model, parallel)
         published = distserve_kv_capacities(self.folder, model=self.name)
         tokens = published.get((parallel.tp, parallel.pp))
-        if tokens is not None:
-            return tokens
-        return kv_capacity_tokens(self.model, self.hardware, tp=parallel.tp, pp=parallel.pp)
+        return super().kv_tokens(parallel) if tokens is None else tokens
 
 
 @lru_cache(maxsize=256)
@@ -216,18 +238,6 @@ def check_parallel(model: ModelShape, parallel: Parallel) -> None:
 def divisors(number: int, most: int) -> list[int]:
     """Of `number`, up to `most`."""
     return [i for i in range(1, min(number, most) + 1) if number % i == 0]
-
-
-def divisions(model: ModelShape, node: int, gpus: int, max_pp: int) -> list[Parallel]:
-    """Tensor parallelism divides the heads and a node of so many GPUs, stages divide the layers; a pipeline
-    longer than a node takes whole nodes."""
-    return [
-        Parallel(tp, pp)
-        for tp in divisors(node, min(node, gpus))
-        if not model.num_q_heads % tp and not (model.num_kv_heads % tp and tp % model.num_kv_heads)
-        for pp in divisors(model.num_layers, min(max_pp, gpus // tp))
-        if tp * pp <= node or tp * pp % node == 0
-    ]
 
 
 def feasible_parallels(machine: Machine, gpus: int, max_pp: int = 1) -> list[Parallel]:

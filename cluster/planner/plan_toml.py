@@ -61,8 +61,8 @@ def plan_toml(
         machines: by the names that the pools have for their hardware.
 
     Raises:
-        ConfigError: a role has workers of several kinds, or workers have pipeline stages or weights in fp8,
-            none of which this cluster knows; or no repository is known for the model.
+        ConfigError: a role has workers of several kinds, or workers have pipeline stages, or weights or KV
+            in fp8, none of which this cluster knows; or no repository is known for the model.
     """
     pools = {pool.worker.role: pool for pool in placement.pools}
     for role in pools:
@@ -73,10 +73,11 @@ def plan_toml(
             )
     for role, pool in pools.items():
         machine, parallel = machines[pool.hardware], pool.worker.parallel
-        if isinstance(machine, RooflineMachine) and machine.precision != "bf16":
+        if isinstance(machine, RooflineMachine) and {machine.precision, machine.kv_precision} != {"bf16"}:
             raise ConfigError(
-                f"the plan is for weights in {machine.precision}, which this cluster's workers do not have; "
-                "plan with --precision bf16 for a configuration"
+                f"the plan is for weights in {machine.precision} and KV in {machine.kv_precision}, and this "
+                "cluster's workers have both in bf16; plan with --precision bf16 and --kv-precision bf16 for "
+                "a configuration"
             )
         if parallel.pp > 1:
             raise ConfigError(

@@ -4,7 +4,8 @@ A layer's time is the larger of its matrix products' operations and the bytes of
 activations' bytes, attention (operations of prompts, bytes of KV of decoding sequences), two all-reduces
 over the tensor parallel group and a fixed part; every peak of the data sheet counts at the share of
 Efficiency. The terms are those of Williams et al., "Roofline" (2009), for a decoder as in Pope et al.,
-"Efficiently Scaling Transformer Inference" (2023). Knows no measurements.
+"Efficiently Scaling Transformer Inference" (2023). Of GPUs alone: host_time.py adds what an engine does
+between steps. Knows no measurements.
 """
 
 from __future__ import annotations
@@ -20,8 +21,6 @@ from .model_shape import ModelShape
 Precision = Literal["bf16", "fp8"]
 BYTES: dict[Precision, int] = {"bf16": 2, "fp8": 1}
 ACTIVATION_BYTES = 2
-KV_BYTES = 2
-"""Of an element, whatever the precision of the weights."""
 
 USABLE_MEMORY = 0.92
 """Share of the memory that weights and KV may take: chosen so that what is left for
@@ -68,11 +67,13 @@ class RooflineStepTime:
         tp: int = 1,
         pp: int = 1,
         precision: Precision = "bf16",
+        kv_precision: Precision = "bf16",
         efficiency: Efficiency | None = None,
     ) -> None:
         """
         Args:
             precision: of weights and matrix products.
+            kv_precision: of KV in memory; attention computes in 16 bits.
 
         Raises:
             ConfigError: the parallelism does not divide the model, or the hardware lacks the precision.
@@ -104,7 +105,7 @@ class RooflineStepTime:
             4.0 * model.num_q_heads * model.head_dim / tp / (bf16_flops * eff.attention)
         )
         kv_heads = max(1.0, model.num_kv_heads / tp)  # of fewer heads than GPUs, several GPUs have the same
-        self._layer_decode_context_s = 2.0 * kv_heads * model.head_dim * KV_BYTES / (hbm * eff.kv)
+        self._layer_decode_context_s = 2.0 * kv_heads * model.head_dim * BYTES[kv_precision] / (hbm * eff.kv)
         self._vocab_flops_s = 2.0 * model.vocab_parameters / tp * per_flop
         self._vocab_weights_s = model.vocab_parameters * ACTIVATION_BYTES / tp * per_byte
         self._hop_token_s = hidden_bytes / link_bytes_per_s(tp * pp)
@@ -169,6 +170,7 @@ def kv_capacity_tokens(
     tp: int = 1,
     pp: int = 1,
     precision: Precision = "bf16",
+    kv_precision: Precision = "bf16",
     usable_memory: float = USABLE_MEMORY,
 ) -> int:
     """Tokens of KV that a worker holds beside its weights: what its fullest GPU does.
@@ -191,5 +193,5 @@ def kv_capacity_tokens(
                 f"with tp = {tp} and pp = {pp} a GPU of {hardware.name} would hold {weights / 2**30:.1f} GiB "
                 f"of weights and has {usable / 2**30:.1f} GiB for them; use more GPUs or a smaller model"
             )
-        fits.append((usable - weights) / (2.0 * count * kv_heads * model.head_dim * KV_BYTES))
+        fits.append((usable - weights) / (2.0 * count * kv_heads * model.head_dim * BYTES[kv_precision]))
     return int(min(fits))

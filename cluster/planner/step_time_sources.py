@@ -16,7 +16,7 @@ from .profile_machine import ProfileMachine
 from .table_machine import splitwise_machine, step_latency_machine
 
 SOURCES = {
-    "roofline": ("hardware", "precision"),
+    "roofline": ("hardware", "precision", "kv_precision"),
     "distserve": ("hardware",),
     "splitwise": ("hardware",),
     "step-latency": ("hardware",),
@@ -46,6 +46,7 @@ def add_source_arguments(what: argparse._ArgumentGroup) -> None:
         "--profile", type=Path, metavar="FILE", help="of `diphase profile`, for --step-times profile"
     )
     what.add_argument("--precision", choices=("bf16", "fp8"), help="of weights, by roofline (bf16)")
+    what.add_argument("--kv-precision", choices=("bf16", "fp8"), help="of KV, by roofline (bf16)")
 
 
 def machine_from(args: argparse.Namespace, folder: Path) -> Machine:
@@ -55,11 +56,11 @@ def machine_from(args: argparse.Namespace, folder: Path) -> Machine:
         ConfigError: one is lacking or for another source, or what it names does not fit the others.
     """
     source = args.step_times
-    for name in ("hardware", "precision", "profile"):
-        if getattr(args, name) is not None and name not in SOURCES[source]:
-            raise ConfigError(
-                f"--{name} {getattr(args, name)} is not for --step-times {source}; leave it out"
-            )
+    for name in ("hardware", "precision", "kv_precision", "profile"):
+        given = getattr(args, name)
+        if given is not None and name not in SOURCES[source]:
+            option = f"--{name.replace('_', '-')} {given}"
+            raise ConfigError(f"{option} is not for --step-times {source}; leave it out")
     for name in ("hardware", "profile"):
         if getattr(args, name) is None and name in SOURCES[source]:
             raise ConfigError(f"--step-times {source} needs --{name}")
@@ -71,7 +72,7 @@ def machine_from(args: argparse.Namespace, folder: Path) -> Machine:
         return step_latency_machine(folder, model=args.model, hardware=args.hardware)
     model, hardware = load_model_shape(args.model), load_hardware(args.hardware)
     if source == "roofline":
-        return RooflineMachine(model, hardware, args.precision or "bf16")
+        return RooflineMachine(model, hardware, args.precision or "bf16", args.kv_precision or "bf16")
     if args.hardware != "a100-sxm-80gb":
         raise ConfigError(
             f"--step-times distserve was measured on a100-sxm-80gb, not on {args.hardware}; use that"
@@ -97,4 +98,5 @@ def source_json(args: argparse.Namespace) -> dict[str, Any]:
         "step_times": args.step_times,
         "profile": profile,
         "precision": (args.precision or "bf16") if args.step_times == "roofline" else None,
+        "kv_precision": (args.kv_precision or "bf16") if args.step_times == "roofline" else None,
     }

@@ -4,16 +4,16 @@ tensor parallelism, and memory by arithmetic. Knows no pools and no objectives."
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from ...router.step_time import StepTime
 from . import splitwise, step_latency
-from .hardware import Hardware, load_hardware
-from .machines import Limits, Parallel
-from .model_shape import ModelShape, load_model_shape
-from .roofline import kv_capacity_tokens
+from .hardware import load_hardware
+from .host_time import WithHost
+from .machines import GpuMachine, Parallel
+from .model_shape import load_model_shape
 from .table_files import missing
 
 T = TypeVar("T")
@@ -31,25 +31,11 @@ _MODELS = {
 """What the tables call our hardware and models."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableMachine:
+@dataclass(frozen=True, kw_only=True)
+class TableMachine(GpuMachine):
     """Workers without pipeline stages, of the tensor parallelisms that were measured."""
 
-    model: ModelShape
-    hardware: Hardware
     by_tp: Mapping[int, StepTime]
-    limits: Limits = field(default_factory=Limits)
-    first_token_s: float = 0.0
-
-    @property
-    def num_layers(self) -> int:
-        """See Machine."""
-        return self.model.num_layers
-
-    @property
-    def kv_bytes_per_token(self) -> int:
-        """Of all layers, in 16 bits."""
-        return self.model.kv_bytes_per_token()
 
     def parallels(self, gpus: int, max_pp: int) -> list[Parallel]:
         """See Machine."""
@@ -62,10 +48,6 @@ class TableMachine:
         if parallel.tp not in self.by_tp:
             raise missing("tp", parallel.tp, self.by_tp)
         return self.by_tp[parallel.tp]
-
-    def kv_tokens(self, parallel: Parallel) -> int:
-        """See Machine."""
-        return kv_capacity_tokens(self.model, self.hardware, tp=parallel.tp, pp=parallel.pp)
 
 
 def splitwise_machine(folder: Path, *, model: str, hardware: str) -> TableMachine:
@@ -84,7 +66,7 @@ def splitwise_machine(folder: Path, *, model: str, hardware: str) -> TableMachin
 
 
 def step_latency_machine(folder: Path, *, model: str, hardware: str) -> TableMachine:
-    """By the step latency tables.
+    """By the step latency tables, which are of GPUs alone, and what an engine does between steps.
 
     Raises:
         ConfigError: they have no such model on such hardware, or a file is missing or malformed.
@@ -96,7 +78,7 @@ def step_latency_machine(folder: Path, *, model: str, hardware: str) -> TableMac
         for setup, rows in step_latency.read_step_latency(folder).items()
         if setup.model in models and setup.system in systems and setup.backend == BACKEND
     }
-    return _machine(measured, step_latency.table_of, model, hardware)
+    return _machine(measured, lambda rows: WithHost(step_latency.table_of(rows)), model, hardware)
 
 
 def _machine(

@@ -11,9 +11,10 @@ from diphase.proto.errors import ConfigError
 TEXT = (FOLDER / "h100-sxm.toml").read_text()
 
 
-def test_the_package_has_three() -> None:
-    assert known_hardware() == ["a100-sxm-80gb", "h100-sxm", "h200-sxm"]
-    a100, h100, h200 = map(load_hardware, known_hardware())
+def test_the_package_has_four() -> None:
+    assert known_hardware() == ["a100-sxm-80gb", "b200-sxm", "h100-sxm", "h200-sxm"]
+    a100, b200, h100, h200 = map(load_hardware, known_hardware())
+    assert (b200.bf16_tflops, b200.fp8_tflops, b200.hbm_gb_per_s) == (2250.0, 4500.0, 8000.0)
     assert (a100.bf16_tflops, a100.hbm_gb_per_s, a100.fp8_tflops) == (312.0, 2039.0, None)
     assert h100.bf16_tflops == h200.bf16_tflops == 989.0
     assert h200.memory_gib > h100.memory_gib == a100.memory_gib == 80.0
@@ -60,5 +61,5 @@ def test_bad_values_are_refused_with_file_and_key(tmp_path: Path, old: str, new:
 
 
 def test_unknown_hardware_is_answered_with_the_known() -> None:
-    with pytest.raises(ConfigError, match=r"'b300'.*a100-sxm-80gb, h100-sxm, h200-sxm"):
+    with pytest.raises(ConfigError, match=r"'b300'.*a100-sxm-80gb, b200-sxm, h100-sxm, h200-sxm"):
         load_hardware("b300")

@@ -238,7 +238,8 @@ def test_a_fleet_as_a_configuration(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("more", "why"),
     [
-        (["--precision", "fp8"], "the plan is for weights in fp8, which this cluster's workers do not have"),
+        (["--precision", "fp8"], "the plan is for weights in fp8 and KV in bf16, and this cluster's workers"),
+        (["--kv-precision", "fp8"], "the plan is for weights in bf16 and KV in fp8, and this cluster's"),
         (["--model", "opt-175b", "--gpus", "8"], "no repository is known for opt-175b"),
     ],
 )
@@ -251,8 +252,9 @@ def test_no_configuration_is_written_that_would_not_serve_what_was_planned(
     assert not (tmp_path / "cluster.toml").exists()
     plan = json.loads((tmp_path / "plan.json").read_text())
     model = "opt-175b" if "opt-175b" in more else "llama3.1-8b"
-    precision = "fp8" if "fp8" in more else "bf16"
-    assert (plan["model"], plan["step_times"], plan["precision"]) == (model, "roofline", precision)
+    weights, kv = ("fp8" if option in more else "bf16" for option in ("--precision", "--kv-precision"))
+    assert (plan["model"], plan["step_times"]) == (model, "roofline")
+    assert (plan["precision"], plan["kv_precision"]) == (weights, kv)
 
 
 def test_the_policy_is_the_clusters_too(tmp_path: Path) -> None:

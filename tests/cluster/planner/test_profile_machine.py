@@ -113,6 +113,7 @@ def test_a_profile_without_serving_is_refused() -> None:
             "--hardware h100-sxm is not for --step-times profile",
         ),
         (["--profile", "FILE", "--precision", "bf16"], "--precision bf16 is not for --step-times"),
+        (["--profile", "FILE", "--kv-precision", "fp8"], "--kv-precision fp8 is not for --step-times"),
         (["--profile", "FILE", "--model", "smollm2"], "is of the model test, not of smollm2"),
         (["--profile", "FILE", "--step-times", "roofline"], "profile.json is not for --step-times roofline"),
         (["--profile", "FILE", "--gpus", "0"], "gpus = 0"),

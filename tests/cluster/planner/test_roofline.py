@@ -88,6 +88,14 @@ def test_eight_bit_weights_are_read_and_multiplied_faster() -> None:
         assert 1.5 < plain.step_s(shape) / eight_bit.step_s(shape) < 2.0
 
 
+def test_eight_bit_kv_is_read_faster_and_takes_half_the_room() -> None:
+    plain, eight_bit = RooflineStepTime(LARGE, H100), RooflineStepTime(LARGE, H100, kv_precision="fp8")
+    assert eight_bit.decode_line(8, 0.0).slope_s == pytest.approx(plain.decode_line(8, 0.0).slope_s / 2)
+    assert eight_bit.step_s(prompt_shape(512)) == plain.step_s(prompt_shape(512))
+    room, twice = kv_capacity_tokens(SMALL, H100), kv_capacity_tokens(SMALL, H100, kv_precision="fp8")
+    assert twice == pytest.approx(2 * room, abs=1)
+
+
 def test_what_is_impossible_is_refused() -> None:
     with pytest.raises(ConfigError, match="tp = 3 does not divide 64 query heads"):
         RooflineStepTime(LARGE, H100, tp=3)

@@ -55,7 +55,7 @@ def test_joint_simulations_are_of_the_policy_asked_for() -> None:
 
 
 def test_splitwises_three_pools_are_planned() -> None:
-    found = search(replace(TASK, gpus=3, seeds=(0,), policy="splitwise"))
+    found = search(replace(TASK, gpus=4, seeds=(0,), policy="splitwise"))
     mixed = [candidate for candidate in found.known if candidate.placement.kind == "mixed"]
     assert mixed
     assert all(candidate.rate > 0.0 and len(candidate.placement.pools) == 3 for candidate in mixed)
