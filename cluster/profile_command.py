@@ -26,7 +26,7 @@ from ..engine.profiler import IDLE, CellTimes, make_grid, profile_slowdowns, pro
 from ..proto.clock import MonotonicClock
 from ..proto.errors import ConfigError
 from ..proto.slo import Slo
-from ..router.step_time import StepShape
+from ..router.step_time import StepShape, StepTime
 from .config import ClusterConfig
 from .load.client import LoadClient, LoopTimer
 from .load.report import check_output, environment, write_json
@@ -34,7 +34,7 @@ from .machine_speed import between, small_engine, speed_probe
 from .one_machine import OneMachine, cores, cores_of_worker
 from .planner.profile import ALONE, EngineFacts, Profile, ServingCost, Slowdown, make_profile
 from .planner.profile_fit import StepCell
-from .serving_cost import cost_of, serve_probes
+from .serving_cost import cost_of, serve_rounds, slowdown_of
 
 OUTPUT = "diphase-profile.json"
 SLOWDOWN_ROUNDS = 4
@@ -167,10 +167,14 @@ async def _with_serving(machine: OneMachine, profile: Profile) -> Profile:
             )
             budget = machine.config.pools.prefill.scheduler.chunk_budget
             with speed_probe(machine.config) as probe:
-                before = probe.slower_than(profile)
-                served = await serve_probes(client, shape, chunk_budget=budget)
-                now = between((before, probe.slower_than(profile)))
-    return replace(profile, serving=cost_of(served, profile.step_time.slowed(*now)))
+                speeds = [probe.slower_than(profile)]
+
+                def speed() -> StepTime:
+                    speeds.append(probe.slower_than(profile))
+                    return profile.step_time.slowed(*between(speeds[-2:]))
+
+                rounds = await serve_rounds(client, shape, speed, chunk_budget=budget)
+    return replace(profile, serving=cost_of(rounds), slowdown=slowdown_of(rounds, profile.slowdown))
 
 
 def _step_cell(cell: CellTimes) -> StepCell:
