@@ -4,17 +4,26 @@ them; `Refused` says why there is none."""
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+PATH = os.pathsep.join((os.environ.get("PATH", os.defpath), "/usr/sbin", "/sbin"))
+"""Not every user's has the folders of network tools."""
+
 
 class Refused(Exception):
-    """This process may not make network namespaces."""
+    """This process may not make network namespaces, or has no tools for them."""
+
+
+def run(*command: str) -> None:
+    environment = {**os.environ, "PATH": PATH}
+    subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
 
 
 def ip(*args: str) -> None:
-    subprocess.run(["ip", *args], check=True, capture_output=True, text=True)
+    run("ip", *args)
 
 
 def subnet() -> str:
@@ -31,6 +40,8 @@ def namespaces(*names: str) -> Iterator[list[str]]:
     Raises:
         Refused: they may not be made here.
     """
+    if shutil.which("tc", path=PATH) is None:
+        raise Refused("no links can be made slow here: tc (iproute2) is not installed")
     made: list[str] = []
     try:
         try:
@@ -65,5 +76,4 @@ def join(first: str | None, second: str | None, link: str, addresses: tuple[str,
 
 def shape(name: str, device_name: str, rate: str) -> None:
     """Nothing leaves through the device faster than `rate` (400mbit)."""
-    command = f"tc -n {name} qdisc replace dev {device_name} root tbf rate {rate} burst 256k latency 50ms"
-    subprocess.run(command.split(), check=True, capture_output=True, text=True)
+    run(*f"tc -n {name} qdisc replace dev {device_name} root tbf rate {rate} burst 256k latency 50ms".split())
