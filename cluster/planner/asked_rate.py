@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..load.search import TARGET
 from .deployment import Deployment
 from .goodput import Estimate, Mapped, Objectives, Pattern, run_length, simulate
-from .placement import build
+from .placement import build_part
 from .search import Asked, Candidate
 from .sim_workload import Workload
 
@@ -62,11 +62,11 @@ def _attained(run: _Run) -> float:
 def attainment_at(asked: Asked, rate: float, best: Candidate, mapped: Mapped = map) -> Attainment:
     """Of a simulated candidate, with each seed."""
     assert best.answer is not None  # it was simulated
-    part, times = best.placement.part()
+    deployment, times = build_part(best.placement, asked.machines)
     count = max(best.answer.count, run_length(asked.workload, asked.objectives, rate / times))
     runs = [
         _Run(
-            deployment=build(part, asked.machines),
+            deployment=deployment,
             workload=asked.workload,
             objectives=asked.objectives,
             rate=rate / times,

@@ -16,7 +16,7 @@ from .deployment import Deployment
 from .goodput import Mapped, Objectives, Pattern, Question, answer_all, point, run_length, simulate
 from .machines import Parallel
 from .phase_rates import PhaseRates
-from .placement import Kind, Placement, Pool, build, colocated_budgets
+from .placement import Kind, Placement, Pool, build, build_part, colocated_budgets
 from .search import FINE, Asked, Candidate
 from .sim_workload import Workload
 from .topology import Topology
@@ -175,9 +175,9 @@ def binding(asked: Asked, phases: PhaseRates | None, best: Candidate, mapped: Ma
 def relaxations(asked: Asked, candidate: Candidate, mapped: Mapped = map) -> tuple[Relaxation, ...]:
     """What each thing relaxed alone would bring to a simulated candidate."""
     assert candidate.answer is not None  # it was simulated
-    part, times = candidate.placement.part()
+    deployment, times = build_part(candidate.placement, asked.machines)
     base = next(iter(candidate.answer.estimates.values())).rates[0] / times
-    deployment, objectives = build(part, asked.machines, times), asked.objectives
+    objectives = asked.objectives
     relaxed: dict[str, tuple[Deployment, Objectives]] = {
         "compute of prefill": (_faster(deployment, prefill=1.0 / RELAXED), objectives),
         "compute of decode": (_faster(deployment, decode=1.0 / RELAXED), objectives),
@@ -289,11 +289,8 @@ def curves(asked: Asked, candidates: Sequence[Candidate], mapped: Mapped = map) 
     runs: list[_CurveRun] = []
     for candidate in candidates:
         assert candidate.answer is not None  # it was simulated
-        part, times = candidate.placement.part()
-        deployment, pattern = (
-            build(part, asked.machines, times),
-            Pattern(asked.seeds[0], candidate.answer.count),
-        )
+        deployment, times = build_part(candidate.placement, asked.machines)
+        pattern = Pattern(asked.seeds[0], candidate.answer.count)
         runs += [
             _CurveRun(
                 deployment=deployment,

@@ -154,6 +154,12 @@ def build(placement: Placement, machines: Mapping[str, Machine], parts: int = 1)
     )
 
 
+def build_part(placement: Placement, machines: Mapping[str, Machine]) -> tuple[Deployment, int]:
+    """(deployment of what is simulated of it, how many of that it is); see Placement.part() and build()."""
+    part, times = placement.part()
+    return build(part, machines, times), times
+
+
 def worker_spec(worker: Kind, machine: Machine) -> WorkerSpec:
     """One worker.
 

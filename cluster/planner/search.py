@@ -15,7 +15,7 @@ from ...proto.errors import ConfigError
 from .goodput import ROUTER, Answer, Definition, Mapped, Objectives, Question, answer_all
 from .machines import Machine, feasible_parallels
 from .phase_rates import PhaseRates, measure_phases
-from .placement import KINDS, Kind, Placement, Pool, build
+from .placement import KINDS, Kind, Placement, Pool, build_part
 from .sim_workload import Workload
 
 JOINT = {"disaggregated": 5, "colocated": 2, "mixed": 2}
@@ -245,10 +245,10 @@ def simulated(
     """The candidates with their goodputs: with a floor, coarsely and of one seed; else of all seeds and by
     both definitions."""
     fine = floor is None
-    parts = [candidate.placement.part() for candidate in candidates]
+    parts = [build_part(candidate.placement, asked.machines) for candidate in candidates]
     questions = [
         Question(
-            deployment=build(part, asked.machines, times),
+            deployment=part,
             workload=asked.workload,
             objectives=asked.objectives,
             guess=candidate.rate / times,

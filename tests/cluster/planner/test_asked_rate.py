@@ -8,10 +8,11 @@ import pytest
 from diphase.cluster.load.workload import WorkloadConfig
 from diphase.cluster.planner.asked_rate import Attainment, attainment_at
 from diphase.cluster.planner.goodput import Answer, Definition, Estimate, Objectives
+from diphase.cluster.planner.machines import RooflineMachine
 from diphase.cluster.planner.search import Candidate, Task
 from diphase.cluster.planner.sim_workload import SimWorkload
 
-from .placements import colocated, roofline
+from .placements import colocated, pair, roofline
 
 TASK = Task(
     machine=roofline(),
@@ -38,6 +39,15 @@ def test_a_placement_of_equal_parts_is_judged_by_one_at_its_share_of_the_rate() 
     part, whole = attainment_at(TASK, 400.0, candidate(4)), attainment_at(TASK, 800.0, candidate(8))
     assert whole == replace(part, rate=800.0)
     assert 0.0 < whole.mean < 1.0
+
+
+def test_a_part_hands_over_as_the_whole_must() -> None:
+    """Two pairs fit a node, and eight, which are judged by two, do not."""
+    slow = replace(roofline().hardware, inter_node_gb_per_s=1e-3)
+    task = replace(TASK, machine=RooflineMachine(roofline().model, slow), gpus=16)
+    two, eight = (attainment_at(task, 4.0 * n, replace(candidate(1), placement=pair(n, n))) for n in (2, 8))
+    assert two.mean == 1.0
+    assert eight.mean < 0.5
 
 
 def test_the_interval_is_of_shares() -> None:
